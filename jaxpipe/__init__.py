@@ -1,0 +1,61 @@
+"""jaxpipe: any stack of Flax layers, trained over a pipeline of devices, exactly.
+
+The public names. They are loaded when first used, so that `python -m jaxpipe.schedules` and other
+tools that need no JAX do not import it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from jaxpipe.models.stack import LayerStack, StackError
+  from jaxpipe.parallel.mesh import MeshError, make_mesh
+  from jaxpipe.parallel.placing import place, unplace
+  from jaxpipe.pipeline.check import check
+  from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
+  from jaxpipe.pipeline.memory import expected_memory
+  from jaxpipe.pipeline.reference import reference_value_and_grad
+  from jaxpipe.schedules import (
+    Action,
+    Costs,
+    Kind,
+    Placement,
+    Schedule,
+    ScheduleError,
+    Timeline,
+    make_schedule,
+    simulate,
+  )
+  from jaxpipe.training.load import load
+
+_HOME = {
+  "Action": "jaxpipe.schedules",
+  "Costs": "jaxpipe.schedules",
+  "Kind": "jaxpipe.schedules",
+  "LayerStack": "jaxpipe.models.stack",
+  "MeshError": "jaxpipe.parallel.mesh",
+  "Placement": "jaxpipe.schedules",
+  "Schedule": "jaxpipe.schedules",
+  "ScheduleError": "jaxpipe.schedules",
+  "StackError": "jaxpipe.models.stack",
+  "Timeline": "jaxpipe.schedules",
+  "check": "jaxpipe.pipeline.check",
+  "expected_memory": "jaxpipe.pipeline.memory",
+  "load": "jaxpipe.training.load",
+  "make_mesh": "jaxpipe.parallel.mesh",
+  "make_schedule": "jaxpipe.schedules",
+  "pipeline_forward": "jaxpipe.pipeline.executor",
+  "pipeline_value_and_grad": "jaxpipe.pipeline.executor",
+  "place": "jaxpipe.parallel.placing",
+  "reference_value_and_grad": "jaxpipe.pipeline.reference",
+  "simulate": "jaxpipe.schedules",
+  "unplace": "jaxpipe.parallel.placing",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOME:
+    raise AttributeError(f"module 'jaxpipe' has no attribute {name!r}")
+  return getattr(importlib.import_module(_HOME[name]), name)

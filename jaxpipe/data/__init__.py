@@ -1,0 +1,34 @@
+"""Text to batches: everything that a training run reads, without JAX.
+
+Read in this order: `tokenizer` (text to ids), `bins` (ids on disk), `text` (files to bins, cached),
+`batches` and `evaluation` (bins to arrays).
+"""
+
+from jaxpipe.data.batches import TokenBatches
+from jaxpipe.data.bins import BinHeader, TokenBin, open_bin, write_bin
+from jaxpipe.data.bpe import BpeTokenizer, load_bpe, train_bpe
+from jaxpipe.data.errors import DataError
+from jaxpipe.data.evaluation import EvaluationBatches, target_bytes
+from jaxpipe.data.text import TextData, prepare_text
+from jaxpipe.data.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
+from jaxpipe.data.windows import Batch
+
+__all__ = [
+  "Batch",
+  "BinHeader",
+  "BpeTokenizer",
+  "ByteTokenizer",
+  "DataError",
+  "EvaluationBatches",
+  "TextData",
+  "TokenBatches",
+  "TokenBin",
+  "Tokenizer",
+  "load_bpe",
+  "make_tokenizer",
+  "open_bin",
+  "prepare_text",
+  "target_bytes",
+  "train_bpe",
+  "write_bin",
+]

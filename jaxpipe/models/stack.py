@@ -1,0 +1,252 @@
+"""A network as the pipeline sees it: an embedding, a stack of layers and a head, all built lazily.
+
+The three parts are *factories*, `rngs -> nnx.Module`: nothing is allocated until it is known on which
+device it will live. The stack turns them into pure functions of one parameter tree, which is all that
+the executor and the unpipelined reference ever see; neither knows a Flax module.
+
+    embed(batch)      -> x                              x: any pytree with a leading row dim
+    layer(x, context) -> x                              same structure, shapes and dtypes as its input
+    head(x, batch)    -> (loss_sum, weight, metrics)    sums over the rows, never means
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpipe.models.context import Context, LayerInputs
+from jaxpipe.parallel.placing import Tree, init_placed
+
+Factory = Callable[[nnx.Rngs], nnx.Module]
+
+
+class StackError(ValueError):
+  """The factories do not form a stack that can be pipelined."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One module as data: its static graph and the shapes of its parameters.
+
+  Attributes:
+    name: how messages call it, such as `layers[3]`.
+    factory: builds it from `nnx.Rngs`.
+    graph: the static half of `nnx.split`.
+    shapes: nested dict of `jax.ShapeDtypeStruct`, the trainable half.
+  """
+
+  name: str
+  factory: Factory
+  graph: Any
+  shapes: Tree
+
+  @classmethod
+  def trace(cls, name: str, factory: Factory) -> Part:
+    """Builds the module abstractly (no arrays) and refuses what cannot be pipelined."""
+    module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+    graph, state = nnx.split(module)
+    for path, variable in nnx.to_flat_state(state):
+      if not issubclass(variable.type, nnx.Param):
+        raise StackError(_state_message(name, path, variable.type))
+    return cls(name, factory, graph, nnx.to_pure_dict(state))
+
+  def init(self, key: jax.Array) -> Tree:
+    """Returns fresh parameters, a nested dict of arrays."""
+    return nnx.to_pure_dict(nnx.state(self.factory(nnx.Rngs(key)), nnx.Param))
+
+  def __call__(self, params: Tree, *args: Any) -> Any:
+    return nnx.merge(self.graph, params)(*args)
+
+  def same_kind(self, other: Part) -> bool:
+    """Whether both have the same static graph and the same parameter shapes and dtypes."""
+    if jax.tree.structure(self.shapes) != jax.tree.structure(other.shapes):
+      return False
+    pairs = zip(jax.tree.leaves(self.shapes), jax.tree.leaves(other.shapes), strict=True)
+    return self.graph == other.graph and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
+
+
+def _state_message(name: str, path: tuple[Any, ...], kind: type) -> str:
+  where = "/".join(map(str, path))
+  if issubclass(kind, nnx.RngState):
+    remedy = "call context.dropout(x, rate) in the layer in place of nnx.Dropout"
+  elif issubclass(kind, nnx.BatchStat):
+    remedy = "use a norm without running statistics (RMSNorm, LayerNorm, GroupNorm)"
+  else:
+    remedy = "make it an nnx.Param, or recompute it in __call__"
+  return f"{name} holds mutable state {where} ({kind.__name__}), which is not supported yet: {remedy}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStack:
+  """A network of `len(layers)` layers between an embedding and a head.
+
+  Attributes:
+    embed: factory of a module `batch -> x`.
+    layers: factories of modules `(x, context) -> x`, all of one kind.
+    head: factory of a module `(x, batch) -> (loss_sum, weight, metrics)`.
+    tied: parameters of the head that are the embedding's own: head path -> embed path, each
+      `/`-joined, such as `{"table": "table"}`. The head's copy does not exist in the tree.
+
+  Raises:
+    StackError: no layers, layers of several kinds, mutable state, or tied shapes that differ.
+  """
+
+  embed: Factory
+  layers: Sequence[Factory]
+  head: Factory
+  tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  _parts: dict[str, Part] = dataclasses.field(init=False, repr=False, compare=False)
+
+  def __post_init__(self) -> None:
+    if not self.layers:
+      raise StackError("a stack needs at least one layer; got layers=[]")
+    first = Part.trace("layers[0]", self.layers[0])
+    for i, factory in enumerate(self.layers[1:], 1):
+      if factory is not self.layers[0] and not first.same_kind(Part.trace(f"layers[{i}]", factory)):
+        raise StackError(
+          f"layers[{i}] differs from layers[0] in its parameters or static attributes;"
+          " unlike layers in one stack are not supported yet: build all layers alike"
+        )
+    parts = {
+      "embed": Part.trace("embed", self.embed),
+      "layers": first,
+      "head": Part.trace("head", self.head),
+    }
+    object.__setattr__(self, "_parts", parts)
+    for theirs, ours in self.tied.items():
+      a, b = _get(parts["head"].shapes, theirs), _get(parts["embed"].shapes, ours)
+      if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        raise StackError(f"tied: head {theirs} is {a}, embed {ours} is {b}; they must be alike")
+
+  @property
+  def depth(self) -> int:
+    """Number of layers."""
+    return len(self.layers)
+
+  def init(self, key: jax.Array, example_batch: Tree, schedule: Any = None, mesh: Any = None) -> Tree:
+    """Returns the parameters: the canonical tree, or the same values placed over a mesh.
+
+    Args:
+      key: PRNG key; layer i's values depend on it and on i alone.
+      example_batch: a batch, or its `jax.ShapeDtypeStruct`s; only shapes are read, to check that
+        every layer returns what it takes.
+      schedule: with `mesh`, says which device holds which layers. Each device then creates its own
+        layers only: the whole tree is never in one place.
+      mesh: mesh with a `stage` axis.
+
+    Returns:
+      `{"embed": ..., "layers": ..., "head": ...}`, `layers` with a leading layer dim.
+    """
+    self.check_shapes(example_batch)
+    if schedule is None:
+      return jax.jit(self.init_layers_and_ends)(key, jnp.arange(self.depth))
+    return init_placed(self, key, schedule, mesh)
+
+  def init_layers_and_ends(self, key: jax.Array, layers: jax.Array) -> Tree:
+    """Parameters of the layers numbered in `layers` (int32 [n]), and those of both ends."""
+    # lax.map, not vmap: one compiled body gives every layer, so that values do not depend on how
+    # many layers this device creates.
+    return {
+      "embed": self._parts["embed"].init(jax.random.fold_in(key, 0)),
+      "layers": jax.lax.map(
+        lambda i: self._parts["layers"].init(jax.random.fold_in(key, i + 2)), layers
+      ),
+      "head": _without(self._parts["head"].init(jax.random.fold_in(key, 1)), self.tied),
+    }
+
+  def param_shapes(self) -> Tree:
+    """The canonical tree as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(self.init_layers_and_ends, jax.random.key(0), jnp.arange(self.depth))
+
+  def apply_embed(self, params: Tree, batch: Tree) -> Tree:
+    """`embed(batch) -> x`, given the embedding's own parameters."""
+    return self._parts["embed"](params, batch)
+
+  def apply_layer(self, params: Tree, x: Tree, training: bool, inputs: LayerInputs) -> Tree:
+    """One layer, given its own parameters (no layer dim)."""
+    return self._parts["layers"](params, x, Context.create(training, **inputs))
+
+  def apply_head(self, params: Tree, x: Tree, batch: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
+    """The head as `value_and_grad(has_aux=True)` wants it: `loss_sum, (weight, metrics)`.
+
+    Args:
+      params: `head_params(...)`, tied leaves included.
+      x: output of the last layer.
+      batch: the microbatch's own inputs.
+    """
+    loss_sum, weight, metrics = self._parts["head"](params, x, batch)
+    if jnp.shape(loss_sum) or jnp.shape(weight):
+      raise StackError(
+        f"head must return scalar sums; loss_sum has shape {jnp.shape(loss_sum)},"
+        f" weight {jnp.shape(weight)}: sum over the rows"
+      )
+    return loss_sum, jax.lax.stop_gradient((weight, metrics))
+
+  def head_module(self, params: Tree) -> nnx.Module:
+    """The head itself, for what lies beyond its loss (logits when text is sampled)."""
+    return nnx.merge(self._parts["head"].graph, self.head_params(params))
+
+  def head_params(self, params: Tree) -> Tree:
+    """What the head reads: its own parameters and, at their paths, the embedding's tied ones."""
+    head = params["head"]
+    for theirs, ours in self.tied.items():
+      head = _set(head, theirs, _get(params["embed"], ours))
+    return head
+
+  def untie(self, grads: Tree) -> Tree:
+    """Transpose of `head_params`: adds the tied leaves' gradients to the embedding's."""
+    embed, head = grads["embed"], grads["head"]
+    for theirs, ours in self.tied.items():
+      embed = _set(embed, ours, _get(embed, ours) + _get(head, theirs))
+    return {**grads, "embed": embed, "head": _without(head, self.tied)}
+
+  def check_shapes(self, batch: Tree) -> Tree:
+    """Returns the shapes of x; raises StackError where a layer's output is unlike its input."""
+
+    def one(batch: Tree) -> tuple[Tree, Tree]:
+      params = self.init_layers_and_ends(jax.random.key(0), jnp.arange(1))
+      layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+      x = self.apply_embed(params["embed"], batch)
+      rows = jax.tree.leaves(x)[0].shape[0]
+      inputs = LayerInputs(
+        batch=batch, key=jax.random.key(0), layer=0, microbatch=0, rows=jnp.arange(rows)
+      )
+      y = self.apply_layer(layer, x, True, inputs)
+      self.apply_head(self.head_params(params), y, batch)
+      return x, y
+
+    x, y = jax.eval_shape(one, batch)
+    if jax.tree.structure(x) != jax.tree.structure(y):
+      raise StackError(f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}")
+    for (path, a), b in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(y), strict=True):
+      if (a.shape, a.dtype) != (b.shape, b.dtype):
+        raise StackError(
+          f"layers[0] takes {a.dtype}{list(a.shape)} but returns {b.dtype}{list(b.shape)}"
+          f" at x{jax.tree_util.keystr(path)}; a layer must return what it takes"
+        )
+    return x
+
+
+def _get(tree: Tree, path: str) -> Any:
+  for name in path.split("/"):
+    tree = tree.get(name) if isinstance(tree, Mapping) else None
+  return tree
+
+
+def _set(tree: Tree, path: str, value: Any) -> Tree:
+  name, _, rest = path.partition("/")
+  return {**tree, name: _set(tree.get(name, {}), rest, value) if rest else value}
+
+
+def _without(tree: Tree, paths: Mapping[str, str]) -> Tree:
+  for path in paths:
+    name, _, rest = path.partition("/")
+    tree = {k: v for k, v in tree.items() if k != name or rest}
+    if rest:
+      tree = {**tree, name: _without(tree[name], {rest: ""})}
+  return tree

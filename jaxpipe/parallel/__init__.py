@@ -1,0 +1,1 @@
+"""Meshes, the names of their axes, and where each parameter lies on them."""

@@ -1,0 +1,126 @@
+"""Where each parameter lies: from canonical layer order to placement order, and back.
+
+Canonical: layers in model order along the leading dim. Placed: the same shapes, but along that dim
+stand the layers of device 0 (chunk by chunk), then those of device 1, and so on, so that an even
+sharding over `stage` gives every device exactly its own. With one chunk a device the two orders are
+the same. Embedding and head are replicated over `stage`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from jaxpipe.parallel.mesh import STAGE
+
+Tree = Any  # a pytree of arrays
+
+
+def layers_per_stage(depth: int, schedule: Any) -> int:
+  """Returns layers in each stage.
+
+  Raises:
+    ValueError: depth is not a multiple of the number of stages.
+  """
+  if depth % schedule.stages:
+    fits = [n for n in range(1, depth + 1) if depth % n == 0]
+    near = min(fits, key=lambda n: (abs(n - schedule.stages), n))
+    raise ValueError(
+      f"{depth} layers cannot fill {schedule.stages} stages evenly; use {near} stages,"
+      f" or a multiple of {schedule.stages} layers"
+    )
+  return depth // schedule.stages
+
+
+def layer_order(depth: int, schedule: Any) -> np.ndarray:
+  """Canonical layer numbers in placement order: int32 [depth]."""
+  each = layers_per_stage(depth, schedule)
+  placement = schedule.placement
+  stages = [placement.stage(d, v) for d in range(schedule.devices) for v in range(schedule.chunks)]
+  return np.array([s * each + i for s in stages for i in range(each)], np.int32)
+
+
+def param_specs(tree: Tree) -> Tree:
+  """Partition specs of a placed tree: layers over `stage`, both ends replicated."""
+  return {part: Spec(STAGE) if part == "layers" else Spec() for part in tree}
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+  """The same as shardings, one for every leaf."""
+  return {
+    part: jax.tree.map(lambda _, spec=spec: NamedSharding(mesh, spec), tree[part])
+    for part, spec in param_specs(tree).items()
+  }
+
+
+def place(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
+  """Moves a canonical tree (parameters, gradients, moments) to its places on the mesh.
+
+  Args:
+    params: tree of the shape of `stack.init(...)`, canonical layer order.
+    stack: the `LayerStack`.
+    schedule: says which device holds which layers.
+    mesh: mesh with a `stage` axis of `schedule.devices`.
+
+  Returns:
+    The same tree in placement order, sharded. The input is left as it was.
+  """
+  check_mesh(schedule, mesh)
+  return jax.device_put(_reorder(params, layer_order(stack.depth, schedule)), shardings(params, mesh))
+
+
+def unplace(params: Tree, stack: Any, schedule: Any) -> Tree:
+  """Inverse of `place`: the same values in canonical layer order."""
+  return _reorder(params, np.argsort(layer_order(stack.depth, schedule)).astype(np.int32))
+
+
+def init_placed(stack: Any, key: jax.Array, schedule: Any, mesh: Mesh) -> Tree:
+  """Creates each device's own layers on that device; see `LayerStack.init`."""
+  check_mesh(schedule, mesh)
+  order = layer_order(stack.depth, schedule)
+  specs = param_specs({"embed": 0, "layers": 0, "head": 0})
+  create = jax.shard_map(
+    stack.init_layers_and_ends, mesh=mesh, in_specs=(Spec(), Spec(STAGE)), out_specs=specs
+  )
+  return jax.jit(create)(key, order)
+
+
+def check_mesh(schedule: Any, mesh: Mesh) -> None:
+  """Raises ValueError where the mesh's `stage` axis is not the schedule's devices."""
+  found = dict(mesh.shape).get(STAGE, 0)
+  if found != schedule.devices:
+    raise ValueError(
+      f"schedule {schedule.name} is for {schedule.devices} devices but the mesh has {found} along"
+      f" its `{STAGE}` axis; make them equal"
+    )
+
+
+def check_placed(params: Tree, mesh: Mesh) -> None:
+  """Raises ValueError where concrete parameters do not lie as `place` puts them.
+
+  Canonical and placed trees have equal shapes, so that a tree that was never placed would train a
+  network with its layers in another order and nothing would look wrong.
+  """
+  want = shardings(params, mesh)
+  for (path, leaf), sharding in zip(
+    jax.tree.leaves_with_path(params), jax.tree.leaves(want), strict=True
+  ):
+    if isinstance(leaf, jax.core.Tracer):
+      continue
+    at = getattr(leaf, "sharding", None)
+    if at is None or not at.is_equivalent_to(sharding, np.ndim(leaf)):
+      raise ValueError(
+        f"params{jax.tree_util.keystr(path)} is not on its stage; call"
+        " jaxpipe.place(params, stack, schedule, mesh) or stack.init(key, batch, schedule, mesh)"
+      )
+
+
+def _reorder(tree: Tree, order: np.ndarray) -> Tree:
+  if (order == np.arange(len(order))).all():
+    return tree
+  return {**tree, "layers": jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), tree["layers"])}

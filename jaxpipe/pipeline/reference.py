@@ -1,0 +1,75 @@
+"""The oracle: the same loss and gradients without a pipeline, on one device, by `jax.grad`.
+
+Nothing here is shared with the executor but the stack's own functions: no split, no tick table, no
+rings. Microbatches are summed in the order 0 ... M-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpipe.pipeline.residuals import residual_policy
+from jaxpipe.pipeline.rings import wide
+
+Tree = Any
+
+
+def reference_value_and_grad(
+  stack: Any, microbatches: int, residuals: str = "all"
+) -> Callable[..., tuple[tuple[jax.Array, Tree], Tree]]:
+  """Returns the unpipelined counterpart of `pipeline_value_and_grad`.
+
+  Args:
+    stack: a `LayerStack`.
+    microbatches: M; dropout masks are keyed by microbatch, so it is part of the function.
+    residuals: as for the pipeline, one stage holding all layers; it changes memory and time, never
+      the result.
+
+  Returns:
+    `reference(params, batch, key=None) -> ((loss, metrics), grads)`, jitted; params and grads
+    canonical, everything else as for the pipeline.
+  """
+  policy = residual_policy(residuals)
+
+  def loss_of(params: Tree, batch: Tree, m: jax.Array, key: jax.Array | None) -> Any:
+    rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
+
+    def layer(x: Tree, layer_params: Tree, i: jax.Array) -> Tree:
+      inputs = dict(batch=batch, key=key, layer=i, microbatch=m, rows=rows)
+      return stack.apply_layer(layer_params, x, True, inputs)
+
+    kept = layer if policy.layer is None else jax.checkpoint(layer, policy=policy.layer)
+
+    def layers(x: Tree, params: Tree) -> Tree:
+      each = (params, jnp.arange(stack.depth))
+      return lax.scan(lambda x, args: (kept(x, *args), None), x, each)[0]
+
+    run = jax.checkpoint(layers) if policy.stage_input else layers
+    y = run(stack.apply_embed(params["embed"], batch), params["layers"])
+    return stack.apply_head(stack.head_params(params), y, batch)
+
+  @jax.jit
+  def reference(params: Tree, batch: Tree, key: jax.Array | None = None) -> Any:
+    cut = jax.tree.map(
+      lambda leaf: leaf.reshape(microbatches, leaf.shape[0] // microbatches, *leaf.shape[1:]), batch
+    )
+    first = jax.tree.map(lambda leaf: leaf[0], cut)
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    shapes = jax.eval_shape(value_and_grad, params, first, jnp.int32(0), key)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
+
+    def one(sums: Tree, at: Any) -> tuple[Tree, None]:
+      m, batch = at
+      new = value_and_grad(params, batch, m, key)
+      return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), None
+
+    sums, _ = lax.scan(one, start, (jnp.arange(microbatches), cut))
+    (loss, (weight, metrics)), grads = sums
+    return (loss / weight, metrics), jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+
+  return reference

@@ -1,0 +1,80 @@
+"""Buffers with numbered slots, and the mesh axes over which their contents vary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Tree = Any
+Index = int | jax.Array
+
+
+def vary(tree: Tree, axes: Sequence[str]) -> Tree:
+  """Marks every leaf as differing along the mesh `axes`.
+
+  Done once, before the loop: a parameter that stayed *invariant* along `data` would have its
+  gradient reduced over it at every use, once a microbatch, in place of once a step.
+  """
+
+  def mark(leaf: jax.Array) -> jax.Array:
+    missing = tuple(a for a in axes if a not in jax.typeof(leaf).manual_axis_type.varying)
+    return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+  return jax.tree.map(mark, tree)
+
+
+def allocate(shapes: Tree, slots: int, axes: Sequence[str], poison: bool) -> Tree:
+  """A ring of `slots` slots, each with the leaves of `shapes`.
+
+  Its contents are undefined (nothing reads a slot before it is filled, and zero-filling rings costs
+  tens of millions of cycles a step), or NaN with `poison`, so that tests see whether that is true.
+  """
+
+  def ring(leaf: Any) -> jax.Array:
+    shape = (slots, *leaf.shape)
+    if poison and jnp.issubdtype(leaf.dtype, jnp.inexact):
+      return jnp.full(shape, jnp.nan, leaf.dtype)
+    return lax.empty(shape, leaf.dtype)
+
+  return vary(jax.tree.map(ring, shapes), axes)
+
+
+def get(ring: Tree, *index: Index) -> Tree:
+  """Reads one slot: the leading dims at `index`, dropped."""
+
+  def read(leaf: jax.Array) -> jax.Array:
+    inner = leaf.shape[len(index) :]
+    start = _start(index, len(inner))
+    return lax.dynamic_slice(leaf, start, (*(1 for _ in index), *inner)).reshape(inner)
+
+  return jax.tree.map(read, ring)
+
+
+def put(ring: Tree, value: Tree, *index: Index) -> Tree:
+  """Writes one slot, in place where XLA can (inside the executor's loop it must)."""
+
+  def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
+    start = _start(index, new.ndim)
+    return lax.dynamic_update_slice(leaf, new.reshape(*(1 for _ in index), *new.shape), start)
+
+  return jax.tree.map(write, ring, value)
+
+
+def add(ring: Tree, value: Tree, *index: Index) -> Tree:
+  """Adds to one slot, in the ring's own precision."""
+  old = get(ring, *index)
+  return put(ring, jax.tree.map(lambda a, b: a + b.astype(a.dtype), old, value), *index)
+
+
+def _start(index: Sequence[Index], rest: int) -> list[jax.Array]:
+  """All of one type, whatever the width of default integers."""
+  return [jnp.asarray(i, jnp.int32) for i in (*index, *(0 for _ in range(rest)))]
+
+
+def wide(dtype: Any) -> Any:
+  """The dtype in which a dtype is summed: float32 at least."""
+  return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype

@@ -1,0 +1,37 @@
+"""Pipeline schedules as data: built, checked, simulated and drawn.  No JAX in here.
+
+schedule = make_schedule("1f1b", devices=4, microbatches=8)
+print(draw_text(simulate(schedule)))
+"""
+
+from jaxpipe.schedules.actions import Action, Kind, ScheduleError
+from jaxpipe.schedules.check import check, dependencies
+from jaxpipe.schedules.draw import draw_perfetto, draw_text
+from jaxpipe.schedules.figure import draw_png
+from jaxpipe.schedules.interchange import from_csv, from_json, to_csv, to_json
+from jaxpipe.schedules.placement import Placement
+from jaxpipe.schedules.registry import make_schedule, schedule_names
+from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.simulate import Costs, Timeline, simulate
+
+__all__ = [
+  "Action",
+  "Costs",
+  "Kind",
+  "Placement",
+  "Schedule",
+  "ScheduleError",
+  "Timeline",
+  "check",
+  "dependencies",
+  "draw_perfetto",
+  "draw_png",
+  "draw_text",
+  "from_csv",
+  "from_json",
+  "make_schedule",
+  "schedule_names",
+  "simulate",
+  "to_csv",
+  "to_json",
+]

@@ -1,0 +1,8 @@
+"""`python -m jaxpipe.schedules`; see `cli`."""
+
+import sys
+
+from jaxpipe.schedules.cli import main
+
+if __name__ == "__main__":
+  sys.exit(main())

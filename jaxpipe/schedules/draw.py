@@ -1,0 +1,151 @@
+"""Timetables as text for a terminal, and as a trace for Perfetto (https://ui.perfetto.dev).
+
+The text is to scale: an action's place and width are its start and its duration.
+"""
+
+import json
+from collections.abc import Iterator
+
+from jaxpipe.schedules.actions import Action
+from jaxpipe.schedules.simulate import Timeline
+
+# Beyond this many columns nobody reads on; very unequal costs would ask for millions.
+_MOST_COLUMNS = 20_000
+
+
+def draw_text(timeline: Timeline, width: int | None = None) -> str:
+  """Draws a timetable with one row per device.
+
+  Cells hold the kind and the microbatch, after the stage where devices hold more than one; dashes
+  fill the rest of an action's time.
+
+  Args:
+    timeline: what to draw.
+    width: columns of the terminal; a longer timetable continues below.  None never breaks rows.
+
+  Returns:
+    Lines of text: a title, the rows with each device's peak of activations, and the legend.
+
+  >>> from jaxpipe.schedules import make_schedule, simulate
+  >>> print(draw_text(simulate(make_schedule("gpipe", devices=2, microbatches=2))))
+  gpipe: 2 devices, 2 microbatches, 1 chunk each
+  device 0 | F0 F1       B0--- B1--- | peak 2
+  device 1 |    F0 F1 B0--- B1---    | peak 2
+  makespan 9  bubble 33.3 %  span 9  span bubble 33.3 %
+  """
+  scale = _scale(timeline)
+  columns = round(timeline.makespan * scale)
+  rows = [_row(timeline, d, scale).ljust(columns) for d in range(timeline.schedule.devices)]
+  heads = [f"device {d}" for d in range(len(rows))]
+  heads = [head.ljust(max(map(len, heads))) + " | " for head in heads]
+  tails = [f"| {peak}" for peak in _peaks(timeline)]
+  room = columns if width is None else max(20, width - len(heads[0]) - max(map(len, tails)))
+  blocks = [
+    [
+      (head + row[left : left + room] + (tail if left + room >= columns else "")).rstrip()
+      for head, row, tail in zip(heads, rows, tails, strict=True)
+    ]
+    for left in range(0, max(columns, 1), max(room, 1))
+  ]
+  body = "\n\n".join("\n".join(block) for block in blocks)
+  return f"{title(timeline)}\n{body}\n{summary(timeline)}"
+
+
+def title(timeline: Timeline) -> str:
+  """The schedule's name and sizes."""
+  schedule = timeline.schedule
+  counts = (
+    (schedule.devices, "device"),
+    (schedule.microbatches, "microbatch"),
+    (schedule.chunks, "chunk"),
+  )
+  words = [f"{n} {word}{'' if n == 1 else 'es' if word[-1] == 'h' else 's'}" for n, word in counts]
+  return f"{schedule.name}: {', '.join(words)} each"
+
+
+def summary(timeline: Timeline) -> str:
+  """Makespan and span, with the share of each that is idle."""
+  return (
+    f"makespan {timeline.makespan:g}  bubble {timeline.bubble:.1%}"
+    f"  span {timeline.span:g}  span bubble {timeline.span_bubble:.1%}"
+  ).replace("%", " %")
+
+
+def draw_perfetto(timeline: Timeline) -> str:
+  """Writes a timeline as a trace: one track per device, one slice per action.
+
+  Args:
+    timeline: what to draw; a unit of its time becomes a millisecond.
+
+  Returns:
+    JSON in the Trace Event Format, which https://ui.perfetto.dev opens.
+  """
+  schedule = timeline.schedule
+  events: list[dict[str, object]] = [
+    {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": schedule.name}}
+  ]
+  for d in range(schedule.devices):
+    track = {"pid": 0, "tid": d}
+    events.append({"name": "thread_name", "ph": "M", **track, "args": {"name": f"device {d}"}})
+    for action, start, end in cells(timeline, d):
+      events.append(
+        {
+          "name": str(action),
+          "cat": action.kind.value,
+          "ph": "X",
+          **track,
+          # The format counts microseconds.
+          "ts": start * 1000,
+          "dur": (end - start) * 1000,
+          "args": {
+            "stage": action.stage,
+            "chunk": schedule.placement.chunk(action.stage),
+            "microbatch": action.microbatch,
+          },
+        }
+      )
+  return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
+
+
+def cells(timeline: Timeline, device: int) -> Iterator[tuple[Action, float, float]]:
+  """The actions of one device, each with its start and end."""
+  return zip(
+    timeline.schedule.order[device], timeline.start[device], timeline.end[device], strict=True
+  )
+
+
+def _row(timeline: Timeline, d: int, scale: float) -> str:
+  row = ""
+  for action, start, end in cells(timeline, d):
+    left, right = round(start * scale), round(end * scale)
+    # The last column of a cell stays blank, to keep neighbours apart.
+    label = _label(timeline, action)[: max(right - left - 1, 0)]
+    row = row.ljust(left) + label.ljust(right - left - 1, "-")
+  return row
+
+
+def _label(timeline: Timeline, action: Action) -> str:
+  return str(action) if timeline.schedule.chunks > 1 else f"{action.kind.value}{action.microbatch}"
+
+
+def _scale(timeline: Timeline) -> float:
+  """Columns per unit of time: the shortest action still holds its label and a blank."""
+  boxes = [
+    (len(_label(timeline, action)) + 1, start, end)
+    for d in range(timeline.schedule.devices)
+    for action, start, end in cells(timeline, d)
+    if end > start
+  ]
+  scale = max((columns / (end - start) for columns, start, end in boxes), default=1.0)
+  # Where times do not fall on whole columns, rounding takes up to one column from a box.
+  if any(round(end * scale) - round(start * scale) < columns for columns, start, end in boxes):
+    scale = max((columns + 1) / (end - start) for columns, start, end in boxes)
+  return min(scale, _MOST_COLUMNS / timeline.makespan) if timeline.makespan else 1.0
+
+
+def _peaks(timeline: Timeline) -> list[str]:
+  """What stands beside each row: the peak in chunks, and in memory where that says more."""
+  texts = [f"peak {peak}" for peak in timeline.peak_activations]
+  if timeline.peak_memory == timeline.peak_activations:
+    return texts
+  return [f"{text}, memory {x:g}" for text, x in zip(texts, timeline.peak_memory, strict=True)]

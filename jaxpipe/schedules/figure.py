@@ -1,0 +1,159 @@
+"""Timetables as PNG, in the style of the papers' figures.
+
+The microbatch's number stands in the box; the colour is the kind and the shade the chunk, as in
+Megatron's figures (Narayanan et al., 2021, arXiv:2104.04473).
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from jaxpipe.schedules.actions import PRODUCTS, Kind
+from jaxpipe.schedules.draw import cells, summary, title
+from jaxpipe.schedules.simulate import Timeline
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.patches import Patch
+
+# Hues of the Zero Bubble papers (forward blue, input gradient teal, weight gradient green), the
+# fused backward in Megatron's green, told apart by lightness too for readers who see no hue.
+_COLOURS = {
+  Kind.F: (0.36, 0.55, 0.90),
+  Kind.R: (0.95, 0.76, 0.36),
+  Kind.I: (0.45, 0.83, 0.86),
+  Kind.W: (0.42, 0.70, 0.36),
+  Kind.B: (0.60, 0.80, 0.50),
+}
+_MEANING = {
+  Kind.F: "forward",
+  Kind.R: "recompute",
+  Kind.I: "input gradient",
+  Kind.W: "weight gradient",
+  Kind.B: "backward",
+}
+_ROW_INCHES = 0.40
+_MOST_INCHES = 60.0
+_POINTS_PER_INCH = 72
+
+
+def draw_png(timeline: Timeline, path: str | os.PathLike[str]) -> None:
+  """Draws a timetable to a PNG file.
+
+  Args:
+    timeline: what to draw.
+    path: the file to write.
+
+  Raises:
+    OSError: the file cannot be written.
+  """
+  # Imported here: everything else in the package runs without matplotlib, and starts faster.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  P = timeline.schedule.devices
+  inches = _width(timeline)
+  # A wide figure is looked at from further away, so its words grow with it.
+  points = min(max(9.0, 0.6 * inches), 15.0)
+  figure = Figure(figsize=(inches + 0.2 * points, _ROW_INCHES * P + 0.16 * points))
+  figure.set_layout_engine("constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  scale = inches / (timeline.makespan or 1)
+  for d in range(P):
+    _draw_device(axes, timeline, d, scale)
+  _draw_frame(axes, timeline, points)
+  kinds, handles = _legend(timeline)
+  columns = kinds if timeline.schedule.chunks > 1 else len(handles)
+  figure.legend(
+    handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=points
+  )
+  figure.savefig(path, dpi=150, format="png")
+
+
+def _width(timeline: Timeline) -> float:
+  """Inches of the time axis that leave every box room for its number."""
+  digits = len(str(timeline.schedule.microbatches - 1))
+  # The shortest box holds its number at about 9 points.
+  wanted = 0.07 * digits + 0.08
+  shortest = min(
+    (
+      end - start
+      for d in range(timeline.schedule.devices)
+      for _, start, end in cells(timeline, d)
+      if end > start
+    ),
+    default=1.0,
+  )
+  return min(max(6.0, timeline.makespan / shortest * wanted), _MOST_INCHES)
+
+
+def _draw_device(axes: "Axes", timeline: Timeline, d: int, scale: float) -> None:
+  """One row of boxes, each with its microbatch."""
+  placement = timeline.schedule.placement
+  for action, start, end in cells(timeline, d):
+    chunk = placement.chunk(action.stage)
+    colour, dark = _shade(action.kind, chunk, placement.chunks)
+    axes.barh(d, end - start, left=start, height=0.94, color=colour, edgecolor="white", lw=0.7)
+    text = str(action.microbatch)
+    # The number fills the box's width up to a size that suits the row's height.
+    size = min(9.0, (end - start) * scale * _POINTS_PER_INCH / (0.62 * len(text) + 0.35))
+    if size >= 3:
+      axes.text(
+        (start + end) / 2,
+        d,
+        text,
+        ha="center",
+        va="center_baseline",
+        fontsize=size,
+        color="white" if dark else "black",
+      )
+
+
+def _shade(kind: Kind, chunk: int, chunks: int) -> tuple[tuple[float, float, float], bool]:
+  """A kind's colour for one chunk, the first chunk's the darkest, and whether it is dark."""
+  lighter = 0.55 * chunk / max(chunks - 1, 1)
+  red, green, blue = (c + (1 - c) * lighter for c in _COLOURS[kind])
+  luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+  return (red, green, blue), luminance < 0.55
+
+
+def _draw_frame(axes: "Axes", timeline: Timeline, points: float) -> None:
+  """Axis, title with both bubbles, and each device's peak."""
+  P = timeline.schedule.devices
+  axes.set_xlim(0, timeline.makespan or 1)
+  axes.set_ylim(P - 0.5, -0.5)
+  axes.set_yticks(range(P), [f"device {d}" for d in range(P)])
+  axes.tick_params(axis="y", length=0)
+  axes.tick_params(labelsize=points)
+  axes.set_facecolor("#efefef")
+  axes.spines[:].set_visible(False)
+  axes.set_xlabel("time", fontsize=points)
+  heading = f"{title(timeline)}\n{summary(timeline)}"
+  axes.set_title(heading, fontsize=points + 1, loc="left", pad=points)
+  right = axes.get_yaxis_transform()
+  memory = timeline.peak_memory != timeline.peak_activations
+  for d in range(P):
+    text = f"  {timeline.peak_activations[d]}"
+    if memory:
+      text += f" ({timeline.peak_memory[d]:g})"
+    axes.text(1.0, d, text, transform=right, va="center", fontsize=points)
+  caption = " peak (memory)" if memory else " peak"
+  axes.text(1.0, -0.6, caption, transform=right, va="bottom", fontsize=points)
+
+
+def _legend(timeline: Timeline) -> tuple[int, list["Patch"]]:
+  """How many kinds there are, and one handle per kind and chunk."""
+  from matplotlib.patches import Patch
+
+  schedule = timeline.schedule
+  used = {action.kind for row in schedule.order for action in row}
+  handles = [
+    Patch(
+      color=_shade(kind, v, schedule.chunks)[0],
+      label=_MEANING[kind] + (f", chunk {v}" if schedule.chunks > 1 else ""),
+    )
+    for kind in PRODUCTS
+    if kind in used
+    for v in range(schedule.chunks)
+  ]
+  return len(used), handles

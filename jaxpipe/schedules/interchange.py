@@ -1,0 +1,92 @@
+"""Schedules as files: our JSON, and the CSV of PyTorch's `torch.distributed.pipelining`.
+
+In the CSV every device is one row of tokens.  PyTorch writes an empty cell where a device idles;
+idling follows from the order, so it is read and dropped, and never written.
+"""
+
+import csv
+import io
+import json
+
+from jaxpipe.schedules.actions import ScheduleError
+from jaxpipe.schedules.placement import Placement
+from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.simulate import Timeline
+
+
+def to_json(timeline: Timeline) -> str:
+  """Writes a schedule and what it takes.
+
+  Args:
+    timeline: the simulated schedule.
+
+  Returns:
+    A JSON object with one field per line: the schedule's `name, devices, microbatches, chunks` and
+    `order` (one list of tokens per device), then the timeline's figures.
+  """
+  schedule = timeline.schedule
+  fields = {
+    "name": schedule.name,
+    "devices": schedule.devices,
+    "microbatches": schedule.microbatches,
+    "chunks": schedule.chunks,
+    "order": schedule.tokens(),
+    "makespan": timeline.makespan,
+    "span": timeline.span,
+    "bubble": timeline.bubble,
+    "span_bubble": timeline.span_bubble,
+    "peak_activations": timeline.peak_activations,
+    "peak_pending_weight_grads": timeline.peak_pending_weight_grads,
+    "peak_memory": timeline.peak_memory,
+  }
+  lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+  return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def from_json(text: str, placement: str | Placement = "rows") -> Schedule:
+  """Reads a schedule back from JSON; all but `name` and `order` follows from these.
+
+  Args:
+    text: what `to_json` wrote, or any object with `order`.
+    placement: as in `Schedule.from_tokens`; read off the rows by default.
+
+  Returns:
+    The schedule.
+
+  Raises:
+    ScheduleError: the text holds no order, or the schedule is not legal.
+  """
+  try:
+    fields = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ScheduleError(f"not JSON: {error}") from None
+  if not isinstance(fields, dict) or "order" not in fields:
+    raise ScheduleError('the JSON has no field "order", one list of tokens per device')
+  return Schedule.from_tokens(fields["order"], placement, name=fields.get("name", "custom"))
+
+
+def to_csv(schedule: Schedule) -> str:
+  """Writes a schedule as PyTorch's CSV: one row of comma-separated tokens per device."""
+  text = io.StringIO()
+  csv.writer(text, lineterminator="\n").writerows(schedule.tokens())
+  return text.getvalue()
+
+
+def from_csv(text: str, placement: str | Placement = "rows", *, name: str = "custom") -> Schedule:
+  """Reads a schedule from PyTorch's CSV.
+
+  Args:
+    text: one row of comma-separated tokens per device; empty cells and empty last rows are skipped.
+    placement: as in `Schedule.from_tokens`; read off the rows by default, for the CSV names none.
+    name: what to call the schedule.
+
+  Returns:
+    The schedule.
+
+  Raises:
+    ScheduleError: a cell is no token, or the schedule is not legal.
+  """
+  rows = [[cell for cell in row if cell.strip()] for row in csv.reader(text.splitlines())]
+  while rows and not rows[-1]:
+    rows.pop()
+  return Schedule.from_tokens(rows, placement, name=name)

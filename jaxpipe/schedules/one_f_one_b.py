@@ -1,0 +1,44 @@
+"""1F1B: one forward, one backward (PipeDream-Flush: Narayanan et al., 2021, arXiv:2006.09503).
+
+P=3, M=4, with a backward that takes as long as two forwards:
+
+  device 0  F0 F1 F2 .  .  .  .  B0--- F3 B1--- .  B2--- .  B3---
+  device 1  .  F0 F1 .  .  B0--- F2 B1--- F3 B2--- .  B3--- .  .
+  device 2  .  .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .  .  .
+
+  device d:  | P-d-1 forwards | F B pairs ...... | the backwards left over |
+               warm-up          steady             drain
+
+The bubble is GPipe's, (P-1) / (M+P-1), but device d holds only min(P-d, M) microbatches.
+"""
+
+from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.placement import Placement
+from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.spec import Spec
+
+
+def one_f_one_b(spec: Spec) -> Schedule:
+  """Warms up with just enough forwards to reach the last device and back, then alternates.
+
+  Args:
+    spec: devices and microbatches; one stage per device.
+
+  Returns:
+    The schedule, its backward fused.
+  """
+  P, M = spec.devices, spec.microbatches
+  order = tuple(_device(d, min(P - d - 1, M), M) for d in range(P))
+  return Schedule("1f1b", Placement.loop(P), M, order)
+
+
+def _device(d: int, ahead: int, M: int) -> tuple[Action, ...]:
+  """Device d's list: forwards stay `ahead` of backwards until they run out."""
+  warm_up = [Action(d, Kind.F, m) for m in range(ahead)]
+  steady = [
+    action
+    for m in range(M - ahead)
+    for action in (Action(d, Kind.F, ahead + m), Action(d, Kind.B, m))
+  ]
+  drain = [Action(d, Kind.B, m) for m in range(M - ahead, M)]
+  return tuple(warm_up + steady + drain)

@@ -1,0 +1,114 @@
+"""Schedules by name.  A new one is one function and one line of `FAMILIES`.
+
+Families only build; what holds for all of them (sizes that make sense, the cut of the backward
+pass, legality, the memory limit) is seen to here, once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from jaxpipe.schedules.backward import with_backward
+from jaxpipe.schedules.gpipe import gpipe
+from jaxpipe.schedules.one_f_one_b import one_f_one_b
+from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.simulate import Costs, Memory, simulate
+from jaxpipe.schedules.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One named way of building schedules.
+
+  Attributes:
+    build: makes the schedule.
+    summary: one line for people.
+    chunks: stages per device by default.
+    any_chunks: whether other numbers of stages per device are possible.
+    backward: how the backward pass is cut by default.
+  """
+
+  build: Callable[[Spec], Schedule]
+  summary: str
+  chunks: int = 1
+  any_chunks: bool = False
+  backward: str = "fused"
+
+
+FAMILIES: dict[str, Family] = {
+  "gpipe": Family(gpipe, "all forwards, then all backwards"),
+  "1f1b": Family(one_f_one_b, "one forward, one backward: at most P microbatches in flight"),
+}
+
+
+def schedule_names() -> tuple[str, ...]:
+  """Names that `make_schedule` knows."""
+  return tuple(FAMILIES)
+
+
+def make_schedule(
+  name: str,
+  *,
+  devices: int,
+  microbatches: int,
+  chunks: int | None = None,
+  backward: str | None = None,
+  costs: Costs | None = None,
+  memory: Memory = (1, 0, -1),
+  memory_limit: float | None = None,
+) -> Schedule:
+  """Builds a schedule by name and checks it.
+
+  Args:
+    name: one of `schedule_names()`.
+    devices: number of devices, P.
+    microbatches: number of microbatches, M.
+    chunks: stages per device, V; by default the family's own number.
+    backward: `fused`, `split` or `deferred`; by default the family's own way.
+    costs: durations, for schedules that are planned around them.
+    memory: what an F, an I and a W change in what its device holds.
+    memory_limit: most memory that any device may hold, in the unit of `memory`.
+
+  Returns:
+    A legal schedule within the limit.
+
+  Raises:
+    ValueError: the name is unknown, the sizes do not fit, or the limit is too low.
+
+  >>> make_schedule("1f1b", devices=2, microbatches=2).tokens()
+  [['0F0', '0F1', '0B0', '0B1'], ['1F0', '1B0', '1F1', '1B1']]
+  """
+  if name not in FAMILIES:
+    raise ValueError(f"unknown schedule {name!r}; known: {', '.join(FAMILIES)}")
+  family = FAMILIES[name]
+  chunks = family.chunks if chunks is None else chunks
+  for word, number in (("devices", devices), ("microbatches", microbatches), ("chunks", chunks)):
+    if number < 1:
+      raise ValueError(f"{name} cannot run with {word}={number}; use {word}=1 or more")
+  if chunks != family.chunks and not family.any_chunks:
+    raise ValueError(
+      f"{name} has {family.chunks} chunk(s) per device, not {chunks}; use chunks={family.chunks}"
+    )
+  spec = Spec(
+    devices=devices,
+    microbatches=microbatches,
+    chunks=chunks,
+    costs=costs or Costs(),
+    memory=memory,
+    memory_limit=memory_limit,
+  )
+  schedule = with_backward(family.build(spec), backward or family.backward).check()
+  check_memory(schedule, memory, memory_limit)
+  return schedule
+
+
+def check_memory(schedule: Schedule, memory: Memory, limit: float | None) -> None:
+  """Raises ValueError if some device of the schedule holds more than `limit`."""
+  if limit is None:
+    return
+  peaks = simulate(schedule, memory=memory).peak_memory
+  if max(peaks) > limit:
+    d = peaks.index(max(peaks))
+    raise ValueError(
+      f"{schedule.name} holds {peaks[d]:g} on device {d}, above memory_limit={limit:g};"
+      f" use memory_limit={peaks[d]:g}, fewer microbatches or a thriftier schedule"
+    )
