@@ -207,29 +207,32 @@ class LayerStack:
 
   def check_shapes(self, batch: Tree) -> Tree:
     """Returns the shapes of x; raises StackError where a layer's output is unlike its input."""
+    shapes = self.param_shapes()
+    layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), shapes["layers"])
+    x = jax.eval_shape(self.apply_embed, shapes["embed"], batch)
+    rows = jax.tree.leaves(x)[0].shape[0]
 
-    def one(batch: Tree) -> tuple[Tree, Tree]:
-      params = self.init_layers_and_ends(jax.random.key(0), jnp.arange(1))
-      layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
-      x = self.apply_embed(params["embed"], batch)
-      rows = jax.tree.leaves(x)[0].shape[0]
+    def one(params: Tree, x: Tree, batch: Tree) -> Tree:
+      key, number = jax.random.key(0), jnp.int32(0)
       inputs = LayerInputs(
-        batch=batch, key=jax.random.key(0), layer=0, microbatch=0, rows=jnp.arange(rows)
+        batch=batch, key=key, layer=number, microbatch=number, rows=jnp.arange(rows)
       )
-      y = self.apply_layer(layer, x, True, inputs)
-      self.apply_head(self.head_params(params), y, batch)
-      return x, y
+      return self.apply_layer(params, x, True, inputs)
 
-    x, y = jax.eval_shape(one, batch)
-    if jax.tree.structure(x) != jax.tree.structure(y):
-      raise StackError(f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}")
-    for (path, a), b in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(y), strict=True):
-      if (a.shape, a.dtype) != (b.shape, b.dtype):
-        raise StackError(
-          f"layers[0] takes {a.dtype}{list(a.shape)} but returns {b.dtype}{list(b.shape)}"
-          f" at x{jax.tree_util.keystr(path)}; a layer must return what it takes"
-        )
+    _check_alike(x, jax.eval_shape(one, layer, x, batch))
+    jax.eval_shape(self.apply_head, self.head_params(shapes), x, batch)
     return x
+
+
+def _check_alike(x: Tree, y: Tree) -> None:
+  if jax.tree.structure(x) != jax.tree.structure(y):
+    raise StackError(f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}")
+  for (path, a), b in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(y), strict=True):
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+      raise StackError(
+        f"layers[0] takes {a.dtype}{list(a.shape)} but returns {b.dtype}{list(b.shape)}"
+        f" at x{jax.tree_util.keystr(path)}; a layer must return what it takes"
+      )
 
 
 def _get(tree: Tree, path: str) -> Any:

@@ -1,0 +1,87 @@
+"""What every test runs under: eight CPU devices, strict arithmetic, and grids sampled by a seed.
+
+A grid (schedule x P x M x ...) is too large to run whole every time. `@pytest.mark.sampled` and
+the `sample_grid` fixture run a sample of it, another one each run; the seed is printed at the
+start, `--grid-seed` repeats it, and `--whole-grid` runs every case.
+"""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import pytest
+
+Case = TypeVar("Case")
+
+DEVICES = 8
+SEED = "JAXPIPE_GRID_SEED"  # how the seed reaches the workers
+
+# Read once, when JAX makes its devices: so before anything imports it. Programs that tests start
+# inherit both.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+  group = parser.getgroup("grids")
+  group.addoption("--grid-seed", type=int, help="repeat the samples of the run that printed it")
+  group.addoption("--whole-grid", action="store_true", help="run every case of every grid")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  import jax
+
+  # Broadcasting over a missing dim hides transposed arguments.
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+  # Drawn once, by the process that xdist starts its workers from, and theirs by inheritance: all
+  # of them must collect the same tests.
+  if not hasattr(config, "workerinput"):
+    seed = config.option.grid_seed
+    os.environ[SEED] = str(random.SystemRandom().randrange(2**32) if seed is None else seed)
+
+
+def _grids(config: pytest.Config) -> str:
+  if config.option.whole_grid:
+    return "grids: whole"
+  return f"grids: sampled, repeat with --grid-seed={os.environ[SEED]}"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+  return _grids(config)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+  if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+    terminalreporter.write_line(_grids(terminalreporter.config))
+
+
+def _sample(config: pytest.Config, where: str, cases: Sequence[Case], count: int) -> list[Case]:
+  """Returns `count` of the cases in their order, chosen by the seed and by who asks."""
+  if config.option.whole_grid or count >= len(cases):
+    return list(cases)
+  draw = random.Random(f"{os.environ[SEED]} {where}")
+  return [cases[i] for i in sorted(draw.sample(range(len(cases)), count))]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+  """Parametrizes a test over a sample: `@pytest.mark.sampled("p, m", CASES, 6)`."""
+  for marker in metafunc.definition.iter_markers("sampled"):
+    names, cases, count = marker.args
+    chosen = _sample(metafunc.config, metafunc.definition.nodeid, list(cases), count)
+    metafunc.parametrize(names, chosen, **marker.kwargs)
+
+
+@pytest.fixture
+def sample_grid(request: pytest.FixtureRequest) -> Callable[[Sequence[Case], int], list[Case]]:
+  """`sample_grid(cases, count)` inside one test: another sample at every call and every run."""
+  calls = 0
+
+  def sample(cases: Sequence[Case], count: int) -> list[Case]:
+    nonlocal calls
+    calls += 1
+    return _sample(request.config, f"{request.node.nodeid} {calls}", cases, count)
+
+  return sample

@@ -1,0 +1,125 @@
+"""The stack protocol: what it refuses, ties, and initialises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+import jaxpipe
+from jaxpipe.models.stack import LayerStack, StackError
+
+ROWS = {"tokens": np.zeros((2, 3), np.int32), "targets": np.zeros((2, 3), np.int32)}
+
+
+class Embed(nnx.Module):
+  def __init__(self, rngs):
+    self.table = nnx.Param(jax.random.normal(rngs.params(), (5, 4)))
+
+  def __call__(self, batch):
+    return jnp.take(self.table[...], batch["tokens"], axis=0)
+
+
+class Head(nnx.Module):
+  def __init__(self, rngs):
+    self.out = nnx.Linear(4, 5, rngs=rngs)
+
+  def __call__(self, x, batch):
+    return jnp.sum(self.out(x) ** 2), jnp.float32(x.shape[0]), {}
+
+
+class Layer(nnx.Module):
+  def __init__(self, rngs, width=4, extra=None):
+    self.linear = nnx.Linear(4, width, rngs=rngs)
+    self.extra = extra(rngs) if extra else None
+
+  def __call__(self, x, context):
+    return x[..., : self.linear.out_features] + self.linear(x)
+
+
+def make(layers, head=Head):
+  return LayerStack(embed=Embed, layers=layers, head=head)
+
+
+@pytest.mark.parametrize(
+  "extra, message",
+  [
+    (lambda r: nnx.Dropout(0.1, rngs=r), r"layers\[0\] holds mutable state extra/rngs/\w+ .*context.dropout"),
+    (lambda r: nnx.BatchNorm(4, rngs=r), r"layers\[0\] holds mutable state extra/\w+ \(BatchStat\).*RMSNorm"),
+    (lambda r: nnx.Variable(jnp.zeros(2)), r"layers\[0\] holds mutable state extra \(Variable\)"),
+  ],
+)
+def test_mutable_state_is_refused_with_its_place_and_the_remedy(extra, message):
+  with pytest.raises(StackError, match=message):
+    make([lambda rngs: Layer(rngs, extra=extra)])
+
+
+def test_no_layers():
+  with pytest.raises(StackError, match="at least one layer"):
+    make([])
+
+
+def test_unlike_layers_are_refused_by_number():
+  with pytest.raises(StackError, match=r"layers\[2\] differs from layers\[0\]"):
+    make([Layer, Layer, lambda rngs: Layer(rngs, width=2)])
+
+
+def test_like_layers_from_different_factories_are_one_kind():
+  assert make([lambda rngs: Layer(rngs), lambda rngs: Layer(rngs)]).depth == 2
+
+
+def test_a_layer_that_changes_the_shape_of_x():
+  with pytest.raises(StackError, match=r"takes float32\[2, 3, 4\] but returns float32\[2, 3, 2\]"):
+    make([lambda rngs: Layer(rngs, width=2)]).init(jax.random.key(0), ROWS)
+
+
+def test_a_head_that_does_not_sum():
+  class Means(Head):
+    def __call__(self, x, batch):
+      return self.out(x)[..., 0], jnp.float32(1), {}
+
+  with pytest.raises(StackError, match=r"loss_sum has shape \(2, 3\).*sum over the rows"):
+    make([Layer], Means).init(jax.random.key(0), ROWS)
+
+
+def test_tied_leaves_must_be_alike():
+  with pytest.raises(StackError, match="tied: head out/kernel"):
+    LayerStack(embed=Embed, layers=[Layer], head=Head, tied={"out/kernel": "table"})
+
+
+def test_tied_parameters_exist_once_and_sum_their_gradients():
+  stack = tiny.stack(dtype="float32", param_dtype="float32", dropout=0.0)
+  params = stack.init(jax.random.key(0), tiny.batch(2))
+  assert "table" not in params["head"]
+  assert (stack.head_params(params)["table"] == params["embed"]["table"]).all()
+  ones = jax.tree.map(jnp.ones_like, {**params, "head": stack.head_params(params)})
+  untied = stack.untie(ones)
+  assert (untied["embed"]["table"] == 2).all() and "table" not in untied["head"]
+  assert jax.tree.structure(untied) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("devices, data", [(1, 1), (2, 2), (4, 1)])
+def test_placed_initialisation_equals_the_unpipelined_one(devices, data):
+  stack = tiny.stack(8, dtype="float32", param_dtype="float32")
+  schedule = jaxpipe.make_schedule("1f1b", devices=devices, microbatches=2)
+  mesh = jaxpipe.make_mesh(f"stage:{devices},data:{data}")
+  whole = stack.init(jax.random.key(5), tiny.batch(4))
+  placed = stack.init(jax.random.key(5), tiny.batch(4), schedule, mesh)
+  jax.tree.map(np.testing.assert_array_equal, jaxpipe.unplace(placed, stack, schedule), whole)
+  kernel = placed["layers"]["up"]["kernel"]
+  assert {s.data.shape[0] for s in kernel.addressable_shards} == {8 // devices}
+
+
+def test_placed_initialisation_never_holds_the_whole():
+  """No device of the compiled program has room for another device's layers."""
+  stack = tiny.stack(8, width=64, dtype="float32", param_dtype="float32")
+  schedule = jaxpipe.make_schedule("1f1b", devices=8, microbatches=1)
+  mesh = jaxpipe.make_mesh("stage:8")
+  init = jax.jit(lambda key: stack.init(key, tiny.batch(1), schedule, mesh))
+  compiled = init.lower(jax.random.key(0)).compile()
+  shapes = jax.tree.leaves(stack.param_shapes()["layers"])
+  layer = sum(int(np.prod(s.shape)) * 4 for s in shapes) // 8
+  memory = compiled.memory_analysis()
+  assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 4 * layer
+  assert "all-gather" not in compiled.as_text()

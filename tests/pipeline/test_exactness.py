@@ -1,0 +1,148 @@
+"""The pipeline against the unpipelined model, leaf by leaf, in float64.
+
+The whole grid: `./launch/test.sh tests/pipeline/test_exactness.py --whole-grid`.
+"""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import jaxpipe
+from jaxpipe.pipeline.check import leaf_errors
+
+TOLERANCE = 1e-12
+
+GRID = [
+  (P, M, data, *rest)
+  for P, M, data in itertools.product((1, 2, 4), range(1, 9), (1, 2))
+  for rest in itertools.product(("gpipe", "1f1b"), ("fused", "split"), ("full", "dots", "all"))
+]
+
+
+@pytest.fixture(scope="module")
+def oracle():
+  """Loss, metrics and gradients of the reference, by (M, rows); each is computed once."""
+  seen = {}
+
+  def reference(M, rows):
+    if (M, rows) not in seen:
+      stack, batch, key = tiny.stack(), tiny.batch(rows), jax.random.key(7)
+      params = stack.init(jax.random.key(1), batch)
+      run = jaxpipe.reference_value_and_grad(stack, microbatches=M)
+      seen[M, rows] = (stack, params, batch, key, jax.device_get(run(params, batch, key)))
+    return seen[M, rows]
+
+  return reference
+
+
+@pytest.mark.sampled("P, M, data, name, backward, residuals", GRID, 24)
+def test_gradients_are_those_of_the_unpipelined_model(
+  float64, oracle, P, M, data, name, backward, residuals
+):
+  stack, params, batch, key, ((loss, metrics), grads) = oracle(M, 2 * M)
+  schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M, backward=backward)
+  mesh = jaxpipe.make_mesh(f"stage:{P},data:{data}")
+  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=residuals, poison=True)
+  (got_loss, got_metrics), got = step(jaxpipe.place(params, stack, schedule, mesh), batch, key)
+  np.testing.assert_allclose(got_loss, loss, rtol=TOLERANCE)
+  assert got_metrics == metrics
+  errors = leaf_errors(jaxpipe.unplace(got, stack, schedule), grads)
+  assert len(errors) == 11 and max(errors.values()) <= TOLERANCE, errors
+
+
+ORDERS = {
+  "interleaved": (
+    "loop",
+    [
+      "0F0 0F1 2F0 2F1 0F2 2F2 2I0 2W0 2I1 0I0 0I1 2B2 0W0 2W1 0W1 0B2",
+      "1F0 1F1 3F0 3I0 3F1 3I1 1F2 1I0 1W0 1I1 3F2 3B2 3W0 3W1 1B2 1W1",
+    ],
+  ),
+  "v": ("v", ["0F0 0F1 3F0 3I0 3F1 3I1 0I0 3W0 0I1 3W1 0W0 0W1", "1F0 2F0 1F1 2F1 2B0 1B0 2B1 1B1"]),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("data", [1, 2])
+def test_a_schedule_written_by_hand_runs_exactly(float64, oracle, name, data):
+  """Several chunks a device, folds within a device, B beside I and W in one schedule."""
+  placement, order = ORDERS[name]
+  schedule = jaxpipe.Schedule.from_tokens([row.split() for row in order], placement=placement)
+  stack, params, batch, key, ((loss, _), grads) = oracle(schedule.microbatches, 12)
+  mesh = jaxpipe.make_mesh(f"stage:2,data:{data}")
+  placed = jaxpipe.place(params, stack, schedule, mesh)
+  (got_loss, _), got = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, poison=True)(
+    placed, batch, key
+  )
+  np.testing.assert_allclose(got_loss, loss, rtol=TOLERANCE)
+  assert max(leaf_errors(jaxpipe.unplace(got, stack, schedule), grads).values()) <= TOLERANCE
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_float32_and_the_default_attention(name):
+  stack = tiny.stack(dtype="float32", param_dtype="float32", attention=jax.nn.dot_product_attention)
+  schedule = jaxpipe.make_schedule(name, devices=2, microbatches=3, backward="split")
+  report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh("stage:2"), tiny.batch(6))
+  assert report.tolerance == 1e-5 and report.ok, str(report)
+
+
+def test_bfloat16_arithmetic_keeps_float32_sums():
+  stack = tiny.stack(dtype="bfloat16", param_dtype="float32", attention=jax.nn.dot_product_attention)
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
+  mesh = jaxpipe.make_mesh("stage:2")
+  batch = tiny.batch(4)
+  params = stack.init(jax.random.key(0), batch, schedule, mesh)
+  (loss, _), grads = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(
+    params, batch, jax.random.key(1)
+  )
+  assert {loss.dtype, *(g.dtype for g in jax.tree.leaves(grads))} == {np.dtype("float32")}
+  # bfloat16 has 8 bits: 2^-8 a rounding, some tens of them along the way.
+  report = jaxpipe.check(stack, schedule, mesh, batch, tolerance=0.1)
+  assert report.ok, str(report)
+
+
+def test_evaluation_is_the_loss_without_dropout(float64, oracle):
+  schedule = jaxpipe.make_schedule("1f1b", devices=4, microbatches=3)
+  mesh = jaxpipe.make_mesh("stage:4,data:2")
+  plain, batch = tiny.stack(dropout=0.0), tiny.batch(6)
+  params = plain.init(jax.random.key(1), batch)
+  (loss, metrics), _ = jaxpipe.reference_value_and_grad(plain, microbatches=3)(params, batch)
+  evaluate = jaxpipe.pipeline_forward(tiny.stack(), schedule, mesh, poison=True)
+  got_loss, got_metrics = evaluate(jaxpipe.place(params, plain, schedule, mesh), batch)
+  np.testing.assert_allclose(got_loss, loss, rtol=TOLERANCE)
+  assert got_metrics == metrics
+
+
+def test_dropout_masks_depend_on_the_step_and_not_on_schedule_or_mesh(float64):
+  """Gradients of two steps differ; those of one step do not, wherever its rows lie."""
+  stack, batch = tiny.stack(), tiny.batch(8)
+  params = stack.init(jax.random.key(1), batch)
+
+  def run(name, mesh, key):
+    mesh = jaxpipe.make_mesh(mesh)
+    schedule = jaxpipe.make_schedule(name, devices=mesh.shape["stage"], microbatches=2)
+    step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+    return float(step(jaxpipe.place(params, stack, schedule, mesh), batch, key)[0][0])
+
+  first = run("1f1b", "stage:2", jax.random.key(3))
+  for name, mesh in (("gpipe", "stage:4"), ("1f1b", "stage:1,data:4"), ("gpipe", "stage:2,data:2")):
+    np.testing.assert_allclose(run(name, mesh, jax.random.key(3)), first, rtol=TOLERANCE)
+  assert abs(run("1f1b", "stage:2", jax.random.key(4)) - first) > 1e-6
+
+
+def test_the_oracle_fails_when_a_gradient_is_wrong(float64, monkeypatch):
+  """One leaf off by one part in a million is seen, although the loss is not touched."""
+  from jaxpipe.pipeline import rings
+
+  exact = rings.add
+  monkeypatch.setattr(
+    rings, "add", lambda ring, value, *at: exact(ring, jax.tree.map(lambda v: v * (1 + 1e-6), value), *at)
+  )
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
+  report = jaxpipe.check(tiny.stack(), schedule, jaxpipe.make_mesh("stage:2"), tiny.batch(4))
+  assert report.loss_error == 0 and not report.ok
+  assert sum(error > 1e-12 for error in report.errors.values()) == 9  # the layers' leaves

@@ -1,0 +1,128 @@
+"""What the executor refuses, and that NaN in whatever no action has written reaches no result."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+import jaxpipe
+from jaxpipe.pipeline.program import lower
+
+F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32, attention=jax.nn.dot_product_attention)
+
+
+def build(layers=4, devices=2, microbatches=2, mesh=None, **changes):
+  stack = tiny.stack(layers, **F32, **changes)
+  schedule = jaxpipe.make_schedule("1f1b", devices=devices, microbatches=microbatches)
+  mesh = jaxpipe.make_mesh(mesh or f"stage:{devices}")
+  return stack, schedule, mesh
+
+
+def test_layers_that_do_not_fill_the_stages():
+  stack, schedule, mesh = build(layers=6, devices=4)
+  with pytest.raises(ValueError, match=r"6 layers cannot fill 4 stages evenly; use 3 stages"):
+    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+
+
+def test_a_mesh_of_another_size_than_the_schedules():
+  stack, schedule, mesh = build(devices=4, mesh="stage:2")
+  with pytest.raises(ValueError, match=r"1f1b is for 4 devices but the mesh has 2 along"):
+    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+
+
+def test_rows_that_do_not_divide():
+  stack, schedule, mesh = build(mesh="stage:2,data:2")
+  params = stack.init(jax.random.key(0), tiny.batch(4), schedule, mesh)
+  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+  with pytest.raises(ValueError, match=r"6 rows cannot be cut into 2 microbatches over 2 data"):
+    step(params, tiny.batch(6), jax.random.key(0))
+
+
+def test_parameters_that_were_never_placed():
+  """Their shapes are right, so that nothing but their place can tell."""
+  stack, schedule, mesh = build()
+  params = stack.init(jax.random.key(0), tiny.batch(4))
+  with pytest.raises(ValueError, match=r"is not on its stage; call jaxpipe.place"):
+    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, tiny.batch(4))
+
+
+def test_dropout_without_a_key():
+  stack, schedule, mesh = build()
+  params = stack.init(jax.random.key(0), tiny.batch(4), schedule, mesh)
+  with pytest.raises(ValueError, match=r"uses dropout; call the step with a key"):
+    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, tiny.batch(4))
+
+
+def test_an_unknown_residual_policy():
+  stack, schedule, mesh = build()
+  with pytest.raises(ValueError, match=r"residuals 'some' is unknown; use one of all, dots, full"):
+    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals="some")
+
+
+def test_one_compilation_serves_every_step():
+  stack, schedule, mesh = build()
+  params = stack.init(jax.random.key(0), tiny.batch(4), schedule, mesh)
+  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+  traces = []
+  counted = jax.jit(lambda *args: traces.append(1) or step(*args))
+  for seed in range(3):
+    counted(params, tiny.batch(4, seed=seed), jax.random.key(seed))
+  assert len(traces) == 1
+
+
+@pytest.mark.parametrize("column", ["activations", "residuals", "gradients"])
+def test_poison_shows_a_slot_that_is_read_before_it_is_filled(monkeypatch, column):
+  stack, schedule, mesh = build(dropout=0.0)
+
+  def wrong(schedule):
+    program = lower(schedule)
+    slots = dict(program.slots) | {column: program.slots[column] + 2}  # nobody fills the last
+    reads = program.table["kind"] == (1 if column == "activations" else 2)
+    table = dict(program.table)
+    table[column] = np.where(reads, slots[column] - 1, table[column])
+    return program.__class__(**{**vars(program), "slots": slots, "table": table})
+
+  monkeypatch.setattr("jaxpipe.pipeline.executor.lower", wrong)
+  report = jaxpipe.check(stack, schedule, mesh, tiny.batch(4))
+  assert report.worst == float("inf")
+
+
+class Pair(nnx.Module):
+  """A layer whose x is a tree with an integer leaf, which it uses and passes on."""
+
+  def __init__(self, rngs):
+    self.scale = nnx.Param(jax.random.normal(rngs.params(), (3,)))
+
+  def __call__(self, x, context):
+    turned = jnp.take_along_axis(x["signal"], x["order"], axis=1)
+    return {"signal": x["signal"] + turned * self.scale[...][None, :], "order": x["order"]}
+
+
+class PairEmbed(nnx.Module):
+  def __init__(self, rngs):
+    self.bias = nnx.Param(jax.random.normal(rngs.params(), (3,)))
+
+  def __call__(self, batch):
+    return {"signal": batch["signal"] + self.bias[...][None, :], "order": batch["order"]}
+
+
+class PairHead(nnx.Module):
+  def __init__(self, rngs):
+    self.weight = nnx.Param(jax.random.normal(rngs.params(), (3,)))
+
+  def __call__(self, x, batch):
+    return jnp.sum(jnp.sin(x["signal"]) @ self.weight[...]), 1.0 * len(batch["signal"]), {}
+
+
+@pytest.mark.parametrize("backward", ["fused", "split"])
+@pytest.mark.parametrize("residuals", ["full", "dots", "all"])
+def test_integer_leaves_travel_between_stages(backward, residuals):
+  stack = jaxpipe.LayerStack(embed=PairEmbed, layers=[Pair] * 4, head=PairHead)
+  rng = np.random.default_rng(0)
+  order = np.stack([rng.permutation(3) for _ in range(6)]).astype(np.int32)
+  batch = {"signal": rng.normal(size=(6, 3)).astype(np.float32), "order": order}
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=3, backward=backward)
+  report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh("stage:2"), batch, residuals=residuals)
+  assert report.ok, str(report)
