@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: built, checked, simulated and drawn.  No JAX in here.
+"""Pipeline schedules as data: built, checked, simulated and drawn. No JAX in here.
 
 schedule = make_schedule("1f1b", devices=4, microbatches=8)
 print(draw_text(simulate(schedule)))

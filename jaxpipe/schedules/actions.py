@@ -1,7 +1,7 @@
 """The words of a schedule: an action is one piece of work on one stage for one microbatch.
 
 Kinds are written with PyTorch's letters, so that the CSV files of `torch.distributed.pipelining`
-are ours too.  Zero Bubble (Qi et al., 2023, arXiv:2401.10241) splits the backward pass: its B is
+are ours too. Zero Bubble (Qi et al., 2023, arXiv:2401.10241) splits the backward pass: its B is
 our `I`, its W our `W`; our `B` is the fused pair.
 
 Later kinds (vocabulary passes, weight gathering, fillers, updates) are further members of `Kind`;
@@ -28,7 +28,7 @@ class Kind(enum.StrEnum):
   B = "B"  # I and W in one
 
 
-# What each kind produces.  Everything that waits, or that must happen exactly once, is stated in
+# What each kind produces. Everything that waits, or that must happen exactly once, is stated in
 # terms of these products, so that a fused B needs no special case anywhere else.
 PRODUCTS: dict[Kind, tuple[Kind, ...]] = {
   Kind.F: (Kind.F,),
@@ -38,10 +38,14 @@ PRODUCTS: dict[Kind, tuple[Kind, ...]] = {
   Kind.B: (Kind.I, Kind.W),
 }
 
+# Letters other than these (PyTorch's SEND_F, UNSHARD, ...) are refused, not skipped: a schedule
+# that was read in part would pass for another one.
 _LETTERS = "".join(Kind)
+# [0-9] and not \d, which would take the digits of any script.
 _TOKEN = re.compile(rf"([0-9]+)([{_LETTERS}])([0-9]+)")
 
 
+# Slots: schedules of half a million actions are common in studies of scaling.
 @dataclasses.dataclass(frozen=True, slots=True)
 class Action:
   """One piece of work: `kind` for `microbatch` on `stage`, all counted from 0."""
@@ -76,6 +80,7 @@ class Action:
     return cls(int(stage), Kind(kind), int(microbatch))
 
   def __str__(self) -> str:
+    # The value, because formatting an enum member is several times slower.
     return f"{self.stage}{self.kind.value}{self.microbatch}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from jaxpipe.schedules.actions import Action, Kind
 from jaxpipe.schedules.schedule import Schedule
 
+# All that the command line accepts, so that it need not change when `deferred` arrives.
 BACKWARDS = ("fused", "split", "deferred")
 
 
@@ -34,12 +35,14 @@ def with_backward(schedule: Schedule, backward: str) -> Schedule:
     raise ValueError(f"unknown backward {backward!r}; known: {', '.join(BACKWARDS)}")
   if backward == "fused":
     return schedule
+  # Each W directly after its I keeps the order of everything else and the memory of a fused B.
   order = tuple(tuple(part for a in row for part in _halves(a)) for row in schedule.order)
   return dataclasses.replace(schedule, order=order)
 
 
 def _halves(action: Action) -> Iterator[Action]:
   if action.kind is not Kind.B:
+    # A schedule may have split some of its backwards already.
     yield action
     return
   yield Action(action.stage, Kind.I, action.microbatch)

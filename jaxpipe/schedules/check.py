@@ -8,11 +8,13 @@ from jaxpipe.schedules.actions import PRODUCTS, Action, Kind, Order, ScheduleErr
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.walk import dependencies, walk
 
+# The rule lives with the walk; those who lower or check a schedule look for it here.
 __all__ = ["check", "dependencies"]
 
 # What must exist exactly once for every stage and microbatch of a training step.
 _REQUIRED = (Kind.F, Kind.I, Kind.W)
 
+# Who makes what: product -> (stage, microbatch) -> (device, action).
 _Seen = dict[Kind, dict[tuple[int, int], tuple[int, Action]]]
 
 
@@ -34,7 +36,10 @@ def check(order: Order, placement: Placement, microbatches: int) -> None:
   """
   if len(order) != placement.devices:
     raise ScheduleError(f"{len(order)} rows for {placement.devices} devices; give one row each")
+  # In this order, so that a missing action is reported as missing, and not as the dead-lock that it
+  # also causes.
   _check_complete(_take_stock(order, placement, microbatches), placement, microbatches)
+  # Walking to the end is the proof; where things happen in time does not matter.
   for _ in walk(order, placement.stages, microbatches):
     pass
 
@@ -43,6 +48,7 @@ def _take_stock(order: Order, placement: Placement, microbatches: int) -> _Seen:
   """Collects who produces what, refusing what is produced twice or in the wrong place."""
   seen: _Seen = {kind: {} for kind in Kind}
   for d, row in enumerate(order):
+    # The row's own stages, rather than the one home of each stage: with replicas a stage has two.
     held = set(placement.table[d])
     for action in row:
       stage, m = action.stage, action.microbatch
@@ -60,6 +66,7 @@ def _take_stock(order: Order, placement: Placement, microbatches: int) -> _Seen:
           " which needs it"
         )
       for product in PRODUCTS[action.kind]:
+        # Also catches a B beside an I or a W: they make the same products.
         if (stage, m) in seen[product]:
           raise _duplicate(action, d, *seen[product][stage, m])
         seen[product][stage, m] = d, action
@@ -85,6 +92,7 @@ def _duplicate(action: Action, d: int, first_d: int, first: Action) -> ScheduleE
 
 
 def _check_complete(seen: _Seen, placement: Placement, microbatches: int) -> None:
+  # Counting is enough when all is well: nothing was seen twice, and nothing out of range.
   expected = placement.stages * microbatches
   if all(len(seen[product]) == expected for product in _REQUIRED):
     return
@@ -102,6 +110,7 @@ def _missing(action: Action, seen: _Seen, placement: Placement) -> ScheduleError
   # Where neither half of a backward exists, the fused form is as good an answer.
   if action.kind is Kind.I and (stage, m) not in seen[Kind.W]:
     token = f"{stage}B{m} (or {stage}I{m} and {stage}W{m})"
+  # Its own stage's next step comes first: it is on the same device, where the mistake was made.
   if action.kind is Kind.F:
     waiters = [seen[Kind.I].get((stage, m)), seen[Kind.F].get((stage + 1, m))]
   else:

@@ -19,6 +19,7 @@ from jaxpipe.schedules.registry import FAMILIES, check_memory, make_schedule
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import Costs, PerStage, Timeline, simulate
 
+# The first is the default.
 _FORMATS = ("text", "json", "csv", "png", "perfetto")
 
 
@@ -47,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     schedule = _schedule(flags)
     timeline = simulate(schedule, flags.costs, flags.memory)
     _emit(timeline, flags.format, flags.out)
+  # Whatever else is raised is our mistake and deserves its traceback.
   except (ValueError, OSError) as error:
+    # Some messages (a file's bytes quoted back) have line breaks of their own.
     print(f"{parser.prog}: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return 2
   return 0
@@ -86,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     help="changes in what a device holds, in the same way; default 1,0,-1",
   )
   add("--memory_limit", type=_number, metavar="X", help="most that a device may hold")
-  add("--format", choices=_FORMATS, default="text")
+  add("--format", choices=_FORMATS, default=_FORMATS[0])
   add("--out", type=pathlib.Path, metavar="FILE", help="default: standard output")
   return parser
 
@@ -100,6 +103,7 @@ def _number(text: str) -> float:
 
 
 def _per_stage(text: str) -> PerStage:
+  # Commas separate the kinds already.
   numbers = tuple(_number(part) for part in text.split(":"))
   return numbers if len(numbers) > 1 else numbers[0]
 
@@ -125,10 +129,12 @@ def _memory(text: str) -> tuple[PerStage, PerStage, PerStage]:
 
 def _schedule(flags: argparse.Namespace) -> Schedule:
   """Builds or reads the schedule that the flags ask for."""
+  # Neither, or both.
   if (flags.name is None) == (flags.order is None):
     raise ValueError("give either the NAME of a schedule or --order FILE.csv; --list prints names")
   if flags.order is not None:
     return _read(flags)
+  # An unknown name is the better complaint, and `make_schedule` has it.
   if flags.name in FAMILIES:
     for word in ("devices", "microbatches"):
       if getattr(flags, word) is None:
@@ -149,6 +155,7 @@ def _read(flags: argparse.Namespace) -> Schedule:
   """Reads --order; sizes follow from the file, so flags that give them must agree."""
   path = pathlib.Path(flags.order)
   try:
+    # The placement is read off the rows: the CSV of a V-shaped schedule does not say so.
     schedule = interchange.from_csv(path.read_text(), name=path.stem)
   except ScheduleError as error:
     raise ScheduleError(f"{path}: {error}") from None
@@ -156,6 +163,7 @@ def _read(flags: argparse.Namespace) -> Schedule:
     asked, found = getattr(flags, word), getattr(schedule, word)
     if asked not in (None, found):
       raise ValueError(f"{path} has {word}={found}, not {asked}; drop --{word}")
+  # Unlike a name, a file has no default way: it is taken as it was written.
   schedule = with_backward(schedule, flags.backward or "fused")
   check_memory(schedule, flags.memory, flags.memory_limit)
   return schedule
@@ -176,6 +184,7 @@ def _emit(timeline: Timeline, form: str, out: pathlib.Path | None) -> None:
     text = draw.draw_perfetto(timeline)
   else:
     text = draw.draw_text(timeline, _columns(out))
+  # One newline at the end, whichever format it was.
   text = text.rstrip("\n") + "\n"
   if out is None:
     sys.stdout.write(text)

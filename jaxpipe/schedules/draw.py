@@ -21,7 +21,7 @@ def draw_text(timeline: Timeline, width: int | None = None) -> str:
 
   Args:
     timeline: what to draw.
-    width: columns of the terminal; a longer timetable continues below.  None never breaks rows.
+    width: columns of the terminal; a longer timetable continues below. None never breaks rows.
 
   Returns:
     Lines of text: a title, the rows with each device's peak of activations, and the legend.
@@ -29,8 +29,8 @@ def draw_text(timeline: Timeline, width: int | None = None) -> str:
   >>> from jaxpipe.schedules import make_schedule, simulate
   >>> print(draw_text(simulate(make_schedule("gpipe", devices=2, microbatches=2))))
   gpipe: 2 devices, 2 microbatches, 1 chunk each
-  device 0 | F0 F1       B0--- B1--- | peak 2
-  device 1 |    F0 F1 B0--- B1---    | peak 2
+  device 0 | F0 F1          B0--- B1--- | peak 2
+  device 1 |    F0 F1 B0--- B1---       | peak 2
   makespan 9  bubble 33.3 %  span 9  span bubble 33.3 %
   """
   scale = _scale(timeline)
@@ -39,9 +39,11 @@ def draw_text(timeline: Timeline, width: int | None = None) -> str:
   heads = [f"device {d}" for d in range(len(rows))]
   heads = [head.ljust(max(map(len, heads))) + " | " for head in heads]
   tails = [f"| {peak}" for peak in _peaks(timeline)]
+  # At least 20, or a narrow terminal would get one column per block.
   room = columns if width is None else max(20, width - len(heads[0]) - max(map(len, tails)))
   blocks = [
     [
+      # Peaks stand at the end of the last block only, where a device's row ends.
       (head + row[left : left + room] + (tail if left + room >= columns else "")).rstrip()
       for head, row, tail in zip(heads, rows, tails, strict=True)
     ]
@@ -51,6 +53,7 @@ def draw_text(timeline: Timeline, width: int | None = None) -> str:
   return f"{title(timeline)}\n{body}\n{summary(timeline)}"
 
 
+# The figure has the same words, so that text and picture of one schedule can be told to agree.
 def title(timeline: Timeline) -> str:
   """The schedule's name and sizes."""
   schedule = timeline.schedule
@@ -66,8 +69,8 @@ def title(timeline: Timeline) -> str:
 def summary(timeline: Timeline) -> str:
   """Makespan and span, with the share of each that is idle."""
   return (
-    f"makespan {timeline.makespan:g}  bubble {timeline.bubble:.1%}"
-    f"  span {timeline.span:g}  span bubble {timeline.span_bubble:.1%}"
+    f"makespan {timeline.makespan:.10g}  bubble {timeline.bubble:.1%}"
+    f"  span {timeline.span:.10g}  span bubble {timeline.span_bubble:.1%}"
   ).replace("%", " %")
 
 
@@ -85,6 +88,7 @@ def draw_perfetto(timeline: Timeline) -> str:
     {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": schedule.name}}
   ]
   for d in range(schedule.devices):
+    # Tracks are sorted by their ids, so device 0 comes out on top.
     track = {"pid": 0, "tid": d}
     events.append({"name": "thread_name", "ph": "M", **track, "args": {"name": f"device {d}"}})
     for action, start, end in cells(timeline, d):
@@ -117,6 +121,7 @@ def cells(timeline: Timeline, device: int) -> Iterator[tuple[Action, float, floa
 def _row(timeline: Timeline, d: int, scale: float) -> str:
   row = ""
   for action, start, end in cells(timeline, d):
+    # Rounding both ends, never the width, keeps a long row from drifting off the time axis.
     left, right = round(start * scale), round(end * scale)
     # The last column of a cell stays blank, to keep neighbours apart.
     label = _label(timeline, action)[: max(right - left - 1, 0)]
@@ -124,6 +129,7 @@ def _row(timeline: Timeline, d: int, scale: float) -> str:
   return row
 
 
+# Where a device has one stage, its number would repeat in every cell of the row.
 def _label(timeline: Timeline, action: Action) -> str:
   return str(action) if timeline.schedule.chunks > 1 else f"{action.kind.value}{action.microbatch}"
 
@@ -134,6 +140,7 @@ def _scale(timeline: Timeline) -> float:
     (len(_label(timeline, action)) + 1, start, end)
     for d in range(timeline.schedule.devices)
     for action, start, end in cells(timeline, d)
+    # What takes no time has no width to put a label in.
     if end > start
   ]
   scale = max((columns / (end - start) for columns, start, end in boxes), default=1.0)
@@ -145,6 +152,7 @@ def _scale(timeline: Timeline) -> float:
 
 def _peaks(timeline: Timeline) -> list[str]:
   """What stands beside each row: the peak in chunks, and in memory where that says more."""
+  # With the default memory both are the same number.
   texts = [f"peak {peak}" for peak in timeline.peak_activations]
   if timeline.peak_memory == timeline.peak_activations:
     return texts

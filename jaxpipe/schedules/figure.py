@@ -31,7 +31,9 @@ _MEANING = {
   Kind.W: "weight gradient",
   Kind.B: "backward",
 }
+# A row holds one line of 9-point figures with air around it.
 _ROW_INCHES = 0.40
+# Beyond, numbers are left out rather than the picture made larger than viewers open.
 _MOST_INCHES = 60.0
 _POINTS_PER_INCH = 72
 
@@ -55,7 +57,9 @@ def draw_png(timeline: Timeline, path: str | os.PathLike[str]) -> None:
   # A wide figure is looked at from further away, so its words grow with it.
   points = min(max(9.0, 0.6 * inches), 15.0)
   figure = Figure(figsize=(inches + 0.2 * points, _ROW_INCHES * P + 0.16 * points))
+  # Constrained: room for the legend and the peaks is made by whoever knows the sizes of the words.
   figure.set_layout_engine("constrained")
+  # Not pyplot, which keeps every figure alive and asks for a display.
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
   scale = inches / (timeline.makespan or 1)
@@ -63,6 +67,7 @@ def draw_png(timeline: Timeline, path: str | os.PathLike[str]) -> None:
     _draw_device(axes, timeline, d, scale)
   _draw_frame(axes, timeline, points)
   kinds, handles = _legend(timeline)
+  # One column per kind, its chunks below each other.
   columns = kinds if timeline.schedule.chunks > 1 else len(handles)
   figure.legend(
     handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=points
@@ -93,10 +98,12 @@ def _draw_device(axes: "Axes", timeline: Timeline, d: int, scale: float) -> None
   for action, start, end in cells(timeline, d):
     chunk = placement.chunk(action.stage)
     colour, dark = _shade(action.kind, chunk, placement.chunks)
+    # White edges tell neighbours of one colour apart.
     axes.barh(d, end - start, left=start, height=0.94, color=colour, edgecolor="white", lw=0.7)
     text = str(action.microbatch)
     # The number fills the box's width up to a size that suits the row's height.
     size = min(9.0, (end - start) * scale * _POINTS_PER_INCH / (0.62 * len(text) + 0.35))
+    # Below 3 points a number is a smudge; the colour still tells the kind.
     if size >= 3:
       axes.text(
         (start + end) / 2,
@@ -111,8 +118,10 @@ def _draw_device(axes: "Axes", timeline: Timeline, d: int, scale: float) -> None
 
 def _shade(kind: Kind, chunk: int, chunks: int) -> tuple[tuple[float, float, float], bool]:
   """A kind's colour for one chunk, the first chunk's the darkest, and whether it is dark."""
+  # Never all the way to white, which is for edges.
   lighter = 0.55 * chunk / max(chunks - 1, 1)
   red, green, blue = (c + (1 - c) * lighter for c in _COLOURS[kind])
+  # Rec. 601 weights: enough to choose between black and white digits.
   luminance = 0.299 * red + 0.587 * green + 0.114 * blue
   return (red, green, blue), luminance < 0.55
 
@@ -121,6 +130,7 @@ def _draw_frame(axes: "Axes", timeline: Timeline, points: float) -> None:
   """Axis, title with both bubbles, and each device's peak."""
   P = timeline.schedule.devices
   axes.set_xlim(0, timeline.makespan or 1)
+  # Device 0 on top, as in the papers.
   axes.set_ylim(P - 0.5, -0.5)
   axes.set_yticks(range(P), [f"device {d}" for d in range(P)])
   axes.tick_params(axis="y", length=0)
@@ -130,6 +140,7 @@ def _draw_frame(axes: "Axes", timeline: Timeline, points: float) -> None:
   axes.set_xlabel("time", fontsize=points)
   heading = f"{title(timeline)}\n{summary(timeline)}"
   axes.set_title(heading, fontsize=points + 1, loc="left", pad=points)
+  # x as a share of the width, y as a row: peaks stay beside their rows at any scale.
   right = axes.get_yaxis_transform()
   memory = timeline.peak_memory != timeline.peak_activations
   for d in range(P):
@@ -147,6 +158,7 @@ def _legend(timeline: Timeline) -> tuple[int, list["Patch"]]:
 
   schedule = timeline.schedule
   used = {action.kind for row in schedule.order for action in row}
+  # Only the kinds that occur, in the order of `PRODUCTS`, whatever the schedule starts with.
   handles = [
     Patch(
       color=_shade(kind, v, schedule.chunks)[0],

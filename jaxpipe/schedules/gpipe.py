@@ -2,12 +2,12 @@
 
 P=3, M=4, with a backward that takes as long as two forwards:
 
-  device 0  F0 F1 F2 F3 .  .  .  .  .  .  B0--- B1--- B2--- B3---
-  device 1  .  F0 F1 F2 F3 .  .  .  B0--- B1--- B2--- B3--- .  .
-  device 2  .  .  F0 F1 F2 F3 B0--- B1--- B2--- B3--- .  .  .  .
+  device 0 | F0 F1 F2 F3                   B0--- B1--- B2--- B3--- | peak 4
+  device 1 |    F0 F1 F2 F3          B0--- B1--- B2--- B3---       | peak 4
+  device 2 |       F0 F1 F2 F3 B0--- B1--- B2--- B3---             | peak 4
 
-The bubble is (P-1) / (M+P-1) and every device holds all M microbatches.  Backwards run first to
-last, as in PyTorch.  With M=1 this is naive model parallelism.
+The bubble is (P-1) / (M+P-1) and every device holds all M microbatches. Backwards run first to
+last, as in PyTorch. With M=1 this is naive model parallelism.
 """
 
 from jaxpipe.schedules.actions import Action, Kind
@@ -26,6 +26,7 @@ def gpipe(spec: Spec) -> Schedule:
     The schedule, its backward fused.
   """
   P, M = spec.devices, spec.microbatches
+  # Stage d is all that device d holds, so its list is two runs over the microbatches.
   order = tuple(
     tuple(Action(d, kind, m) for kind in (Kind.F, Kind.B) for m in range(M)) for d in range(P)
   )

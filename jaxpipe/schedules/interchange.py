@@ -1,6 +1,6 @@
 """Schedules as files: our JSON, and the CSV of PyTorch's `torch.distributed.pipelining`.
 
-In the CSV every device is one row of tokens.  PyTorch writes an empty cell where a device idles;
+In the CSV every device is one row of tokens. PyTorch writes an empty cell where a device idles;
 idling follows from the order, so it is read and dropped, and never written.
 """
 
@@ -25,6 +25,7 @@ def to_json(timeline: Timeline) -> str:
     `order` (one list of tokens per device), then the timeline's figures.
   """
   schedule = timeline.schedule
+  # These names are read by programs outside this package.
   fields = {
     "name": schedule.name,
     "devices": schedule.devices,
@@ -39,6 +40,7 @@ def to_json(timeline: Timeline) -> str:
     "peak_pending_weight_grads": timeline.peak_pending_weight_grads,
     "peak_memory": timeline.peak_memory,
   }
+  # A field per line: orders stay one row each to the eye, and files differ line by line.
   lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
   return "{\n" + ",\n".join(lines) + "\n}"
 
@@ -62,12 +64,14 @@ def from_json(text: str, placement: str | Placement = "rows") -> Schedule:
     raise ScheduleError(f"not JSON: {error}") from None
   if not isinstance(fields, dict) or "order" not in fields:
     raise ScheduleError('the JSON has no field "order", one list of tokens per device')
+  # Sizes and figures are not compared: somebody who edits an order by hand leaves them behind.
   return Schedule.from_tokens(fields["order"], placement, name=fields.get("name", "custom"))
 
 
 def to_csv(schedule: Schedule) -> str:
   """Writes a schedule as PyTorch's CSV: one row of comma-separated tokens per device."""
   text = io.StringIO()
+  # The csv module would end lines as on DOS.
   csv.writer(text, lineterminator="\n").writerows(schedule.tokens())
   return text.getvalue()
 
@@ -87,6 +91,7 @@ def from_csv(text: str, placement: str | Placement = "rows", *, name: str = "cus
     ScheduleError: a cell is no token, or the schedule is not legal.
   """
   rows = [[cell for cell in row if cell.strip()] for row in csv.reader(text.splitlines())]
+  # An empty row in the middle stays: it is a device without work, which is an error to report.
   while rows and not rows[-1]:
     rows.pop()
   return Schedule.from_tokens(rows, placement, name=name)

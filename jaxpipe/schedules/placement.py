@@ -2,7 +2,7 @@
 
 A placement is a table with one row per device: the stages it holds, in chunk order.  `loop` is
 Megatron's (Narayanan et al., 2021, arXiv:2104.04473), `v` is the fold of ZB-V (Qi et al., 2023,
-arXiv:2401.10241).  A new placement is one function here and one line in `PLACEMENTS`.
+arXiv:2401.10241). A new placement is one function here and one line in `PLACEMENTS`.
 
   loop, P=2, V=2            v, P=2
   device 0: stages 0 2      device 0: stages 0 3
@@ -31,6 +31,7 @@ class Placement:
   name: str = dataclasses.field(default="table", compare=False)
 
   def __post_init__(self) -> None:
+    # Lists are welcome, but a frozen value must be hashable.
     object.__setattr__(self, "table", tuple(tuple(row) for row in self.table))
     if not self.table or not self.table[0]:
       raise ScheduleError("a placement needs at least one device that holds at least one stage")
@@ -41,6 +42,8 @@ class Placement:
           f"device {d} holds {len(row)} stages and device 0 holds {self.chunks};"
           " give every device the same number"
         )
+    # Once: a bidirectional placement, which holds every stage twice, will relax this line and
+    # `device`; what runs where is otherwise always asked of the table's rows.
     if sorted(stage for row in self.table for stage in row) != list(range(self.stages)):
       raise ScheduleError(
         f"{self.devices} devices of {self.chunks} chunks must hold each of the stages"
@@ -118,15 +121,18 @@ class Placement:
       for action in row:
         votes[action.stage][d] += 1
     table: list[list[int]] = [[] for _ in order]
+    # Ascending is the order of chunks in every known placement: lower stages come first.
     for stage in sorted(votes):
       table[votes[stage].most_common(1)[0][0]].append(stage)
     found = cls(tuple(map(tuple, table)))
+    # With one device the two coincide; the one that exists for any number of chunks comes last.
     if found.chunks == 2 and found == cls.v(found.devices):
       return cls.v(found.devices)
     loop = cls.loop(found.devices, found.chunks)
     return loop if found == loop else found
 
 
+# Every constructor takes P and V, so that names from files and flags need no special cases.
 PLACEMENTS: dict[str, Callable[[int, int], Placement]] = {
   "loop": Placement.loop,
   "v": Placement.v,

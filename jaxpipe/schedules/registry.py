@@ -1,4 +1,4 @@
-"""Schedules by name.  A new one is one function and one line of `FAMILIES`.
+"""Schedules by name. A new one is one function and one line of `FAMILIES`.
 
 Families only build; what holds for all of them (sizes that make sense, the cut of the backward
 pass, legality, the memory limit) is seen to here, once.
@@ -34,6 +34,7 @@ class Family:
   backward: str = "fused"
 
 
+# The order is that of `--list` and of tables: oldest first.
 FAMILIES: dict[str, Family] = {
   "gpipe": Family(gpipe, "all forwards, then all backwards"),
   "1f1b": Family(one_f_one_b, "one forward, one backward: at most P microbatches in flight"),
@@ -80,6 +81,7 @@ def make_schedule(
   if name not in FAMILIES:
     raise ValueError(f"unknown schedule {name!r}; known: {', '.join(FAMILIES)}")
   family = FAMILIES[name]
+  # None means "the family's own"; 0 is a mistake that the check below names.
   chunks = family.chunks if chunks is None else chunks
   for word, number in (("devices", devices), ("microbatches", microbatches), ("chunks", chunks)):
     if number < 1:
@@ -96,7 +98,9 @@ def make_schedule(
     memory=memory,
     memory_limit=memory_limit,
   )
+  # Checked although we built it: a family with a bug must not reach an executor, where it hangs.
   schedule = with_backward(family.build(spec), backward or family.backward).check()
+  # Searches keep to the limit while they plan; for all others it is a condition on the result.
   check_memory(schedule, memory, memory_limit)
   return schedule
 
@@ -105,10 +109,11 @@ def check_memory(schedule: Schedule, memory: Memory, limit: float | None) -> Non
   """Raises ValueError if some device of the schedule holds more than `limit`."""
   if limit is None:
     return
+  # Peaks follow from the order alone, so costs play no part.
   peaks = simulate(schedule, memory=memory).peak_memory
   if max(peaks) > limit:
     d = peaks.index(max(peaks))
     raise ValueError(
-      f"{schedule.name} holds {peaks[d]:g} on device {d}, above memory_limit={limit:g};"
-      f" use memory_limit={peaks[d]:g}, fewer microbatches or a thriftier schedule"
+      f"{schedule.name} holds {peaks[d]} on device {d}, above memory_limit={limit};"
+      f" use memory_limit={peaks[d]}, fewer microbatches or a thriftier schedule"
     )

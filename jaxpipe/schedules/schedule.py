@@ -1,4 +1,4 @@
-"""A schedule is a value: who does what, in which order.  Nothing else in the package is state.
+"""A schedule is a value: who does what, in which order. Nothing else in the package is state.
 
 It can be built by name (`make_schedule`), read from a file (`interchange`), or written by hand as
 lists of tokens, and whatever made it, the checker, the simulator, the drawings and the executor
@@ -56,6 +56,7 @@ class Schedule:
     check(self.order, self.placement, self.microbatches)
     return self
 
+  # Under the same name and placement, so that parameters placed for training serve as they are.
   def forward_only(self) -> Self:
     """The same forwards in the same order and nothing else, for evaluation.
 
@@ -91,14 +92,17 @@ class Schedule:
     2
     """
     order = tuple(tuple(_parse(token, d) for token in row) for d, row in enumerate(tokens))
+    # An empty list would have no stages and no microbatches to count.
     if not any(order):
       raise ScheduleError("a schedule needs at least one action")
     if isinstance(placement, str):
       placement = _place(order, placement)
+    # A gap in the numbers shows up as missing actions.
     microbatches = 1 + max(action.microbatch for row in order for action in row)
     return cls(name, placement, microbatches, order).check()
 
 
+# A token alone does not say where it stands, and files have many.
 def _parse(token: str, d: int) -> Action:
   try:
     return Action.parse(token)
@@ -109,6 +113,7 @@ def _parse(token: str, d: int) -> Action:
 def _place(order: Order, name: str) -> Placement:
   if name == "rows":
     return Placement.from_rows(order)
+  # Highest number rather than count: a stage that is left out is missing, not absent.
   stages = 1 + max(action.stage for row in order for action in row)
   if stages % len(order):
     raise ScheduleError(

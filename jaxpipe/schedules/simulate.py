@@ -1,10 +1,10 @@
 """When each action runs, what that leaves idle, and how much each device holds meanwhile.
 
 Devices run their lists in order; an action starts when its device is free and what it needs has
-arrived.  A hop between devices is latency and occupies nobody.
+arrived. A hop between devices is latency and occupies nobody.
 
-Two bubbles are reported because two are paid.  Over the *makespan*: the idle share of all devices
-between the first start and the last end, which a jitted step with its barrier pays.  Over the
+Two bubbles are reported because two are paid. Over the *makespan*: the idle share of all devices
+between the first start and the last end, which a jitted step with its barrier pays. Over the
 *span*: the same for the longest single device alone, which the Zero Bubble papers print
 (Qi et al., 2023, arXiv:2401.10241), where the next step may start before this one has ended.
 """
@@ -29,7 +29,7 @@ class Costs:
   Attributes:
     forward: time of F on one stage; a number, or a sequence by stage.
     input_grad: time of I.
-    weight_grad: time of W.  A fused B takes I + W; a recompute takes as long as its forward.
+    weight_grad: time of W. A fused B takes I + W; a recompute takes as long as its forward.
     hop: latency of sending between two devices.
   """
 
@@ -38,6 +38,7 @@ class Costs:
   weight_grad: PerStage = 1
   hop: float = 0
 
+  # Lengths of sequences wait until a schedule says how many stages there are.
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
@@ -83,6 +84,7 @@ class Timeline:
   peak_pending_weight_grads: tuple[int, ...]
   peak_memory: tuple[float, ...]
 
+  # Derived, not stored: a timeline cannot contradict itself.
   @property
   def makespan(self) -> float:
     """Time from the start of the step to the end of the last action of all devices."""
@@ -96,6 +98,7 @@ class Timeline:
   @property
   def bubble(self) -> float:
     """Idle share of all devices over the makespan: 1 - sum(busy) / (P * makespan)."""
+    # One division, at the end: with integers, everything before it is exact.
     total = len(self.busy) * self.makespan
     return (total - sum(self.busy)) / total if total else 0.0
 
@@ -114,7 +117,7 @@ def simulate(
     schedule: a legal schedule, or the forward-only part of one.
     costs: durations; by default every F, I and W takes 1 and a hop nothing.
     memory: what an F, an I and a W change in what its device holds, each a number or a sequence by
-      stage.  A fused B changes it by I + W at once, a recompute not at all.
+      stage. A fused B changes it by I + W at once, a recompute not at all.
 
   Returns:
     The timeline, in the units of `costs` and `memory`.
@@ -129,13 +132,14 @@ def simulate(
   starts: list[list[float]] = [[] for _ in range(P)]
   ends: list[list[float]] = [[] for _ in range(P)]
   free: list[float] = [0] * P
-  # When and where every awaited product appeared, by its slot.  Where is noted rather than asked
+  # When and where every awaited product appeared, by its slot. Where is noted rather than asked
   # of the placement: a placement with replicas has no single answer.
   when: list[float] = [0] * (2 * S * M)
   where = [0] * (2 * S * M)
   for d, action, inputs, output in walk(schedule.order, S, M):
     start = free[d]
     for i in inputs:
+      # Chunks on one device hand over in place.
       arrival = when[i] if where[i] == d else when[i] + costs.hop
       if arrival > start:
         start = arrival
@@ -157,13 +161,17 @@ def simulate(
   )
 
 
+# Counted in chunks whatever `memory` says: a chunk is held until its weight gradient is done, for
+# W needs the layer inputs that F kept.
 _ACTIVATIONS = {Kind.F: 1, Kind.R: 0, Kind.I: 0, Kind.W: -1, Kind.B: -1}
+# A fused B never leaves a weight gradient pending.
 _PENDING = {Kind.F: 0, Kind.R: 0, Kind.I: 1, Kind.W: -1, Kind.B: 0}
 
 
 def _peaks(row: Sequence[Action], changes: dict[Kind, tuple[float, ...]]) -> tuple[int, int, float]:
   """Most activations, pending weight gradients and memory that one device holds at once."""
-  # A device does one thing at a time, so its own list decides; times play no part.
+  # A device does one thing at a time, so its own list decides; times play no part. Starting from
+  # nothing held keeps a peak from being negative.
   return (
     max(itertools.accumulate((_ACTIVATIONS[a.kind] for a in row), initial=0)),
     max(itertools.accumulate((_PENDING[a.kind] for a in row), initial=0)),
@@ -175,6 +183,7 @@ def _changes(memory: Memory, stages: int) -> dict[Kind, tuple[float, ...]]:
   forward, input_grad, weight_grad = (
     _by_stage(f"memory of {kind}", value, stages) for kind, value in zip("FIW", memory, strict=True)
   )
+  # What a recompute holds depends on the residual policy, which `memory` has no word for.
   return {
     Kind.F: forward,
     Kind.R: (0,) * stages,

@@ -24,6 +24,7 @@ class Spec:
 
   devices: int
   microbatches: int
+  # From here on the defaults of the command line; most builders never look at them.
   chunks: int = 1
   costs: Costs = dataclasses.field(default_factory=Costs)
   memory: Memory = (1, 0, -1)

@@ -1,0 +1,152 @@
+"""The command line: its formats, its exit codes, and what it must not import."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jaxpipe.schedules import make_schedule, schedule_names, to_csv
+from jaxpipe.schedules.cli import main
+
+SIZES = ["--devices", "2", "--microbatches", "3"]
+
+
+def test_starts_without_jax_or_matplotlib():
+  program = (
+    "import runpy, sys\n"
+    "sys.argv = ['x', '1f1b', '--devices', '2', '--microbatches', '3', '--format', 'csv']\n"
+    "try: runpy.run_module('jaxpipe.schedules', run_name='__main__')\n"
+    "except SystemExit as end: assert end.code == 0, end.code\n"
+    "heavy = {'jax', 'jaxlib', 'flax', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+    "assert not heavy, heavy\n"
+  )
+  run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert (run.returncode, run.stderr) == (0, "")
+  assert run.stdout == "0F0,0F1,0B0,0F2,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n"
+
+
+def test_unknown_flags_exit_2_in_one_line():
+  command = [sys.executable, "-m", "jaxpipe.schedules", "1f1b", *SIZES, "--colour", "red"]
+  run = subprocess.run(command, capture_output=True, text=True)
+  assert run.returncode == 2 and run.stdout == ""
+  assert run.stderr == "python -m jaxpipe.schedules: unrecognized arguments: --colour red\n"
+
+
+def test_list(capsys):
+  assert main(["--list"]) == 0
+  assert capsys.readouterr().out.split() == list(schedule_names())
+
+
+def test_json(capsys):
+  assert main(["1f1b", *SIZES, "--costs", "2,3,1,1", "--format", "json"]) == 0
+  assert json.loads(capsys.readouterr().out) == {
+    "name": "1f1b",
+    "devices": 2,
+    "microbatches": 3,
+    "chunks": 1,
+    "order": [
+      ["0F0", "0F1", "0B0", "0F2", "0B1", "0B2"],
+      ["1F0", "1B0", "1F1", "1B1", "1F2", "1B2"],
+    ],
+    "makespan": 28,
+    "span": 28,
+    "bubble": pytest.approx(10 / 28),
+    "span_bubble": pytest.approx(10 / 28),
+    "peak_activations": [2, 1],
+    "peak_pending_weight_grads": [0, 0],
+    "peak_memory": [2, 1],
+  }
+
+
+def test_costs_and_memory_by_stage(capsys):
+  flags = ["--costs", "1:2,1,1.5:1,0", "--memory", "1:10,0,-1:-10", "--format", "json"]
+  assert main(["gpipe", *SIZES, *flags]) == 0
+  assert json.loads(capsys.readouterr().out)["peak_memory"] == [3, 30]
+
+
+@pytest.mark.parametrize("form", ["text", "json", "csv", "perfetto"])
+def test_out_writes_what_would_be_printed(form, tmp_path, capsys):
+  path = tmp_path / "out"
+  assert main(["gpipe", *SIZES, "--backward", "split", "--format", form]) == 0
+  printed = capsys.readouterr().out
+  assert main(["gpipe", *SIZES, "--backward", "split", "--format", form, "--out", str(path)]) == 0
+  assert path.read_text() == printed != "" == capsys.readouterr().out
+
+
+def test_png(tmp_path):
+  path = tmp_path / "out.png"
+  assert main(["1f1b", *SIZES, "--format", "png", "--out", str(path)]) == 0
+  assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_order_reads_what_csv_wrote(tmp_path, capsys):
+  schedule = make_schedule("1f1b", devices=2, microbatches=3)
+  path = tmp_path / "mine.csv"
+  # PyTorch leaves cells empty where a device idles.
+  path.write_text(to_csv(schedule).replace("1F0", ",1F0") + "\n")
+  assert main(["--order", str(path), "--format", "json"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert (found["name"], found["order"]) == ("mine", schedule.tokens())
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ([], "give either the NAME of a schedule or --order FILE.csv; --list prints names"),
+    (["1f1b"], "1f1b needs --devices"),
+    (["1f1b", "--devices", "2"], "1f1b needs --microbatches"),
+    (["2f2b", *SIZES], "unknown schedule '2f2b'; known: gpipe, 1f1b"),
+    (["1f1b", "--devices", "0", "--microbatches", "3"], "devices=0; use devices=1 or more"),
+    (["1f1b", *SIZES, "--chunks", "2"], "1f1b has 1 chunk(s) per device, not 2; use chunks=1"),
+    (["1f1b", *SIZES, "--memory_limit", "1"], "above memory_limit=1; use memory_limit=2"),
+    (["1f1b", *SIZES, "--backward", "deferred"], 'backward="deferred" is not available yet'),
+    (["1f1b", *SIZES, "--format", "png"], "give --out FILE.png"),
+    (["1f1b", *SIZES, "--costs", "1:2:3,1,1,0"], "forward lists 3 stages, the schedule has 2"),
+    (["1f1b", *SIZES, "--out", "/nowhere/at/all"], "No such file or directory"),
+    (["--order", "/nowhere.csv"], "No such file or directory"),
+  ],
+)
+def test_errors_are_one_line_and_exit_2(arguments, message, capsys):
+  assert main(arguments) == 2
+  out, err = capsys.readouterr()
+  assert out == "" and message in err
+  assert err.startswith("python -m jaxpipe.schedules: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    ["1f1b", "--devices", "two"],
+    ["1f1b", "--dev", "2"],
+    ["1f1b", *SIZES, "--costs", "1,1,1"],
+    ["1f1b", *SIZES, "--costs", "1,1,1,-1"],
+    ["1f1b", *SIZES, "--memory", "1,x,1"],
+    ["1f1b", *SIZES, "--format", "svg"],
+    ["1f1b", "gpipe", *SIZES],
+  ],
+)
+def test_flags_that_cannot_be_read_exit_2_in_one_line(arguments, capsys):
+  with pytest.raises(SystemExit) as end:
+    main(arguments)
+  out, err = capsys.readouterr()
+  assert end.value.code == 2 and out == "" and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "text, flags, message",
+  [
+    ("0F0,0B0\n1B0,1F0\n", [], "1B0 on device 1 waits for 1F0, which stands later in the same"),
+    ("0F0,0B0\n1F0,1SEND_F0\n", [], "device 1: '1SEND_F0' is not an action"),
+    ("", [], "a schedule needs at least one action"),
+    ("0F0,0B0\n1F0,1B0\n", ["--devices", "4"], "has devices=2, not 4; drop --devices"),
+    ("0F0,0B0\n1F0,1B0\n", ["--memory_limit", "0.5"], "above memory_limit=0.5"),
+    ("0F0,0B0\n1F0,1B0\n", ["1f1b"], "give either the NAME of a schedule or --order"),
+  ],
+)
+def test_orders_that_are_refused(text, flags, message, tmp_path, capsys):
+  path = tmp_path / "theirs.csv"
+  path.write_text(text)
+  assert main(["--order", str(path), *flags]) == 2
+  err = capsys.readouterr().err
+  assert message in err and err.count("\n") == 1
