@@ -3,9 +3,9 @@
     ./launch/local.sh experiments/bench_step.py
 
 Takes about two minutes. Prints, for one device and for every schedule, user CPU seconds and wall
-seconds of a training step (minimum and median over interleaved rounds), their ratio to the one-device
-row with the same rematerialization, and the compiler's temporary memory per device. Expect user CPU
-ratios of at most 1.1.
+seconds of a training step (minimum and median over interleaved rounds), their ratio to the
+one-device row with the same rematerialization, and the compiler's temporary memory per device.
+Expect user CPU ratios of at most 1.1.
 """
 
 import resource
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
@@ -34,7 +33,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "Interleaved rounds.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps per variant and round.")
 
 
-def main(_: list[str]) -> None:
+def main(_: Any) -> None:
   config = TransformerConfig(
     vocabulary_size=256, layers=_LAYERS.value, width=_WIDTH.value, heads=4, kv_heads=4
   )
@@ -43,7 +42,7 @@ def main(_: list[str]) -> None:
   tokens = np.random.default_rng(0).integers(0, 256, shape, np.int32)
   batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(shape, np.float32)}
   variants = {"one device": one_device(stack, batch)}
-  for name in _SCHEDULES.value:
+  for name in _SCHEDULES.value or []:
     for backward in ("fused", "split"):
       variants[f"{name} {backward}"] = pipelined(stack, batch, name, backward)
   times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
@@ -56,9 +55,7 @@ def main(_: list[str]) -> None:
 def one_device(stack: Any, batch: Any) -> tuple[Callable[[], Any], float]:
   """Gradient accumulation over the same microbatches, by `jax.grad`, on the first device."""
   params = stack.init(jax.random.key(0), batch)
-  step = jaxpipe.reference_value_and_grad(
-    stack, _MICROBATCHES.value, residuals=_RESIDUALS.value
-  )
+  step = jaxpipe.reference_value_and_grad(stack, _MICROBATCHES.value, residuals=_RESIDUALS.value)
   compiled = jax.jit(step).lower(params, batch).compile()
   return lambda: compiled(params, batch), temporary(compiled)
 
@@ -93,10 +90,13 @@ def measure(run: Callable[[], Any]) -> tuple[float, float]:
 
 def report(times: dict[str, list[tuple[float, float]]], memory: dict[str, float]) -> None:
   """Prints a row a variant; ratios are medians of the ratios round by round."""
-  print(f"jax {jax.__version__}, {jax.devices()[0].platform}, P={_DEVICES.value}"
-        f" M={_MICROBATCHES.value}, residuals={_RESIDUALS.value}, {jnp.float32.__name__}")
+  print(
+    f"jax {jax.__version__}, {jax.devices()[0].platform}, P={_DEVICES.value}"
+    f" M={_MICROBATCHES.value}, residuals={_RESIDUALS.value}, float32"
+  )
   head = ("", "user CPU s min/median", "ratio", "wall s min/median", "ratio", "MiB/device")
-  print("{:16} {:>24} {:>7} {:>20} {:>7} {:>11}".format(*head))
+  row = "{:16} {:>24} {:>7} {:>20} {:>7} {:>11}"
+  print(row.format(*head))
   base = next(iter(times.values()))
   for name, rounds in times.items():
     cells = []
@@ -104,7 +104,7 @@ def report(times: dict[str, list[tuple[float, float]]], memory: dict[str, float]
       mine = [r[i] for r in rounds]
       ratio = statistics.median(m / b[i] for m, b in zip(mine, base, strict=True))
       cells += [f"{min(mine):.3f} / {statistics.median(mine):.3f}", f"{ratio:.2f}"]
-    print("{:16} {:>24} {:>7} {:>20} {:>7} {:>11.1f}".format(name, *cells, memory[name]))
+    print(row.format(name, *cells, f"{memory[name]:.1f}"))
 
 
 if __name__ == "__main__":

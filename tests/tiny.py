@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.transformer import TransformerConfig, transformer
 

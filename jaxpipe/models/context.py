@@ -1,4 +1,4 @@
-"""What a layer knows besides its input: the microbatch, whether it is training, and its randomness."""
+"""What a layer knows besides its input: the microbatch, whether it trains, its randomness."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Context:
     microbatch: int | jax.Array,
     rows: jax.Array,
   ) -> Context:
-    """Derives the layer's key: canonical layer number first, then microbatch; never stage or tick."""
+    """Derives the layer's key: from layer, then microbatch, and never from stage or tick."""
     if key is not None:
       key = jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
     return cls(batch, training, key, rows)
@@ -63,8 +63,8 @@ class Context:
   def dropout(self, x: jax.Array, rate: float) -> jax.Array:
     """Zeroes elements of x with probability `rate` and scales the rest by `1 / (1 - rate)`.
 
-    Masks are drawn row by row, keyed by (step, layer, microbatch, row) and by the number of the call
-    within the layer, so that they are the same under every schedule, mesh and recompute.
+    Masks are drawn row by row, keyed by (step, layer, microbatch, row) and by the number of the
+    call within the layer, so that they are the same under every schedule, mesh and recompute.
 
     Args:
       x: float array `[rows, ...]`.

@@ -1,12 +1,12 @@
 """A network as the pipeline sees it: an embedding, a stack of layers and a head, all built lazily.
 
-The three parts are *factories*, `rngs -> nnx.Module`: nothing is allocated until it is known on which
-device it will live. The stack turns them into pure functions of one parameter tree, which is all that
-the executor and the unpipelined reference ever see; neither knows a Flax module.
+The three parts are *factories*, `rngs -> nnx.Module`: nothing is allocated until it is known on
+which device it will live. The stack turns them into pure functions of one parameter tree, which is
+all that the executor and the unpipelined reference ever see; neither knows a Flax module.
 
-    embed(batch)      -> x                              x: any pytree with a leading row dim
-    layer(x, context) -> x                              same structure, shapes and dtypes as its input
-    head(x, batch)    -> (loss_sum, weight, metrics)    sums over the rows, never means
+    embed(batch)      -> x                            any pytree, leaves [rows, ...]
+    layer(x, context) -> x                            structure, shapes and dtypes of its input
+    head(x, batch)    -> (loss_sum, weight, metrics)  sums over the rows, never means
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ class Part:
 
   def same_kind(self, other: Part) -> bool:
     """Whether both have the same static graph and the same parameter shapes and dtypes."""
-    if jax.tree.structure(self.shapes) != jax.tree.structure(other.shapes):
+    if not _same_structure(self.shapes, other.shapes):
       return False
     pairs = zip(jax.tree.leaves(self.shapes), jax.tree.leaves(other.shapes), strict=True)
-    return self.graph == other.graph and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
+    return self.graph == other.graph and all(
+      (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs
+    )
 
 
 def _state_message(name: str, path: tuple[Any, ...], kind: type) -> str:
@@ -78,7 +80,9 @@ def _state_message(name: str, path: tuple[Any, ...], kind: type) -> str:
     remedy = "use a norm without running statistics (RMSNorm, LayerNorm, GroupNorm)"
   else:
     remedy = "make it an nnx.Param, or recompute it in __call__"
-  return f"{name} holds mutable state {where} ({kind.__name__}), which is not supported yet: {remedy}"
+  return (
+    f"{name} holds mutable state {where} ({kind.__name__}), which is not supported yet: {remedy}"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,9 @@ class LayerStack:
     """Number of layers."""
     return len(self.layers)
 
-  def init(self, key: jax.Array, example_batch: Tree, schedule: Any = None, mesh: Any = None) -> Tree:
+  def init(
+    self, key: jax.Array, example_batch: Tree, schedule: Any = None, mesh: Any = None
+  ) -> Tree:
     """Returns the parameters: the canonical tree, or the same values placed over a mesh.
 
     Args:
@@ -171,7 +177,9 @@ class LayerStack:
     """One layer, given its own parameters (no layer dim)."""
     return self._parts["layers"](params, x, Context.create(training, **inputs))
 
-  def apply_head(self, params: Tree, x: Tree, batch: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
+  def apply_head(
+    self, params: Tree, x: Tree, batch: Tree
+  ) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
     """The head as `value_and_grad(has_aux=True)` wants it: `loss_sum, (weight, metrics)`.
 
     Args:
@@ -224,8 +232,13 @@ class LayerStack:
     return x
 
 
+def _same_structure(a: Tree, b: Tree) -> bool:
+  one: object = jax.tree.structure(a)
+  return one == jax.tree.structure(b)
+
+
 def _check_alike(x: Tree, y: Tree) -> None:
-  if jax.tree.structure(x) != jax.tree.structure(y):
+  if not _same_structure(x, y):
     raise StackError(f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}")
   for (path, a), b in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(y), strict=True):
     if (a.shape, a.dtype) != (b.shape, b.dtype):

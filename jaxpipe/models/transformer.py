@@ -189,8 +189,8 @@ def transformer(config: TransformerConfig) -> LayerStack:
 def flops_per_token(config: TransformerConfig, sequence_length: int) -> int:
   """Model FLOPs of one training token, forward and backward, nothing recomputed.
 
-  6 per weight that multiplies (the embedding only looks up), and 12 * D * T per layer for scores and
-  mixing, as PaLM counts them (arXiv 2204.02311, appendix B).
+  6 per weight that multiplies (the embedding only looks up), and 12 * D * T per layer for scores
+  and mixing, as PaLM counts them (arXiv 2204.02311, appendix B).
   """
   D, H, F = config.width, config.head_width, config.hidden
   attention = D * H * (2 * config.heads + 2 * config.kv_heads)

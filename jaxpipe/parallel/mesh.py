@@ -36,7 +36,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     if name in sizes:
       raise MeshError(f"mesh {text!r}: axis {name!r} stands twice")
     if not size.isdecimal() or int(size) < 1:
-      raise MeshError(f"mesh {text!r}: {name}:{size} is not a size; write {name}:N with N at least 1")
+      raise MeshError(
+        f"mesh {text!r}: {name}:{size} is not a size; write {name}:N with N at least 1"
+      )
     sizes[name] = int(size)
   return {name: sizes.get(name, 1) for name in AXES}
 

@@ -71,7 +71,9 @@ def place(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
     The same tree in placement order, sharded. The input is left as it was.
   """
   check_mesh(schedule, mesh)
-  return jax.device_put(_reorder(params, layer_order(stack.depth, schedule)), shardings(params, mesh))
+  return jax.device_put(
+    _reorder(params, layer_order(stack.depth, schedule)), shardings(params, mesh)
+  )
 
 
 def unplace(params: Tree, stack: Any, schedule: Any) -> Tree:
@@ -123,4 +125,7 @@ def check_placed(params: Tree, mesh: Mesh) -> None:
 def _reorder(tree: Tree, order: np.ndarray) -> Tree:
   if (order == np.arange(len(order))).all():
     return tree
-  return {**tree, "layers": jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), tree["layers"])}
+  return {
+    **tree,
+    "layers": jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), tree["layers"]),
+  }

@@ -45,15 +45,18 @@ class Report:
   def __str__(self) -> str:
     lines = [f"{error:10.2e}  {path}" for path, error in self.errors.items()]
     verdict = "ok" if self.ok else "NOT EQUAL"
-    lines += [f"{self.loss_error:10.2e}  loss", f"{verdict}: worst {self.worst:.2e}, allowed {self.tolerance:.0e}"]
+    lines += [
+      f"{self.loss_error:10.2e}  loss",
+      f"{verdict}: worst {self.worst:.2e}, allowed {self.tolerance:.0e}",
+    ]
     return "\n".join(lines)
 
 
 def leaf_errors(grads: Tree, reference: Tree) -> dict[str, float]:
   """Error of every leaf by the measure of `Report.errors`.
 
-  Leaves whose gradient is zero by mathematics (a key bias) get the scale of the largest leaf: against
-  their own, rounding would look like failure.
+  Leaves whose gradient is zero by mathematics (a key bias) get the scale of the largest leaf:
+  against their own, rounding would look like failure.
   """
   got, want = jax.device_get((grads, reference))
   pairs = list(zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True))

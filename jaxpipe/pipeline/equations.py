@@ -61,7 +61,9 @@ def depends(equations: Sequence[Equation], sources: Iterable[Var]) -> set[Var]:
   return reached
 
 
-def evaluate(equations: Sequence[Equation], values: dict[Var, Any], outputs: Sequence[Any]) -> list[Any]:
+def evaluate(
+  equations: Sequence[Equation], values: dict[Var, Any], outputs: Sequence[Any]
+) -> list[Any]:
   """Runs `equations` on the values of their inputs and returns those of `outputs`."""
   values = dict(values)
   for equation in equations:
@@ -93,7 +95,9 @@ def _run_expanded(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> lis
   for equation in jaxpr.eqns:
     ins = [_read(values, v) for v in equation.invars]
     inner = _called(equation)
-    outs = _bind(equation, ins) if inner is None else _run_expanded(_open(inner), _consts(inner), ins)
+    outs = (
+      _bind(equation, ins) if inner is None else _run_expanded(_open(inner), _consts(inner), ins)
+    )
     values.update(zip(equation.outvars, outs, strict=True))
   return [_read(values, v) for v in jaxpr.outvars]
 

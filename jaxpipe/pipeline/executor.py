@@ -1,7 +1,7 @@
 """Walks any schedule over any stack, as one SPMD program.
 
-Every device runs the same loop over the ticks of a `Program`, and does on each what its own column of
-the table says. One tick:
+Every device runs the same loop over the ticks of a `Program`, and does on each what its own column
+of the table says. One tick:
 
     [1] F      x from the batch or the `activations` ring; y; what is kept goes to `residuals`
     [2] head   last stage: loss, and dy into `gradients`
@@ -85,8 +85,8 @@ def pipeline_value_and_grad(
     `step(params, batch, key=None) -> ((loss, metrics), grads)`, jitted. `params` placed
     (`jaxpipe.place` or `stack.init(key, batch, schedule, mesh)`); `batch` leaves `[B, ...]`, where
     microbatch m is rows `m*B/M ... (m+1)*B/M` and each data shard holds an equal slice of every
-    microbatch; `key` seeds dropout. `loss` is sum(loss_sum) / sum(weight), `metrics` are summed, and
-    `grads` has the tree and layout of `params`, in float32 at least.
+    microbatch; `key` seeds dropout. `loss` is sum(loss_sum) / sum(weight), `metrics` are summed,
+    and `grads` has the tree and layout of `params`, in float32 at least.
 
   Raises:
     ValueError: layers that do not fill the stages, a mesh of another size than the schedule's, rows
@@ -290,7 +290,10 @@ class Device:
       return self.stage.forward(self.call(now), x, residuals, now.residuals)
 
     y, residuals = lax.cond(
-      self.doing(now, Kind.F), run, lambda r: (self.idle(jax.tree.leaves(self.x)), r), state.residuals
+      self.doing(now, Kind.F),
+      run,
+      lambda r: (self.idle(jax.tree.leaves(self.x)), r),
+      state.residuals,
     )
     y = jax.tree.unflatten(jax.tree.structure(self.x), y)
     return y, state._replace(residuals=residuals)

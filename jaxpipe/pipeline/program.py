@@ -1,10 +1,10 @@
 """Lowers a schedule to the integer table that the executor walks, one row a tick.
 
 On each tick every device does at most one action, then everything that was sent arrives. The table
-says, for every tick and device, what to do, which slot of which ring to read and write, and where to
-put what arrives. A slot is occupied from the tick that fills it to the tick that last reads it, and
-slots are handed out by interval colouring, so that the rings are exactly as long as the schedule
-needs: memory is the schedule's memory.
+says, for every tick and device, what to do, which slot of which ring to read and write, and where
+to put what arrives. A slot is occupied from the tick that fills it to the tick that last reads it,
+and slots are handed out by interval colouring, so that the rings are exactly as long as the
+schedule needs: memory is the schedule's memory.
 
     ring         filled by                        read by
     activations  arrival of stage s-1's output    F

@@ -1,8 +1,8 @@
 """Cuts any layer's vector-Jacobian product into forward, input gradient and weight gradient.
 
-Zero-bubble schedules (Qi et al., arXiv 2401.10241) want the two halves of a backward pass apart: `I`
-is on the critical path, `W` can wait. Nobody has to write them. `jax.vjp` of the layer is traced once
-and its equations are sliced:
+Zero-bubble schedules (Qi et al., arXiv 2401.10241) want the two halves of a backward pass apart:
+`I` is on the critical path, `W` can wait. Nobody has to write them. `jax.vjp` of the layer is
+traced once and its equations are sliced:
 
       params, inputs ──┬───────────────┬──────────────────┬─────────────┐
                        ▼               ▼                  ▼             │
@@ -46,8 +46,8 @@ class LayerSplit:
   """One layer as three functions of leaves; `backward` is the second and third in one.
 
   `given` below stands for the leaves of the layer's parameters and of its further inputs, which are
-  at hand whenever an action runs. What depends on nothing else is computed again where it is needed:
-  it is never stored once per microbatch.
+  at hand whenever an action runs. What depends on nothing else is computed again where it is
+  needed: it is never stored once per microbatch.
 
   Attributes:
     forward: `given, x -> y, kept`.
@@ -77,7 +77,7 @@ def is_float(leaf: Any) -> bool:
   return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
-def float_leaves(tree: Tree) -> Leaves:
+def float_leaves(tree: Tree) -> list[Any]:
   """The leaves that have a gradient, in order."""
   return [leaf for leaf in jax.tree.leaves(tree) if is_float(leaf)]
 
@@ -192,5 +192,5 @@ def _take(items: Sequence[Any], *counts: int) -> list[list[Any]]:
   return out
 
 
-def _shapes(variables: Sequence[eq.Var]) -> list[jax.ShapeDtypeStruct]:
+def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]

@@ -45,8 +45,14 @@ def make(layers, head=Head):
 @pytest.mark.parametrize(
   "extra, message",
   [
-    (lambda r: nnx.Dropout(0.1, rngs=r), r"layers\[0\] holds mutable state extra/rngs/\w+ .*context.dropout"),
-    (lambda r: nnx.BatchNorm(4, rngs=r), r"layers\[0\] holds mutable state extra/\w+ \(BatchStat\).*RMSNorm"),
+    (
+      lambda r: nnx.Dropout(0.1, rngs=r),
+      r"layers\[0\] holds mutable state extra/rngs/\w+ .*context.dropout",
+    ),
+    (
+      lambda r: nnx.BatchNorm(4, rngs=r),
+      r"layers\[0\] holds mutable state extra/\w+ \(BatchStat\).*RMSNorm",
+    ),
     (lambda r: nnx.Variable(jnp.zeros(2)), r"layers\[0\] holds mutable state extra \(Variable\)"),
   ],
 )

@@ -1,3 +1,5 @@
+"""Double precision, for the tests that ask for it."""
+
 import jax
 import pytest
 

@@ -61,7 +61,10 @@ ORDERS = {
       "1F0 1F1 3F0 3I0 3F1 3I1 1F2 1I0 1W0 1I1 3F2 3B2 3W0 3W1 1B2 1W1",
     ],
   ),
-  "v": ("v", ["0F0 0F1 3F0 3I0 3F1 3I1 0I0 3W0 0I1 3W1 0W0 0W1", "1F0 2F0 1F1 2F1 2B0 1B0 2B1 1B1"]),
+  "v": (
+    "v",
+    ["0F0 0F1 3F0 3I0 3F1 3I1 0I0 3W0 0I1 3W1 0W0 0W1", "1F0 2F0 1F1 2F1 2B0 1B0 2B1 1B1"],
+  ),
 }
 
 
@@ -91,7 +94,9 @@ def test_float32_and_the_default_attention(name):
 
 
 def test_bfloat16_arithmetic_keeps_float32_sums():
-  stack = tiny.stack(dtype="bfloat16", param_dtype="float32", attention=jax.nn.dot_product_attention)
+  stack = tiny.stack(
+    dtype="bfloat16", param_dtype="float32", attention=jax.nn.dot_product_attention
+  )
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
   mesh = jaxpipe.make_mesh("stage:2")
   batch = tiny.batch(4)
@@ -140,7 +145,9 @@ def test_the_oracle_fails_when_a_gradient_is_wrong(float64, monkeypatch):
 
   exact = rings.add
   monkeypatch.setattr(
-    rings, "add", lambda ring, value, *at: exact(ring, jax.tree.map(lambda v: v * (1 + 1e-6), value), *at)
+    rings,
+    "add",
+    lambda ring, value, *at: exact(ring, jax.tree.map(lambda v: v * (1 + 1e-6), value), *at),
   )
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
   report = jaxpipe.check(tiny.stack(), schedule, jaxpipe.make_mesh("stage:2"), tiny.batch(4))

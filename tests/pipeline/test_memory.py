@@ -20,12 +20,16 @@ def measure(name, backward, residuals, M):
   compiled = jax.jit(step).lower(params, batch).compile()
   expected = jaxpipe.expected_memory(stack, schedule, mesh, batch, residuals=residuals)
   rings = sum(expected[k] for k in ("activations", "residuals", "gradient_ring", "waiting"))
-  return compiled.memory_analysis().temp_size_in_bytes, rings, max(
-    jaxpipe.simulate(schedule).peak_activations
+  return (
+    compiled.memory_analysis().temp_size_in_bytes,
+    rings,
+    max(jaxpipe.simulate(schedule).peak_activations),
   )
 
 
-@pytest.mark.parametrize("residuals, backward", [("dots", "fused"), ("all", "split"), ("full", "fused")])
+@pytest.mark.parametrize(
+  "residuals, backward", [("dots", "fused"), ("all", "split"), ("full", "fused")]
+)
 def test_1f1b_is_flat_in_m_and_gpipe_grows_as_the_simulator_says(residuals, backward):
   flat = [measure("1f1b", backward, residuals, M) for M in (8, 16, 32)]
   grows = [measure("gpipe", backward, residuals, M) for M in (8, 16, 32)]

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from jaxpipe.pipeline.program import CODE, IDLE, lower
-from jaxpipe.schedules import Action, Kind, Placement, Schedule, ScheduleError, make_schedule, simulate
+from jaxpipe.schedules import (
+  Action,
+  Kind,
+  Placement,
+  Schedule,
+  ScheduleError,
+  make_schedule,
+  simulate,
+)
 from jaxpipe.schedules.walk import dependencies
 
 NAMES = {code: kind for kind, code in CODE.items()}
@@ -73,7 +81,10 @@ def check(schedule):
 def test_1f1b_as_a_literal_table():
   program = lower(make_schedule("1f1b", devices=2, microbatches=3))
   assert program.table["kind"].T.tolist() == [[1, 1, 0, 2, 1, 2, 0, 2], [0, 1, 2, 1, 2, 1, 2, 0]]
-  assert program.table["microbatch"].T.tolist() == [[0, 1, 0, 0, 2, 1, 0, 2], [0, 0, 0, 1, 1, 2, 2, 0]]
+  assert program.table["microbatch"].T.tolist() == [
+    [0, 1, 0, 0, 2, 1, 0, 2],
+    [0, 0, 0, 1, 1, 2, 2, 0],
+  ]
   assert program.slots == {"activations": 1, "residuals": 2, "gradients": 1, "waiting": 0}
   (route,) = program.routes  # with two devices both directions are one exchange
   assert route.pairs == ((0, 1), (1, 0)) and route.activations and route.gradients

@@ -51,7 +51,9 @@ LAYERS = [mlp, with_custom_rules, with_remat_inside, with_unused_and_shared, wit
 
 
 def example():
-  a, b, x = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(4, 6), (6, 4), (5, 4)]))
+  a, b, x = (
+    jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(4, 6), (6, 4), (5, 4)])
+  )
   params = {"a": a, "b": b}
   return params, {"key": jax.random.key(9), "gain": jnp.float64(1.5)}, x, jnp.cos(3 * x)
 
@@ -100,7 +102,7 @@ def flops(function, *args):
 
 @pytest.mark.parametrize("policy", ["dots", "nothing"])
 def test_under_rematerialization_w_still_holds_the_weight_gradients(float64, policy):
-  """Left whole, a `checkpoint` equation would drag the whole backward pass into I: W would be empty."""
+  """Left whole, a `checkpoint` equation would drag all of the backward pass into I, none into W."""
   layer, params, inputs, x = block()
   cut = split(layer, params, inputs, x, POLICY[policy])
   given = jax.tree.leaves((params, inputs))
@@ -124,4 +126,5 @@ def test_scores_are_never_kept_nor_waited_for_by_default(float64):
 def test_what_depends_on_parameters_or_keys_alone_is_not_kept(float64):
   params, inputs, x, _ = example()
   cut = split(with_inputs, params, inputs, x, None)
-  assert all(k.shape[0] == x.shape[0] and k.dtype == x.dtype for k in cut.kept)  # no mask, no weight
+  rows_of_x = [k.shape[0] == x.shape[0] and k.dtype == x.dtype for k in cut.kept]
+  assert all(rows_of_x)  # no mask, no weight

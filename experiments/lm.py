@@ -1,0 +1,18 @@
+"""A language model on the text that ships with the repository.
+
+    ./launch/local.sh experiments/lm.py
+
+About 1M parameters over 4 CPU devices, 2,000 steps of 1,024 bytes. Expected on two cores: about 5
+minutes, a validation loss of at most 1.8 nats per byte, and at the end text that looks like a play.
+The same command resumes; `--sample` only prints text; `--help` lists the flags.
+"""
+
+import pathlib
+
+from jaxpipe.training.command import run_command
+from jaxpipe.training.config import Config
+
+TEXT = pathlib.Path(__file__).resolve().parents[1] / "data" / "shakespeare" / "plays.txt"
+
+if __name__ == "__main__":
+  run_command(Config(text=str(TEXT)))

@@ -1,0 +1,1 @@
+"""From flags to a trained model: configuration, optimizer, step, checkpoints, loop, samples."""

@@ -1,0 +1,132 @@
+"""Checkpoints that any mesh and any schedule can resume from.
+
+A checkpoint holds the *canonical* tree: layers in model order, whatever placement wrote it. It is
+written in the background, from a copy, while training goes on; its name appears only once it is
+whole, so that a killed run finds the one before.
+
+    checkpoints/STEP/params      parameters
+    checkpoints/STEP/optimizer   moments, and the step
+    checkpoints/STEP/meta        JSON: step, seed, configuration, fingerprint of the data
+
+Parameters stand alone, so that sampling reads them without knowing the optimizer.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as Spec
+
+from jaxpipe.models.stack import LayerStack
+from jaxpipe.parallel.placing import shardings
+from jaxpipe.schedules import Schedule
+from jaxpipe.training.state import TrainState, map_param_trees, to_canonical, to_placed
+
+Tree = Any
+
+_ITEMS = ("params", "optimizer", "meta")
+_KEEP = 3
+
+
+class Checkpoints:
+  """The checkpoints of one run directory.
+
+  Args:
+    folder: where they are; made if missing, unless `read_only`.
+    read_only: never writes, and cleans up nothing.
+  """
+
+  def __init__(self, folder: pathlib.Path, *, read_only: bool = False) -> None:
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if read_only else _KEEP,
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,
+    )
+    # orbax wants absolute paths.
+    self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=_ITEMS)
+
+  @property
+  def newest(self) -> int | None:
+    """The step of the newest whole checkpoint."""
+    step = self._manager.latest_step()
+    return None if step is None else int(step)
+
+  def save(
+    self, state: TrainState, stack: LayerStack, schedule: Schedule, meta: dict[str, Any]
+  ) -> None:
+    """Starts writing a checkpoint; returns once the state has been copied from the devices.
+
+    Args:
+      state: placed; it may be donated as soon as this returns.
+      stack, schedule: say how it is placed.
+      meta: JSON values.
+    """
+    canonical = to_canonical(state, stack, schedule)
+    step = int(canonical.step)
+    if step == self.newest:
+      return
+    items = ocp.args.Composite(
+      params=ocp.args.StandardSave(canonical.params),
+      optimizer=ocp.args.StandardSave(_optimizer_item(canonical)),
+      meta=ocp.args.JsonSave({**meta, "step": step}),
+    )
+    self._manager.save(step, args=items)
+
+  def restore(
+    self, step: int, shapes: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh
+  ) -> TrainState:
+    """Reads a checkpoint, each device its own part, and places it.
+
+    Args:
+      step: of the checkpoint.
+      shapes: `state_shapes(...)`.
+      stack, schedule, mesh: where it is to lie; need not be those that it was saved from.
+
+    Raises:
+      ValueError: no such checkpoint, or one of other shapes.
+    """
+    everywhere = NamedSharding(mesh, Spec())
+    targets = map_param_trees(
+      lambda p: jax.tree.map(_on, p, shardings(p, mesh)), shapes, lambda leaf: _on(leaf, everywhere)
+    )
+    items = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(targets.params),
+        optimizer=ocp.args.StandardRestore(_optimizer_item(targets)),
+      ),
+    )
+    state = TrainState(params=items["params"], **items["optimizer"])
+    return to_placed(state, stack, schedule, mesh)
+
+  def restore_params(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
+    """Reads the canonical parameters alone, all leaves to one place."""
+    target = jax.tree.map(lambda leaf: _on(leaf, sharding), shapes)
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+    return self._manager.restore(step, args=items)["params"]
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """The JSON values that a checkpoint was saved with."""
+    items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return dict(self._manager.restore(step, args=items)["meta"])
+
+  def wait(self) -> None:
+    """Returns once everything that was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and stops the background threads."""
+    self._manager.close()
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+  return {"opt_state": state.opt_state, "step": state.step}
+
+
+def _on(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,81 @@
+"""The command of an experiment: flags in, exit status out.
+
+0  done       2  the command or its input is wrong, one line says how
+128 + n  ended by signal n after saving       1  a bug, with its traceback
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+from absl import app, logging
+
+from jaxpipe.training.config import Config
+from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags, read_config
+from jaxpipe.training.load import LoadedRun, load
+from jaxpipe.training.loop import train
+from jaxpipe.training.setup import Setup, build, cache_folder
+
+Result = TypeVar("Result")
+
+
+def run_command(defaults: Config) -> None:
+  """Runs the process's command line, and exits.
+
+  Args:
+    defaults: what the flags say unless they are given.
+  """
+  define_flags(defaults)
+  try:
+    app.run(_main, flags_parser=lambda arguments: _guard(lambda: parse_flags(arguments)))
+  except KeyboardInterrupt:
+    # Before the first step there is nothing to save.
+    raise SystemExit(130) from None
+
+
+def _main(_: Sequence[str]) -> None:
+  # orbax reports every file it touches through absl's logger; ours are standard ones.
+  logging.get_absl_logger().setLevel("ERROR")
+  job = _guard(_prepare)
+  if isinstance(job, LoadedRun):
+    _print_sample(job, _guard(read_config))
+    return
+  use_compilation_cache(cache_folder(job.config.compilation_cache, "programs"))
+  status = train(job)
+  if not status:
+    _print_sample(load(job.config.run_dir), job.config)
+  raise SystemExit(status)
+
+
+def _prepare() -> Setup | LoadedRun:
+  config = read_config()
+  return load(config.run_dir) if config.sample else build(config)
+
+
+def _guard(step: Callable[[], Result]) -> Result:
+  """Shows what is wrong with the command or its input as one line; the one place that does.
+
+  Only what comes before training goes through it: a ValueError in there is the user's, one in
+  training is a bug and keeps its traceback.
+  """
+  try:
+    return step()
+  except (ValueError, OSError) as error:
+    exit_with_error(error)
+
+
+def _print_sample(run: LoadedRun, config: Config) -> None:
+  if not config.sample_length:
+    return
+  text = run.sample(config.prompt, config.sample_length, config.temperature, config.seed)
+  print(f"--- sample after {run.step} steps ---\n{text}", flush=True)
+
+
+def use_compilation_cache(folder: pathlib.Path) -> None:
+  """Keeps compiled programs in a folder, so that the same command starts faster next time."""
+  os.makedirs(folder, exist_ok=True)
+  jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,0 +1,170 @@
+"""Everything that a training run can be told, as one frozen value.
+
+Each field is a flag of the same name (`flags.py`). Its metadata hold the flag's help and whether a
+run may be resumed with another value: what decides the numbers (model, data, optimizer, seed) may
+not change, where and how they are computed (mesh, schedule, ...) may.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpipe.models.transformer import TransformerConfig
+from jaxpipe.training.errors import ConfigError, naming
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _same(default: Any, help: str) -> Any:
+  """A field that a resumed run must repeat."""
+  return dataclasses.field(default=default, metadata={"help": help, "may_change": False})
+
+
+def _free(default: Any, help: str) -> Any:
+  """A field that a resumed run may change."""
+  return dataclasses.field(default=default, metadata={"help": help, "may_change": True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """A language-model run; the fields' help texts say what each means.
+
+  Raises:
+    ConfigError: a value that is impossible whatever the others are.
+  """
+
+  layers: int = _same(4, "layers of the model")
+  width: int = _same(128, "width D of the model")
+  heads: int = _same(4, "query heads")
+  kv_heads: int = _same(2, "key and value heads, a divisor of --heads")
+  mlp: str = _same("swiglu", "swiglu or gelu")
+  mlp_width: int = _same(512, "hidden width of the MLP; 0: 8/3 of the width, 4 times for gelu")
+  tied: bool = _same(False, "the head multiplies by the embedding's own table")
+  dropout: float = _same(0.0, "rate after attention and after the MLP")
+  dtype: str = _same("float32", "arithmetic: float32 or bfloat16; parameters are float32")
+
+  text: str = _free("", "files with commas between, a folder of .txt, or one token .bin")
+  tokenizer: str = _same("byte", "byte, bpe:SIZE (trained on the text) or a tokenizer FILE.json")
+  validation_fraction: float = _same(0.05, "share of the text held out, at its end")
+  data_cache: str = _free("", "folder of prepared tokens; default: in the user's cache")
+  batch_size: int = _same(8, "rows B of a batch, over all microbatches and data shards")
+  sequence_length: int = _same(128, "tokens T of a row")
+  seed: int = _same(0, "of parameters, data order and dropout")
+
+  learning_rate: float = _same(2e-3, "peak learning rate")
+  warmup_steps: int = _same(100, "steps of linear warm-up; then cosine, to a tenth at --steps")
+  weight_decay: float = _same(0.1, "decoupled decay of matrices; norm scales have none")
+  clip_norm: float = _same(1.0, "largest global norm of the gradient; 0: not clipped")
+  steps: int = _free(2000, "optimizer updates in total, those before a resume included")
+
+  mesh: str = _free("stage:4", "devices along each axis, such as stage:4,data:2")
+  schedule: str = _free("1f1b", "pipeline schedule; python -m jaxpipe.schedules --list")
+  chunks: int = _free(0, "stages V that each device holds; 0: the schedule's own number")
+  microbatches: int = _free(4, "microbatches M of a step")
+  backward: str = _free("", "fused or split; default: the schedule's own")
+  residuals: str = _free("dots", "what forwards keep for backwards: dots, all or full")
+
+  run_dir: str = _free("runs/lm", "folder of checkpoints, metrics and plots; resumed if it is ours")
+  checkpoint_every: int = _free(500, "steps between checkpoints; 0: only at the end")
+  validate_every: int = _free(500, "steps between validations; 0: only at the end")
+  profile_steps: str = _free("", "START:STOP, steps traced for Perfetto into the run directory")
+  compilation_cache: str = _free("", "folder of compiled programs; default: in the user's cache")
+
+  sample: bool = _free(False, "only print text from the run in --run_dir; trains nothing")
+  prompt: str = _free("\n", "how the sample begins")
+  sample_length: int = _free(400, "tokens of the sample; 0: none")
+  temperature: float = _free(0.8, "of sampling; 0 takes the likeliest token")
+
+  def __post_init__(self) -> None:
+    for name in _AT_LEAST_ONE:
+      self._check(name, getattr(self, name) >= 1, "is not a count; use 1 or more")
+    for name in _AT_LEAST_ZERO:
+      self._check(name, getattr(self, name) >= 0, "is negative or no number; use 0 or more")
+    for name in ("learning_rate", "weight_decay", "clip_norm", "temperature"):
+      self._check(name, math.isfinite(getattr(self, name)), "is not finite; use a number")
+    self._check("dropout", 0 <= self.dropout < 1, "is no rate; use 0 or more, below 1")
+    self._check("dtype", self.dtype in DTYPES, f"is unknown; use {' or '.join(DTYPES)}")
+    fraction = self.validation_fraction
+    self._check("validation_fraction", 0 < fraction < 1, "is no share; use more than 0, below 1")
+    self._check("seed", 0 <= self.seed < 2**32, "is no seed; use 0 to 4294967295")
+    self._check("run_dir", bool(self.run_dir), "names no folder; use --run_dir=runs/NAME")
+    self.profile_range()
+
+  def _check(self, name: str, good: bool, message: str) -> None:
+    if not good:
+      raise ConfigError(f"{self.flag(name)} {message}")
+
+  def flag(self, name: str) -> str:
+    """The field as one would type it: `--layers=4`."""
+    return show_flag(name, getattr(self, name))
+
+  def flags(self, *names: str) -> tuple[str, ...]:
+    """Several fields as one would type them."""
+    return tuple(self.flag(name) for name in names)
+
+  def model(self, vocabulary_size: int) -> TransformerConfig:
+    """Returns the model's own configuration.
+
+    Raises:
+      ConfigError: widths and heads that do not fit each other; names the flags.
+    """
+    with naming(*self.flags("width", "heads", "kv_heads", "mlp")):
+      return TransformerConfig(
+        vocabulary_size=vocabulary_size,
+        layers=self.layers,
+        width=self.width,
+        heads=self.heads,
+        kv_heads=self.kv_heads,
+        mlp=self.mlp,
+        mlp_width=self.mlp_width,
+        dropout=self.dropout,
+        tied=self.tied,
+        dtype=jnp.dtype(self.dtype),
+      )
+
+  def profile_range(self) -> range:
+    """Steps to trace, from `--profile_steps=START:STOP`; empty where none are."""
+    if not self.profile_steps:
+      return range(0)
+    start, _, stop = self.profile_steps.partition(":")
+    good = start.isdecimal() and stop.isdecimal() and int(start) < int(stop)
+    self._check("profile_steps", good, "is not START:STOP with START below STOP; use 10:13")
+    return range(int(start), int(stop))
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields as JSON holds them."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> Config:
+    """Reads `to_dict` back; fields that this version does not know raise TypeError."""
+    return cls(**fields)
+
+
+_AT_LEAST_ONE = (
+  *("layers", "width", "heads", "kv_heads", "batch_size", "sequence_length"),
+  *("steps", "microbatches"),
+)
+_AT_LEAST_ZERO = (
+  *("mlp_width", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "chunks"),
+  *("checkpoint_every", "validate_every", "sample_length", "temperature"),
+)
+
+
+def show_flag(name: str, value: Any) -> str:
+  """A flag as one would type it, on one line."""
+  if isinstance(value, bool):
+    return f"--{'' if value else 'no'}{name}"
+  text = str(value)
+  return f"--{name}={text if text.isprintable() else json.dumps(text)}"
+
+
+def must_match(name: str) -> bool:
+  """Whether a resumed run must repeat this field."""
+  fields = {field.name: field for field in dataclasses.fields(Config)}
+  return not fields[name].metadata["may_change"]

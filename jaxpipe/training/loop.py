@@ -1,0 +1,156 @@
+"""The training loop: steps, and between them what is due (validation, checkpoint, trace, end)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxpipe.data.windows import Batch
+from jaxpipe.schedules import draw_png, simulate
+from jaxpipe.training.checkpoint import Checkpoints
+from jaxpipe.training.interrupt import Interrupt
+from jaxpipe.training.journal import Journal
+from jaxpipe.training.metrics import MetricsWriter, Record
+from jaxpipe.training.plots import draw_loss
+from jaxpipe.training.profiler import Profiler
+from jaxpipe.training.report import Screen, StepLine, describe
+from jaxpipe.training.setup import Setup
+from jaxpipe.training.state import TrainState, create_state, state_shapes
+from jaxpipe.training.step import StepResult, make_train_step
+from jaxpipe.training.validation import make_validation
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepResult]]
+
+
+def train(setup: Setup) -> int:
+  """Trains from the newest checkpoint of the run directory, or from the start, to the last step.
+
+  Args:
+    setup: from `build`; its run directory is made if it does not exist.
+
+  Returns:
+    The exit status: 0, or 128 plus the signal that ended the run early.
+  """
+  setup.begin()
+  checkpoints = Checkpoints(setup.folder.checkpoints)
+  start, steps = checkpoints.newest or 0, setup.config.steps
+  if start >= steps:
+    print(f"{setup.folder.path}: finished, {start} steps of --steps={steps}; nothing to train")
+    checkpoints.close()
+    return 0
+  print(describe(setup), flush=True)
+  draw_png(simulate(setup.schedule), setup.folder.path / "timetable.png")
+  state = _first_state(setup, checkpoints)
+  step = _compile(setup, state)
+  with contextlib.ExitStack() as stack:
+    metrics = stack.enter_context(MetricsWriter(setup.folder.metrics, setup.folder.path, start))
+    stack.callback(checkpoints.close)
+    screen = stack.enter_context(Screen(start, steps))
+    interrupt = stack.enter_context(Interrupt())
+    profiler = Profiler(setup.config.profile_range(), setup.folder.profile)
+    stack.callback(profiler.stop)
+    loop = Loop(setup, step, checkpoints, metrics, screen, interrupt, profiler)
+    done = loop.run(state, start)
+  draw_loss(setup.folder.metrics, setup.folder.path / "loss.png")
+  if done < steps and interrupt.received is not None:
+    print(f"{interrupt.received.name}: saved after {done} steps; the same command resumes")
+    return 128 + interrupt.received
+  return 0
+
+
+def _first_state(setup: Setup, checkpoints: Checkpoints) -> TrainState:
+  where = (setup.stack, setup.schedule, setup.mesh)
+  if checkpoints.newest is None:
+    seed, shapes = setup.config.seed, setup.batch_shapes
+    return create_state(setup.stack, setup.optimizer, seed, shapes, *where[1:])
+  print(f"resuming from {setup.folder.path} after {checkpoints.newest} steps", flush=True)
+  return checkpoints.restore(checkpoints.newest, state_shapes(setup.stack, setup.optimizer), *where)
+
+
+def _compile(setup: Setup, state: TrainState) -> Step:
+  """Compiles ahead of the first step: its time is no step's, and nothing can compile it again."""
+  start = time.perf_counter()
+  step = make_train_step(
+    setup.value_and_grad,
+    setup.optimizer,
+    setup.learning_rate,
+    setup.config.seed,
+    state,
+    setup.mesh,
+  )
+  compiled = step.lower(state, setup.batch_shapes).compile()
+  print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
+  return compiled
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+  """What the loop works with; see `train`."""
+
+  setup: Setup
+  step: Step
+  checkpoints: Checkpoints
+  metrics: MetricsWriter
+  screen: Screen
+  interrupt: Interrupt
+  profiler: Profiler
+
+  def run(self, state: TrainState, start: int) -> int:
+    """Runs the steps from `start` on; returns how many the run has done in total."""
+    config = self.setup.config
+    validate = make_validation(
+      self.setup.evaluate, self.setup.validation, self.setup.data.tokenizer
+    )
+    journal = Journal(config.batch_size * config.sequence_length, self._writer())
+    with _closing(self.setup.train.iterate(start)) as batches:
+      for k in range(start, config.steps):
+        if self.profiler.is_edge(k):
+          journal.flush()
+          self.profiler.before(k)
+        state, result = self.step(state, next(batches))
+        journal.add(k, result)
+        done = k + 1
+        last = done == config.steps or self.interrupt.received is not None
+        validating = done == config.steps or _due(done, config.validate_every)
+        saving = last or _due(done, config.checkpoint_every)
+        if validating or saving:
+          # The line of a step holds its validation loss, and stands before its checkpoint does.
+          journal.flush(functools.partial(validate, state.params) if validating else None)
+        if saving:
+          self._save(state)
+        if last:
+          break
+    return done
+
+  def _writer(self) -> Callable[[Record], None]:
+    line = StepLine(self.setup)
+
+    def write(record: Record) -> None:
+      self.metrics.write(record)
+      self.screen.line(line(record))
+      self.screen.advance(record.step + 1)
+
+    return write
+
+  def _save(self, state: TrainState) -> None:
+    self.metrics.sync()
+    config, data = self.setup.config, self.setup.record.data
+    meta: dict[str, Any] = {"seed": config.seed, "config": config.to_dict(), "data": data}
+    self.checkpoints.save(state, self.setup.stack, self.setup.schedule, meta)
+
+
+def _due(done: int, every: int) -> bool:
+  return every > 0 and done % every == 0
+
+
+@contextlib.contextmanager
+def _closing(batches: Any) -> Iterator[Iterator[Batch]]:
+  """Stops the threads that read ahead."""
+  try:
+    yield batches
+  finally:
+    batches.close()

@@ -1,0 +1,67 @@
+"""AdamW with warm-up, cosine and clipping, over the parameter tree of a stack.
+
+References:
+  AdamW: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
+  Clipping by the global norm: Pascanu et al., arXiv:1211.5063.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpipe.training.config import Config
+
+Tree = Any
+
+_FINAL_SHARE = 0.1  # of the peak learning rate, at the last step
+_B1, _B2, _EPSILON = 0.9, 0.95, 1e-8  # GPT-3's (arXiv:2005.14165, appendix B)
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+  """Returns `step -> learning rate`: linear from 0 exclusive, then a cosine to a tenth.
+
+  The first update (step 0) already moves: it takes the rate of one warm-up step, not 0.
+  """
+  peak, warmup = config.learning_rate, min(config.warmup_steps, config.steps)
+  cosine = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), alpha=_FINAL_SHARE)
+  if not warmup:
+    return cosine
+  ramp = lambda step: peak * (step + 1) / warmup  # noqa: E731
+  return optax.join_schedules([ramp, cosine], [warmup])
+
+
+def decay_mask(params: Tree) -> Tree:
+  """Says per leaf whether weight decay applies: to matrices and tables, not to scales or biases.
+
+  Args:
+    params: a parameter tree `{"embed", "layers", "head"}`, or its shapes.
+  """
+
+  def is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+    # Layers are stacked: their leaves have one dim more, and a norm's scale looks like a matrix.
+    return leaf.ndim - (path[0].key == "layers") >= 2
+
+  return jax.tree.map_with_path(is_matrix, params)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+  """Returns the optimizer of a run.
+
+  Its moments have the dtype of what it is given: `widen` parameters first.
+  """
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  return optax.chain(
+    clip,
+    optax.scale_by_adam(_B1, _B2, _EPSILON),
+    optax.add_decayed_weights(config.weight_decay, decay_mask),
+    optax.scale_by_learning_rate(learning_rate(config)),
+  )
+
+
+def widen(params: Tree) -> Tree:
+  """The same tree in float32 at least: bfloat16 moments would lose most small updates."""
+  return jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)

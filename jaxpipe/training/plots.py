@@ -1,0 +1,54 @@
+"""The loss curve of a run, from its metrics file."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxpipe.data.files import atomic_file
+from jaxpipe.training.metrics import read_records
+
+_SMOOTH = 0.98  # of the running mean drawn over the noise of single steps
+
+
+def draw_loss(metrics: pathlib.Path, png: pathlib.Path) -> None:
+  """Draws training and validation loss over steps.
+
+  Args:
+    metrics: `metrics.jsonl`; nothing is drawn if it has no lines.
+    png: the file to make or replace.
+  """
+  # Imported here: drawing is the last thing of a run, and matplotlib the slowest import.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  records = list(read_records(metrics))
+  if not records:
+    return
+  steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+  points = [(r["step"], r["validation_loss"]) for r in records if r["validation_loss"] is not None]
+  figure = Figure(figsize=(8, 4.5), layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  axes.plot(steps, losses, color="0.8", lw=0.8, label="training, single steps (nats per token)")
+  axes.plot(steps, running_mean(losses), color="tab:blue", label="training, running mean")
+  if points:
+    x, y = zip(*points, strict=True)
+    axes.plot(x, y, color="tab:orange", marker="o", label="validation (nats per byte)")
+  axes.set_xlabel("step")
+  axes.set_ylabel("loss")
+  axes.grid(alpha=0.3)
+  axes.legend(frameon=False)
+  with atomic_file(png) as file:
+    figure.savefig(file, dpi=120, format="png")
+
+
+def running_mean(values: Sequence[float]) -> np.ndarray:
+  """Exponential running mean, corrected for its start: float64 [n]."""
+  means, mean = np.empty(len(values)), 0.0
+  for i, value in enumerate(values):
+    mean = _SMOOTH * mean + (1 - _SMOOTH) * value
+    means[i] = mean / (1 - _SMOOTH ** (i + 1))
+  return means

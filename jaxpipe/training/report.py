@@ -1,0 +1,144 @@
+"""What a run prints: its plan at the start, then one line a step; a bar only on a terminal."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxpipe.models.transformer import flops_per_token
+from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.pipeline.memory import expected_memory
+from jaxpipe.schedules import draw_text, simulate
+from jaxpipe.training.metrics import Record
+from jaxpipe.training.peaks import peak_flops
+from jaxpipe.training.setup import Setup
+from jaxpipe.training.state import map_param_trees, state_shapes
+
+Tree = Any
+
+
+def describe(setup: Setup) -> str:
+  """The plan of a run: mesh, timetable with both bubbles, parameters, expected memory, data."""
+  width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+  device = setup.mesh.devices.flat[0]
+  axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
+  total, held = count_parameters(setup)
+  memory = plan_memory(setup)
+  parts = ", ".join(f"{kind.replace('_', ' ')} {_mib(size)}" for kind, size in memory.items())
+  train, held_out = len(setup.data.train.tokens), len(setup.data.validation.tokens)
+  return "\n".join(
+    (
+      f"mesh: {axes} = {setup.mesh.size} devices ({device.device_kind})",
+      draw_text(simulate(setup.schedule), width),
+      f"parameters: {total:,} in total, {held:,} on each device",
+      f"expected memory of each device: {_mib(sum(memory.values()))} MiB ({parts})",
+      f"data: {train:,} tokens to train on, {held_out:,} held out",
+    )
+  )
+
+
+def count_parameters(setup: Setup) -> tuple[int, int]:
+  """Parameters in total, and on each device: its share of the layers, and both ends."""
+  sizes = {part: _count(tree) for part, tree in setup.stack.param_shapes().items()}
+  total = sum(sizes.values())
+  return total, total - sizes["layers"] + sizes["layers"] // setup.mesh.shape[STAGE]
+
+
+def plan_memory(setup: Setup) -> dict[str, int]:
+  """Bytes of each device by kind: those of the pipeline, and the optimizer's."""
+  pipeline = expected_memory(
+    setup.stack, setup.schedule, setup.mesh, setup.batch_shapes, residuals=setup.config.residuals
+  )
+  P = setup.mesh.shape[STAGE]
+
+  def share(params: Tree) -> Tree:
+    return sum(_bytes(tree) // (P if part == "layers" else 1) for part, tree in params.items())
+
+  moments = state_shapes(setup.stack, setup.optimizer).opt_state
+  optimizer = sum(jax.tree.leaves(map_param_trees(share, moments, _bytes)))
+  return {**pipeline, "optimizer": optimizer}
+
+
+class StepLine:
+  """Formats a step's record; knows what the model costs and what the devices can do.
+
+  Args:
+    setup: of the run.
+  """
+
+  def __init__(self, setup: Setup) -> None:
+    self._steps = setup.config.steps
+    self._flops = flops_per_token(setup.model, setup.config.sequence_length)
+    peak = peak_flops(setup.mesh.devices.flat[0].device_kind)
+    self._peak = peak and peak * setup.mesh.size
+
+  def __call__(self, record: Record) -> str:
+    parts = [
+      f"step {record.step:>{len(str(self._steps - 1))}}",
+      f"loss {record.loss:.4f}",
+      f"grad norm {record.grad_norm:.3f}",
+      f"lr {record.learning_rate:.2e}",
+      f"{record.tokens_per_second:,.0f} tokens/s",
+      f"{record.step_seconds * 1e3:.1f} ms",
+    ]
+    if self._peak:
+      parts.append(f"MFU {record.tokens_per_second * self._flops / self._peak:.1%}")
+    if record.validation_loss is not None:
+      parts.append(f"validation {record.validation_loss:.4f} nats per byte")
+    return "  ".join(parts)
+
+
+class Screen:
+  """Prints lines; on a terminal, above a progress bar.
+
+  Args:
+    start: the first step.
+    steps: of the whole run.
+  """
+
+  def __init__(self, start: int, steps: int) -> None:
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    self._bar = Progress(*columns, console=Console(), disable=not sys.stdout.isatty())
+    self._task = self._bar.add_task("", completed=start, total=steps)
+
+  def line(self, text: str) -> None:
+    """Prints one line as it is."""
+    if self._bar.disable:
+      print(text, flush=True)
+    else:
+      self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+  def advance(self, done: int) -> None:
+    """Moves the bar to `done` steps."""
+    self._bar.update(self._task, completed=done)
+
+  def __enter__(self) -> Self:
+    self._bar.start()
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self._bar.stop()
+
+
+def _count(tree: Tree) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Tree) -> int:
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _mib(size: int) -> str:
+  return f"{size / 2**20:,.1f}"

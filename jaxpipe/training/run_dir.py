@@ -1,0 +1,167 @@
+"""The folder of a run: whose it is, and what must agree before anything in it is touched.
+
+config.json     marks the folder as ours: configuration and identity of the data
+tokenizer.json  of a BPE run, so that sampling needs no text
+checkpoints/  metrics.jsonl  events.out.tfevents.*  timetable.png  loss.png  profile/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from jaxpipe.data import ByteTokenizer, DataError, Tokenizer, load_bpe
+from jaxpipe.data.files import atomic_file
+from jaxpipe.training.config import Config, must_match, show_flag
+from jaxpipe.training.errors import ConfigError
+
+_MARK = "jaxpipe run 1"
+_OTHER = "or use another --run_dir"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+  """What `config.json` holds.
+
+  Attributes:
+    config: of the command that started the run.
+    data: `TokenBatches.identity`.
+  """
+
+  config: Config
+  data: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+  """Paths of a run, and its record."""
+
+  path: pathlib.Path
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    """Folder of the checkpoints."""
+    return self.path / "checkpoints"
+
+  @property
+  def metrics(self) -> pathlib.Path:
+    """One JSON object a step."""
+    return self.path / "metrics.jsonl"
+
+  @property
+  def profile(self) -> pathlib.Path:
+    """Folder of the traces."""
+    return self.path / "profile"
+
+  @property
+  def _config(self) -> pathlib.Path:
+    return self.path / "config.json"
+
+  @property
+  def _tokenizer(self) -> pathlib.Path:
+    return self.path / "tokenizer.json"
+
+  def read(self) -> RunRecord | None:
+    """Returns the record, or None where no run has begun.
+
+    Raises:
+      ConfigError: something else is there: not a folder, other files, or a damaged record.
+    """
+    if not self.path.exists():
+      return None
+    if not self.path.is_dir():
+      raise ConfigError(f"--run_dir={self.path}: is a file, not a folder; use another --run_dir")
+    if not self._config.exists():
+      # A run killed while it wrote its record leaves a hidden file, which is no reason to refuse.
+      if all(entry.name.startswith(".") for entry in self.path.iterdir()):
+        return None
+      raise ConfigError(
+        f"--run_dir={self.path}: not empty and not a jaxpipe run (no config.json);"
+        " use another --run_dir"
+      )
+    return _parse(self._config)
+
+  def begin(self, record: RunRecord, tokenizer_file: pathlib.Path | None) -> None:
+    """Makes the folder ours; the record comes last, since it is what marks it.
+
+    Args:
+      record: to be written.
+      tokenizer_file: of the run's tokenizer, None for bytes.
+    """
+    self.path.mkdir(parents=True, exist_ok=True)
+    if tokenizer_file is not None:
+      with atomic_file(self._tokenizer) as file:
+        file.write(tokenizer_file.read_bytes())
+    fields = {"format": _MARK, "config": record.config.to_dict(), "data": record.data}
+    with atomic_file(self._config) as file:
+      file.write((json.dumps(fields, indent=1) + "\n").encode())
+
+  def tokenizer(self) -> Tokenizer:
+    """Returns the run's tokenizer, from the folder alone."""
+    return load_bpe(self._tokenizer) if self._tokenizer.exists() else ByteTokenizer()
+
+
+def check_config(path: pathlib.Path, record: RunRecord, config: Config) -> None:
+  """Refuses to resume with another value where that would train another model.
+
+  Raises:
+    ConfigError: names the first such flag, both values and what to do.
+  """
+  for field in dataclasses.fields(Config):
+    was, now = getattr(record.config, field.name), getattr(config, field.name)
+    if was != now and must_match(field.name):
+      raise ConfigError(
+        f"{show_flag(field.name, now)}: the run in {path} has {show_flag(field.name, was)};"
+        f" repeat that to resume it, {_OTHER}"
+      )
+
+
+def check_data(path: pathlib.Path, record: RunRecord, config: Config, data: dict[str, Any]) -> None:
+  """The same for the tokens themselves.
+
+  Raises:
+    ConfigError: the text or the tokenizer's file is another than the run's.
+  """
+  for name, now in data.items():
+    was = record.data.get(name)
+    if was != now:
+      flag = "tokenizer" if name == "tokenizer" else "text"
+      raise ConfigError(
+        f"{config.flag(flag)}: its {name} is {_short(now)}, the run in {path} has {_short(was)};"
+        f" give the same file to resume it, {_OTHER}"
+      )
+
+
+def find_tokenizer_file(
+  config: Config, tokenizer: Tokenizer, cache: pathlib.Path
+) -> pathlib.Path | None:
+  """Returns the JSON file of a run's BPE tokenizer, None for bytes."""
+  if config.tokenizer == "byte":
+    return None
+  kind, _, size = config.tokenizer.partition(":")
+  if kind != "bpe":
+    return pathlib.Path(config.tokenizer)
+  # Trained files are named by the text they were trained on; which is ours, they say themselves.
+  for path in sorted(cache.glob(f"bpe-{size}-*.json")):
+    if load_bpe(path).fingerprint == tokenizer.fingerprint:
+      return path
+  raise DataError(f"{cache}: the trained tokenizer is gone; run the command again")
+
+
+def _parse(path: pathlib.Path) -> RunRecord:
+  try:
+    fields = json.loads(path.read_text())
+    mark = fields["format"]
+    if mark != _MARK:
+      raise ConfigError(f"{path}: format {mark!r}, not {_MARK!r}; use another --run_dir")
+    return RunRecord(config=Config.from_dict(fields["config"]), data=dict(fields["data"]))
+  except ConfigError:
+    raise
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConfigError(f"{path}: damaged ({error}); use another --run_dir") from None
+
+
+def _short(value: Any) -> str:
+  return str(value)[:17]

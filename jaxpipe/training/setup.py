@@ -1,0 +1,176 @@
+"""Everything that a run needs, built and checked before anything is compiled or written.
+
+Whatever is wrong with a command is found here, and only here: all errors of this module are the
+user's, so that `command.py` may show them as one line. The cheap checks come first, so that a wrong
+flag is told before a large text is tokenised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxpipe.data import EvaluationBatches, TextData, TokenBatches, prepare_text
+from jaxpipe.models.stack import LayerStack
+from jaxpipe.models.transformer import TransformerConfig, transformer
+from jaxpipe.parallel.mesh import DATA, STAGE, make_mesh
+from jaxpipe.parallel.placing import layers_per_stage
+from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
+from jaxpipe.schedules import Schedule, make_schedule
+from jaxpipe.training.config import Config
+from jaxpipe.training.errors import ConfigError, naming
+from jaxpipe.training.optimizer import learning_rate, make_optimizer
+from jaxpipe.training.run_dir import (
+  RunDir,
+  RunRecord,
+  check_config,
+  check_data,
+  find_tokenizer_file,
+)
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Setup:
+  """A run that can start.
+
+  Attributes:
+    config: what was asked for.
+    folder: its run directory, not yet touched.
+    mesh, schedule: where it runs, and in which order.
+    model, stack: what it trains.
+    data, train, validation: what it trains on.
+    optimizer, learning_rate: how.
+    value_and_grad, evaluate: `pipeline_value_and_grad` and `pipeline_forward` of all these.
+  """
+
+  config: Config
+  folder: RunDir
+  mesh: Mesh
+  schedule: Schedule
+  model: TransformerConfig
+  stack: LayerStack
+  data: TextData
+  train: TokenBatches
+  validation: EvaluationBatches
+  optimizer: optax.GradientTransformation
+  learning_rate: optax.Schedule
+  value_and_grad: Callable[..., Any]
+  evaluate: Callable[..., Any]
+
+  @property
+  def record(self) -> RunRecord:
+    """What marks a run directory as this run's."""
+    return RunRecord(config=self.config, data=dict(self.train.identity))
+
+  @property
+  def batch_shapes(self) -> Tree:
+    """A batch as `jax.ShapeDtypeStruct`s."""
+    shape = (self.config.batch_size, self.config.sequence_length)
+    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+
+  def begin(self) -> None:
+    """Makes the run directory, or brings its record up to date."""
+    cache = cache_folder(self.config.data_cache, "data")
+    file = find_tokenizer_file(self.config, self.data.tokenizer, cache)
+    self.folder.begin(self.record, file)
+
+
+def build(config: Config) -> Setup:
+  """Checks a configuration against the machine, the data and the run directory.
+
+  Args:
+    config: what was asked for.
+
+  Returns:
+    What the loop needs. Nothing is compiled, and nothing written but prepared tokens in the cache.
+
+  Raises:
+    ValueError: anything that does not fit; one line with the flag or file, and the remedy.
+  """
+  mesh, schedule = _build_schedule(config)
+  config.model(vocabulary_size=1)  # the shapes must fit whatever the tokenizer will say
+  _check_batch(config, mesh)
+  folder = RunDir(pathlib.Path(config.run_dir))
+  record = folder.read()
+  if record:
+    check_config(folder.path, record, config)
+  data, train, validation = _build_data(config)
+  if record:
+    check_data(folder.path, record, config, dict(train.identity))
+  model = config.model(data.tokenizer.vocabulary_size)
+  stack = transformer(model)
+  with naming(config.flag("residuals"), config.flag("schedule")):
+    value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, residuals=config.residuals)
+  return Setup(
+    config=config,
+    folder=folder,
+    mesh=mesh,
+    schedule=schedule,
+    model=model,
+    stack=stack,
+    data=data,
+    train=train,
+    validation=validation,
+    optimizer=make_optimizer(config),
+    learning_rate=learning_rate(config),
+    value_and_grad=value_and_grad,
+    evaluate=pipeline_forward(stack, schedule, mesh),
+  )
+
+
+def _build_schedule(config: Config) -> tuple[Mesh, Schedule]:
+  with naming(config.flag("mesh")):
+    mesh = make_mesh(config.mesh)
+  optional = [name for name in ("chunks", "backward") if getattr(config, name)]
+  with naming(*config.flags("schedule", "microbatches", *optional)):
+    schedule = make_schedule(
+      config.schedule,
+      devices=mesh.shape[STAGE],
+      microbatches=config.microbatches,
+      chunks=config.chunks or None,
+      backward=config.backward or None,
+    )
+  with naming(*config.flags("layers", "mesh", *optional[: config.chunks > 0])):
+    layers_per_stage(config.layers, schedule)
+  return mesh, schedule
+
+
+def _check_batch(config: Config, mesh: Mesh) -> None:
+  M, shards = config.microbatches, mesh.shape[DATA]
+  if config.batch_size % (M * shards):
+    flags = " ".join(config.flags("batch_size", "microbatches", "mesh"))
+    raise ConfigError(
+      f"{flags}: {config.batch_size} rows cannot be cut into {M} microbatches over {shards} data"
+      f" shard{'s' * (shards > 1)}; use a multiple of {M * shards} rows"
+    )
+
+
+def _build_data(config: Config) -> tuple[TextData, TokenBatches, EvaluationBatches]:
+  data = prepare_text(
+    config.text,
+    config.tokenizer,
+    cache_folder(config.data_cache, "data"),
+    validation_fraction=config.validation_fraction,
+  )
+  B, T = config.batch_size, config.sequence_length
+  train = TokenBatches(data.train, B, T, config.seed, random_offset=True)
+  return data, train, EvaluationBatches(data.validation, B, T)
+
+
+def cache_folder(asked: str, name: str) -> pathlib.Path:
+  """Returns the folder that a flag asks for, or one in the user's cache."""
+  if asked:
+    return pathlib.Path(asked)
+  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(home) / "jaxpipe" / name

@@ -1,0 +1,112 @@
+"""What a training run carries from step to step, and where each part of it lies.
+
+The optimizer's moments have the tree of the parameters, so whatever holds for parameters (their
+places on the mesh, the canonical order of a checkpoint) holds for them by the same functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from jaxpipe.models.stack import LayerStack
+from jaxpipe.parallel.placing import place, shardings, unplace
+from jaxpipe.schedules import Schedule
+from jaxpipe.training.optimizer import widen
+
+Tree = Any
+
+_PARTS = {"embed", "layers", "head"}
+# Steps fold small numbers into the same key; initialisation takes one that no step reaches.
+_INIT = 2**31
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """The state before step `step`.
+
+  Attributes:
+    params: as placed on the mesh; canonical inside a checkpoint.
+    opt_state: the optimizer's; its moments lie like `params`.
+    step: int32 [], updates done.
+  """
+
+  params: Tree
+  opt_state: Tree
+  step: jax.Array
+
+
+def map_param_trees(fn: Callable[[Tree], Tree], tree: Tree, other: Callable[[Any], Any]) -> Tree:
+  """Applies `fn` to every subtree of the parameters' shape, `other` to leaves outside them."""
+
+  def one(node: Any) -> Any:
+    return fn(node) if _is_params(node) else other(node)
+
+  return jax.tree.map(one, tree, is_leaf=_is_params)
+
+
+def _is_params(node: Any) -> bool:
+  return isinstance(node, dict) and node.keys() == _PARTS
+
+
+def state_shardings(state: Tree, mesh: Mesh) -> Tree:
+  """Where each leaf of a state, or of its shapes, lies: layers over `stage`, else everywhere."""
+  everywhere = NamedSharding(mesh, Spec())
+  return map_param_trees(lambda params: shardings(params, mesh), state, lambda _: everywhere)
+
+
+def create_state(
+  stack: LayerStack,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  example_batch: Tree,
+  schedule: Schedule,
+  mesh: Mesh,
+) -> TrainState:
+  """Returns the state before step 0; no device ever holds more than its own part of it.
+
+  Args:
+    stack, schedule, mesh: what is trained, and where.
+    optimizer: from `make_optimizer`.
+    seed: of the parameters.
+    example_batch: a batch, or its shapes.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), _INIT)
+  params = stack.init(key, example_batch, schedule, mesh)
+  fresh = _fresh(optimizer)
+  # The moments are zeros made under these shardings, never sliced from a whole.
+  places = state_shardings(jax.eval_shape(fresh, params), mesh)
+  state: TrainState = jax.jit(fresh, out_shardings=places, donate_argnums=0)(params)
+  return state
+
+
+def _fresh(optimizer: optax.GradientTransformation) -> Callable[[Tree], TrainState]:
+  def fresh(params: Tree) -> TrainState:
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(params=params, opt_state=optimizer.init(widen(params)), step=step)
+
+  return fresh
+
+
+def state_shapes(stack: LayerStack, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state as `jax.ShapeDtypeStruct`s; placed and canonical trees have the same."""
+  shapes: TrainState = jax.eval_shape(_fresh(optimizer), stack.param_shapes())
+  return shapes
+
+
+def to_canonical(state: TrainState, stack: LayerStack, schedule: Schedule) -> TrainState:
+  """The state with layers in model order, parameters and moments alike."""
+  return map_param_trees(lambda p: unplace(p, stack, schedule), state, lambda leaf: leaf)
+
+
+def to_placed(state: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> TrainState:
+  """Inverse of `to_canonical`."""
+  return map_param_trees(lambda p: place(p, stack, schedule, mesh), state, lambda leaf: leaf)

@@ -1,0 +1,68 @@
+"""One update: gradients through the pipeline, clipping, AdamW; one program, compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from jaxpipe.training.optimizer import widen
+from jaxpipe.training.state import TrainState, state_shardings
+
+Tree = Any
+
+
+class StepResult(NamedTuple):
+  """Scalars of one step, still on the device.
+
+  Attributes:
+    loss: mean over the targets, in nats per token.
+    grad_norm: global norm before clipping.
+    learning_rate: that the update took.
+    metrics: the head's own, summed over the targets.
+  """
+
+  loss: jax.Array
+  grad_norm: jax.Array
+  learning_rate: jax.Array
+  metrics: Tree
+
+
+def make_train_step(
+  value_and_grad: Callable[..., Any],
+  optimizer: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  seed: int,
+  state: TrainState,
+  mesh: Mesh,
+) -> jax.stages.Wrapped:
+  """Returns the jitted step.
+
+  Args:
+    value_and_grad: `(params, batch, key) -> ((loss, metrics), grads)`, of the pipeline.
+    optimizer, learning_rate: from `optimizer.py`.
+    seed: of dropout; step k draws from `fold_in(key(seed), k)`, whatever came before.
+    state: a state or its shapes, to lay out the result like it.
+    mesh: where it lies.
+
+  Returns:
+    `step(state, batch) -> (state, StepResult)`. The given state is donated: it is gone afterwards.
+  """
+
+  def step(state: TrainState, batch: Tree) -> tuple[TrainState, StepResult]:
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    (loss, metrics), grads = value_and_grad(state.params, batch, key)
+    wide = widen(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, wide)
+    new = optax.apply_updates(state.params, updates)
+    result = StepResult(loss, optax.global_norm(grads), learning_rate(state.step), metrics)
+    return TrainState(params=new, opt_state=opt_state, step=state.step + 1), result
+
+  # Fixed output places: left to the compiler, they may differ from the input's and the second call
+  # would compile again.
+  places = (state_shardings(state, mesh), NamedSharding(mesh, Spec()))
+  return jax.jit(step, donate_argnums=0, out_shardings=places)

@@ -1,0 +1,40 @@
+"""Loss on held-out text, over the same pipeline that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxpipe.data import EvaluationBatches, Tokenizer
+
+Tree = Any
+
+
+def make_validation(
+  evaluate: Callable[..., tuple[Any, Tree]], batches: EvaluationBatches, tokenizer: Tokenizer
+) -> Callable[[Tree], float]:
+  """Returns `validate(params) -> nats per byte` over the whole split.
+
+  Args:
+    evaluate: `(params, batch) -> (mean loss, metrics)`, of `pipeline_forward`.
+    batches: the split; its last batch is padded with weight 0.
+    tokenizer: says how many bytes the targets stand for.
+  """
+  total_bytes = batches.target_bytes(tokenizer.byte_lengths)
+
+  def validate(params: Tree) -> float:
+    nats, held = np.float64(0), (np.float64(0), np.float64(0))
+    for batch in batches:
+      # Fetched when the next batch is under way, so that devices do not wait; and not later, since
+      # CPU devices share threads and dead-lock when too many programs queue for each other.
+      under_way = evaluate(params, batch)[0], batch["weights"].sum(dtype=np.float64)
+      nats, held = nats + _nats(*held), under_way
+    return float(nats + _nats(*held)) / total_bytes
+
+  return validate
+
+
+def _nats(mean_loss: Any, weight: np.float64) -> np.float64:
+  return np.float64(mean_loss) * weight
