@@ -17,13 +17,6 @@ Case = TypeVar("Case")
 DEVICES = 8
 SEED = "JAXPIPE_GRID_SEED"  # how the seed reaches the workers
 
-# Read once, when JAX makes its devices: so before anything imports it. Programs that tests start
-# inherit both.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-)
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
   group = parser.getgroup("grids")
@@ -32,6 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+  # Read once, when JAX makes its devices: so before anything imports it. Programs that tests start
+  # inherit all of it.
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  # LLVM's optimizations are half of what a test of a small program costs. XLA's own passes, on
+  # which buffers and the order of sums depend, all run.
+  os.environ["XLA_FLAGS"] = " ".join(
+    [
+      os.environ.get("XLA_FLAGS", ""),
+      f"--xla_force_host_platform_device_count={DEVICES}",
+      "--xla_backend_optimization_level=0",
+    ]
+  )
+
   import jax
 
   # Broadcasting over a missing dim hides transposed arguments.

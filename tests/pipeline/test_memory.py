@@ -11,7 +11,7 @@ F32 = dict(dtype="float32", param_dtype="float32", attention=jax.nn.dot_product_
 
 def measure(name, backward, residuals, M):
   """Temporary bytes of the compiled step, and those that the rings were expected to take."""
-  stack = tiny.stack(8, **F32, width=32, dropout=0.0)
+  stack = tiny.stack(4, **F32, width=32, dropout=0.0)
   mesh = jaxpipe.make_mesh("stage:4")
   schedule = jaxpipe.make_schedule(name, devices=4, microbatches=M, backward=backward)
   batch = tiny.batch(2 * M, length=32)
