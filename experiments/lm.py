@@ -3,7 +3,7 @@
     ./launch/local.sh experiments/lm.py
 
 About 1M parameters over 4 CPU devices, 2,000 steps of 1,024 bytes. Expected on two cores: about 5
-minutes, a validation loss of at most 1.8 nats per byte, and at the end text that looks like a play.
+minutes, a validation loss of about 1.5 nats per byte, and at the end text that looks like a play.
 The same command resumes; `--sample` only prints text; `--help` lists the flags.
 """
 

@@ -68,6 +68,7 @@ class Checkpoints:
     """
     canonical = to_canonical(state, stack, schedule)
     step = int(canonical.step)
+    # The last step may be due by the interval and by the end; orbax refuses the second.
     if step == self.newest:
       return
     items = ocp.args.Composite(
@@ -90,6 +91,8 @@ class Checkpoints:
     Raises:
       ValueError: no such checkpoint, or one of other shapes.
     """
+    # Canonical order, but already spread like the placed tree: both have the same shapes and specs,
+    # so that what is left to do is to exchange layers between devices, and often nothing.
     everywhere = NamedSharding(mesh, Spec())
     targets = map_param_trees(
       lambda p: jax.tree.map(_on, p, shardings(p, mesh)), shapes, lambda leaf: _on(leaf, everywhere)

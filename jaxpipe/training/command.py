@@ -53,7 +53,7 @@ def _main(_: Sequence[str]) -> None:
 
 def _prepare() -> Setup | LoadedRun:
   config = read_config()
-  return load(config.run_dir) if config.sample else build(config)
+  return load(config.run_dir) if config.sample else build(config).begin()
 
 
 def _guard(step: Callable[[], Result]) -> Result:
@@ -77,5 +77,6 @@ def _print_sample(run: LoadedRun, config: Config) -> None:
 
 def use_compilation_cache(folder: pathlib.Path) -> None:
   """Keeps compiled programs in a folder, so that the same command starts faster next time."""
+  # JAX only warns where it cannot write, step after step.
   os.makedirs(folder, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -81,6 +81,7 @@ class Config:
   temperature: float = _free(0.8, "of sampling; 0 takes the likeliest token")
 
   def __post_init__(self) -> None:
+    # Written so that a NaN is refused as well.
     for name in _AT_LEAST_ONE:
       self._check(name, getattr(self, name) >= 1, "is not a count; use 1 or more")
     for name in _AT_LEAST_ZERO:
@@ -113,6 +114,7 @@ class Config:
     Raises:
       ConfigError: widths and heads that do not fit each other; names the flags.
     """
+    # The model knows widths and heads, but not what the flags are called.
     with naming(*self.flags("width", "heads", "kv_heads", "mlp")):
       return TransformerConfig(
         vocabulary_size=vocabulary_size,
@@ -160,6 +162,7 @@ def show_flag(name: str, value: Any) -> str:
   """A flag as one would type it, on one line."""
   if isinstance(value, bool):
     return f"--{'' if value else 'no'}{name}"
+  # A prompt may hold a line break, and an error is one line.
   text = str(value)
   return f"--{name}={text if text.isprintable() else json.dumps(text)}"
 

@@ -79,6 +79,7 @@ def load(run_dir: str | os.PathLike[str]) -> LoadedRun:
     step = checkpoints.newest
   if step is None:
     raise ConfigError(f"--run_dir={run_dir}: no checkpoint yet; let the run reach its first one")
+  # Sizes the vocabulary; the configuration alone does not, where a file did.
   tokenizer = folder.tokenizer()
   stack = transformer(record.config.model(tokenizer.vocabulary_size))
   device = SingleDeviceSharding(jax.devices()[0])

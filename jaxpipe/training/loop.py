@@ -30,12 +30,11 @@ def train(setup: Setup) -> int:
   """Trains from the newest checkpoint of the run directory, or from the start, to the last step.
 
   Args:
-    setup: from `build`; its run directory is made if it does not exist.
+    setup: built and begun.
 
   Returns:
     The exit status: 0, or 128 plus the signal that ended the run early.
   """
-  setup.begin()
   checkpoints = Checkpoints(setup.folder.checkpoints)
   start, steps = checkpoints.newest or 0, setup.config.steps
   if start >= steps:
@@ -46,6 +45,7 @@ def train(setup: Setup) -> int:
   draw_png(simulate(setup.schedule), setup.folder.path / "timetable.png")
   state = _first_state(setup, checkpoints)
   step = _compile(setup, state)
+  # Left in reverse: the trace and the signals first, then the bar, the checkpoints, the metrics.
   with contextlib.ExitStack() as stack:
     metrics = stack.enter_context(MetricsWriter(setup.folder.metrics, setup.folder.path, start))
     stack.callback(checkpoints.close)
@@ -109,11 +109,13 @@ class Loop:
     with _closing(self.setup.train.iterate(start)) as batches:
       for k in range(start, config.steps):
         if self.profiler.is_edge(k):
+          # No step may be under way, or the trace would hold a part of it.
           journal.flush()
           self.profiler.before(k)
         state, result = self.step(state, next(batches))
         journal.add(k, result)
         done = k + 1
+        # Looked at after the dispatch: a signal during step k ends the run with step k in it.
         last = done == config.steps or self.interrupt.received is not None
         validating = done == config.steps or _due(done, config.validate_every)
         saving = last or _due(done, config.checkpoint_every)
@@ -137,6 +139,7 @@ class Loop:
     return write
 
   def _save(self, state: TrainState) -> None:
+    # First: a checkpoint that is ahead of its metrics would leave a hole that no resume fills.
     self.metrics.sync()
     config, data = self.setup.config, self.setup.record.data
     meta: dict[str, Any] = {"seed": config.seed, "config": config.to_dict(), "data": data}

@@ -75,6 +75,7 @@ class MetricsWriter:
   def __init__(self, path: pathlib.Path, events: pathlib.Path, start: int) -> None:
     drop_from(path, start)
     self._file = path.open("ab")
+    # Steps from `start` on that an earlier life wrote are hidden, as they are dropped above.
     self._events = SummaryWriter(logdir=str(events), purge_step=start)
 
   def write(self, record: Record) -> None:
@@ -83,6 +84,7 @@ class MetricsWriter:
     self._file.write(_line(values))
     self._file.flush()
     for name, value in values.items():
+      # Tensorboard would draw a missing value as a point.
       if name != "step" and value is not None:
         self._events.add_scalar(name, value, record.step)
 

@@ -54,6 +54,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
   Its moments have the dtype of what it is given: `widen` parameters first.
   """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  # Decay comes after Adam and before the rate: decoupled from the gradient, scaled by the rate.
   return optax.chain(
     clip,
     optax.scale_by_adam(_B1, _B2, _EPSILON),

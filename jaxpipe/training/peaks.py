@@ -12,6 +12,7 @@ from __future__ import annotations
 
 _PEAKS = {
   "TPU v4": 275e12,
+  # JAX calls v5e "v5 lite", v6e "v6 lite" and v5p plain "v5"; newer versions may use the names.
   "TPU v5 lite": 197e12,
   "TPU v5e": 197e12,
   "TPU v5": 459e12,

@@ -49,6 +49,7 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
   """Exponential running mean, corrected for its start: float64 [n]."""
   means, mean = np.empty(len(values)), 0.0
   for i, value in enumerate(values):
+    # The first values stand for all before them: dividing by their weight removes the zero start.
     mean = _SMOOTH * mean + (1 - _SMOOTH) * value
     means[i] = mean / (1 - _SMOOTH ** (i + 1))
   return means

@@ -27,6 +27,7 @@ Tree = Any
 def describe(setup: Setup) -> str:
   """The plan of a run: mesh, timetable with both bubbles, parameters, expected memory, data."""
   width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+  # A timetable is broken at a terminal's edge, never in a file.
   device = setup.mesh.devices.flat[0]
   axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
   total, held = count_parameters(setup)
@@ -77,6 +78,7 @@ class StepLine:
     self._steps = setup.config.steps
     self._flops = flops_per_token(setup.model, setup.config.sequence_length)
     peak = peak_flops(setup.mesh.devices.flat[0].device_kind)
+    # Over the whole mesh: idle devices are paid for too.
     self._peak = peak and peak * setup.mesh.size
 
   def __call__(self, record: Record) -> str:
@@ -113,6 +115,7 @@ class Screen:
     if self._bar.disable:
       print(text, flush=True)
     else:
+      # Through the bar's console, or the bar would be drawn into the line.
       self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
   def advance(self, done: int) -> None:

@@ -90,6 +90,7 @@ class RunDir:
       record: to be written.
       tokenizer_file: of the run's tokenizer, None for bytes.
     """
+    # In this order: a run that is killed here has no mark yet, or everything that it names.
     self.path.mkdir(parents=True, exist_ok=True)
     if tokenizer_file is not None:
       with atomic_file(self._tokenizer) as file:
@@ -125,6 +126,7 @@ def check_data(path: pathlib.Path, record: RunRecord, config: Config, data: dict
     ConfigError: the text or the tokenizer's file is another than the run's.
   """
   for name, now in data.items():
+    # The path may differ, what the file holds may not.
     was = record.data.get(name)
     if was != now:
       flag = "tokenizer" if name == "tokenizer" else "text"

@@ -46,6 +46,7 @@ class Sampler:
       seed: the same seed gives the same text.
     """
     known = self.tokenizer.encode(prompt or "\n")[-self.window :]
+    # Padded to one length, so that no prompt compiles anew.
     window_T = np.zeros(self.window, np.int32)
     window_T[: len(known)] = known
     keys = jax.random.split(jax.random.key(seed), length)
@@ -101,6 +102,7 @@ def forward(stack: LayerStack, params: Tree, window_T: jax.Array) -> jax.Array:
     inputs: Any = dict(batch=batch, key=None, layer=i, microbatch=0, rows=jnp.arange(1))
     return stack.apply_layer(layer_params, x, False, inputs), None
 
+  # A scan over all layers: the depth is in the shapes, so one compiled layer serves.
   x = stack.apply_embed(params["embed"], batch)
   x, _ = jax.lax.scan(layer, x, (params["layers"], jnp.arange(stack.depth)))
   head: Any = stack.head_module(params)

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -75,15 +75,17 @@ class Setup:
   @property
   def batch_shapes(self) -> Tree:
     """A batch as `jax.ShapeDtypeStruct`s."""
+    # Known without reading one, so that nothing has to be read before everything is checked.
     shape = (self.config.batch_size, self.config.sequence_length)
     dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
-  def begin(self) -> None:
-    """Makes the run directory, or brings its record up to date."""
+  def begin(self) -> Self:
+    """Makes the run directory, or brings its record up to date; returns this setup."""
     cache = cache_folder(self.config.data_cache, "data")
     file = find_tokenizer_file(self.config, self.data.tokenizer, cache)
     self.folder.begin(self.record, file)
+    return self
 
 
 def build(config: Config) -> Setup:
@@ -110,6 +112,7 @@ def build(config: Config) -> Setup:
     check_data(folder.path, record, config, dict(train.identity))
   model = config.model(data.tokenizer.vocabulary_size)
   stack = transformer(model)
+  # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
   with naming(config.flag("residuals"), config.flag("schedule")):
     value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, residuals=config.residuals)
   return Setup(
@@ -132,6 +135,7 @@ def build(config: Config) -> Setup:
 def _build_schedule(config: Config) -> tuple[Mesh, Schedule]:
   with naming(config.flag("mesh")):
     mesh = make_mesh(config.mesh)
+  # Flags at their defaults decide nothing, and would only lengthen the message.
   optional = [name for name in ("chunks", "backward") if getattr(config, name)]
   with naming(*config.flags("schedule", "microbatches", *optional)):
     schedule = make_schedule(
@@ -164,6 +168,7 @@ def _build_data(config: Config) -> tuple[TextData, TokenBatches, EvaluationBatch
     validation_fraction=config.validation_fraction,
   )
   B, T = config.batch_size, config.sequence_length
+  # With windows always cut at the same places, some tokens would never be seen in context.
   train = TokenBatches(data.train, B, T, config.seed, random_offset=True)
   return data, train, EvaluationBatches(data.validation, B, T)
 

@@ -54,12 +54,13 @@ def make_train_step(
   """
 
   def step(state: TrainState, batch: Tree) -> tuple[TrainState, StepResult]:
+    # Counted in the state, not on the host: a resumed step draws what it would have drawn.
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     (loss, metrics), grads = value_and_grad(state.params, batch, key)
-    wide = widen(state.params)
+    wide = widen(state.params)  # decay reads parameters, and must not round in their dtype
     updates, opt_state = optimizer.update(grads, state.opt_state, wide)
     new = optax.apply_updates(state.params, updates)
-    result = StepResult(loss, optax.global_norm(grads), learning_rate(state.step), metrics)
+    result = StepResult(loss, optax.tree.norm(grads), learning_rate(state.step), metrics)
     return TrainState(params=new, opt_state=opt_state, step=state.step + 1), result
 
   # Fixed output places: left to the compiler, they may differ from the input's and the second call

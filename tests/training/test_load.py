@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxpipe
+from jaxpipe.training import sample
 from jaxpipe.training.config import Config
 from jaxpipe.training.errors import ConfigError
 from jaxpipe.training.load import LoadedRun
@@ -28,7 +30,9 @@ def run(
 ) -> LoadedRun:
   folder = tmp_path_factory.mktemp("load")
   tokenizer = request.param
-  train(build(make_config(folder, steps=60, mesh="stage:2", tokenizer=tokenizer, tied=True)))
+  train(
+    build(make_config(folder, steps=60, mesh="stage:2", tokenizer=tokenizer, tied=True)).begin()
+  )
   (folder / "text.txt").unlink()
   shutil.rmtree(folder / "cache")
   return jaxpipe.load(folder / "run")
@@ -52,12 +56,32 @@ def test_samples_follow_prompt_seed_and_temperature(run: LoadedRun) -> None:
 
 def test_greedy_samples_are_the_likeliest_tokens(run: LoadedRun) -> None:
   T = run.config.sequence_length
-  tokens = run.tokenizer.encode("To be").tolist()
-  for _ in range(T + 4):
-    known = tokens[-T:]
-    logits_TV = forward(run.stack, run.params, jnp.array(known, jnp.int32))
-    tokens.append(int(jnp.argmax(logits_TV[-1])))
-  assert run.sample("To be", T + 4, temperature=0.0) == run.tokenizer.decode(tokens)
+  prompt = "Whether 'tis nobler in the mind to suffer"
+  for start in (prompt[:3], prompt):  # room in the window, and none
+    tokens = run.tokenizer.encode(start).tolist()
+    for _ in range(4):
+      known = tokens[-T:]
+      logits_TV = forward(run.stack, run.params, jnp.array(known, jnp.int32))
+      tokens.append(int(jnp.argmax(logits_TV[-1])))
+    assert run.sample(start, 4, temperature=0.0) == run.tokenizer.decode(tokens)
+
+
+def test_the_window_slides(monkeypatch: pytest.MonkeyPatch) -> None:
+  V, T = 13, 4
+
+  def forward(stack: None, params: None, window_T: jax.Array) -> jax.Array:
+    # Any change of what is in the window, or of where it ends, changes the next token.
+    return jax.nn.one_hot(jnp.cumsum(window_T) % V, V)
+
+  monkeypatch.setattr(sample, "forward", forward)
+  start = (jnp.array([3, 5, 0, 0], jnp.int32), jnp.int32(2))
+  keys = jax.random.split(jax.random.key(0), 10)
+  stack: Any = None
+  got = sample.generate(stack, None, start, keys, jnp.float32(0))
+  want = [3, 5]
+  for _ in range(10):
+    want.append(sum(want[-T:]) % V)
+  assert got.tolist() == want[2:]
 
 
 def test_the_forward_is_the_one_that_was_trained(run: LoadedRun) -> None:

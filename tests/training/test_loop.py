@@ -46,7 +46,7 @@ def saved(folder: Path) -> int | None:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig) -> Path:
   """The folder of a run that nobody disturbed, at stage:4 with 1F1B."""
   folder = tmp_path_factory.mktemp("uninterrupted")
-  assert train(build(make_config(folder, **RUN, profile_steps="3:5"))) == 0
+  assert train(build(make_config(folder, **RUN, profile_steps="3:5")).begin()) == 0
   return folder
 
 
@@ -82,7 +82,7 @@ def test_a_finished_run_says_so(
   uninterrupted: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
   before = (uninterrupted / "run" / "metrics.jsonl").read_bytes()
-  assert train(build(make_config(uninterrupted, **RUN))) == 0
+  assert train(build(make_config(uninterrupted, **RUN)).begin()) == 0
   assert f"finished, {STEPS} steps of --steps={STEPS}" in capsys.readouterr().out
   assert (uninterrupted / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -90,7 +90,7 @@ def test_a_finished_run_says_so(
 def test_one_stage_gives_the_same_losses(
   tmp_path: Path, uninterrupted: Path, make_config: MakeConfig
 ) -> None:
-  train(build(make_config(tmp_path, **RUN, mesh="stage:1")))
+  train(build(make_config(tmp_path, **RUN, mesh="stage:1")).begin())
   np.testing.assert_allclose(numbers(tmp_path), numbers(uninterrupted), rtol=1e-5)
 
 
@@ -160,12 +160,12 @@ def test_interrupted_runs_save_and_may_move(
   # Dropout masks are keyed by microbatch, so only runs with equal M draw the same ones.
   run = {**RUN, "dropout": 0.1 if "microbatches" not in changes else 0.0}
   interrupt_after(20, number)
-  assert train(build(make_config(tmp_path, **run))) == 128 + number
+  assert train(build(make_config(tmp_path, **run)).begin()) == 128 + number
   done = saved(tmp_path)
   assert done in (21, 22) and len(numbers(tmp_path)) == done
   assert f"saved after {done} steps; the same command resumes" in capsys.readouterr().out
   before = numbers(tmp_path)
-  train(build(make_config(tmp_path, **{**run, **changes})))
+  train(build(make_config(tmp_path, **{**run, **changes})).begin())
   losses = numbers(tmp_path)
   assert losses[:done] == before and len(losses) == STEPS
   if run == RUN:
