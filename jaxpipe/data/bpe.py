@@ -85,6 +85,10 @@ class BpeTokenizer:
     """Returns the text, with U+FFFD where `ids` cut a character in two."""
     return str(self._engine.decode([int(i) for i in ids], skip_special_tokens=False))
 
+  def to_json(self) -> str:
+    """Returns the tokenizer in the library's own format; `load_bpe` reads it back."""
+    return str(self._engine.to_str(pretty=True))
+
 
 def train_bpe(text: str, *, vocabulary_size: int, path: str | os.PathLike[str]) -> BpeTokenizer:
   """Trains byte-level BPE and saves it, in the library's own JSON format.

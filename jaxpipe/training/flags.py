@@ -37,6 +37,8 @@ def define_flags(defaults: Config, values: flags.FlagValues = flags.FLAGS) -> No
     default = getattr(defaults, field.name)
     define = _DEFINE[type(default)]
     define(field.name, default, field.metadata["help"], flag_values=values)
+    # Else --help, which shows the main program's flags, would show none.
+    values.register_key_flag_for_module(sys.argv[0], values[field.name])
 
 
 def parse_flags(arguments: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:

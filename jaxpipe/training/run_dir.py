@@ -12,7 +12,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxpipe.data import ByteTokenizer, DataError, Tokenizer, load_bpe
+from jaxpipe.data import BpeTokenizer, ByteTokenizer, Tokenizer, load_bpe
 from jaxpipe.data.files import atomic_file
 from jaxpipe.training.config import Config, must_match, show_flag
 from jaxpipe.training.errors import ConfigError
@@ -83,18 +83,18 @@ class RunDir:
       )
     return _parse(self._config)
 
-  def begin(self, record: RunRecord, tokenizer_file: pathlib.Path | None) -> None:
+  def begin(self, record: RunRecord, tokenizer: Tokenizer) -> None:
     """Makes the folder ours; the record comes last, since it is what marks it.
 
     Args:
       record: to be written.
-      tokenizer_file: of the run's tokenizer, None for bytes.
+      tokenizer: of the run; bytes need no file.
     """
     # In this order: a run that is killed here has no mark yet, or everything that it names.
     self.path.mkdir(parents=True, exist_ok=True)
-    if tokenizer_file is not None:
+    if isinstance(tokenizer, BpeTokenizer):
       with atomic_file(self._tokenizer) as file:
-        file.write(tokenizer_file.read_bytes())
+        file.write(tokenizer.to_json().encode())
     fields = {"format": _MARK, "config": record.config.to_dict(), "data": record.data}
     with atomic_file(self._config) as file:
       file.write((json.dumps(fields, indent=1) + "\n").encode())
@@ -134,22 +134,6 @@ def check_data(path: pathlib.Path, record: RunRecord, config: Config, data: dict
         f"{config.flag(flag)}: its {name} is {_short(now)}, the run in {path} has {_short(was)};"
         f" give the same file to resume it, {_OTHER}"
       )
-
-
-def find_tokenizer_file(
-  config: Config, tokenizer: Tokenizer, cache: pathlib.Path
-) -> pathlib.Path | None:
-  """Returns the JSON file of a run's BPE tokenizer, None for bytes."""
-  if config.tokenizer == "byte":
-    return None
-  kind, _, size = config.tokenizer.partition(":")
-  if kind != "bpe":
-    return pathlib.Path(config.tokenizer)
-  # Trained files are named by the text they were trained on; which is ours, they say themselves.
-  for path in sorted(cache.glob(f"bpe-{size}-*.json")):
-    if load_bpe(path).fingerprint == tokenizer.fingerprint:
-      return path
-  raise DataError(f"{cache}: the trained tokenizer is gone; run the command again")
 
 
 def _parse(path: pathlib.Path) -> RunRecord:

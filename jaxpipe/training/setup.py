@@ -28,13 +28,7 @@ from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.training.config import Config
 from jaxpipe.training.errors import ConfigError, naming
 from jaxpipe.training.optimizer import learning_rate, make_optimizer
-from jaxpipe.training.run_dir import (
-  RunDir,
-  RunRecord,
-  check_config,
-  check_data,
-  find_tokenizer_file,
-)
+from jaxpipe.training.run_dir import RunDir, RunRecord, check_config, check_data
 
 Tree = Any
 
@@ -82,9 +76,7 @@ class Setup:
 
   def begin(self) -> Self:
     """Makes the run directory, or brings its record up to date; returns this setup."""
-    cache = cache_folder(self.config.data_cache, "data")
-    file = find_tokenizer_file(self.config, self.data.tokenizer, cache)
-    self.folder.begin(self.record, file)
+    self.folder.begin(self.record, self.data.tokenizer)
     return self
 
 
