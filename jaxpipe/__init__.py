@@ -55,6 +55,10 @@ _HOME = {
 __all__ = list(_HOME)
 
 
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_HOME])
+
+
 def __getattr__(name: str) -> Any:
   if name not in _HOME:
     raise AttributeError(f"module 'jaxpipe' has no attribute {name!r}")

@@ -60,7 +60,7 @@ class Context:
       key = jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
     return cls(batch, training, key, rows)
 
-  def dropout(self, x: jax.Array, rate: float) -> jax.Array:
+  def dropout(self, x: jax.Array, rate: float, iteration: int | jax.Array = 0) -> jax.Array:
     """Zeroes elements of x with probability `rate` and scales the rest by `1 / (1 - rate)`.
 
     Masks are drawn row by row, keyed by (step, layer, microbatch, row) and by the number of the
@@ -69,6 +69,8 @@ class Context:
     Args:
       x: float array `[rows, ...]`.
       rate: probability in [0, 1).
+      iteration: inside a `lax.scan` or loop, its number; calls are counted while a layer is traced,
+        and a loop's body is traced once, so that all iterations would drop alike.
 
     Raises:
       ValueError: rate outside [0, 1), no key given to the step, or x without the row dim.
@@ -81,7 +83,7 @@ class Context:
       raise ValueError("the stack uses dropout; call the step with a key: step(params, batch, key)")
     if x.shape[:1] != self.rows.shape:
       raise ValueError(f"dropout wants x [{self.rows.shape[0]} rows, ...]; got shape {x.shape}")
-    draw = jax.random.fold_in(self.key, self._draws)
+    draw = jax.random.fold_in(jax.random.fold_in(self.key, self._draws), iteration)
     self._draws += 1  # counts the calls within one layer while it is traced
     keep = jax.vmap(
       lambda row: jax.random.bernoulli(jax.random.fold_in(draw, row), 1 - rate, x.shape[1:])

@@ -12,15 +12,19 @@ all that the executor and the unpipelined reference ever see; neither knows a Fl
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxpipe.models.context import Context, LayerInputs
 from jaxpipe.parallel.placing import Tree, init_placed
+
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 Factory = Callable[[nnx.Rngs], nnx.Module]
 
@@ -49,15 +53,28 @@ class Part:
   def trace(cls, name: str, factory: Factory) -> Part:
     """Builds the module abstractly (no arrays) and refuses what cannot be pipelined."""
     module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+    for path, value in nnx.iter_graph(module):
+      if not isinstance(value, nnx.Variable) and isinstance(value, _ARRAYS):
+        raise StackError(
+          f"{name} holds the array {'/'.join(map(str, path))} outside any nnx.Param: compute it in"
+          " __call__, or make it a module-level constant"
+        )
     graph, state = nnx.split(module)
     for path, variable in nnx.to_flat_state(state):
       if not issubclass(variable.type, nnx.Param):
         raise StackError(_state_message(name, path, variable.type))
-    return cls(name, factory, graph, nnx.to_pure_dict(state))
+    shapes = nnx.to_pure_dict(state)
+    for at, leaf in jax.tree.leaves_with_path(shapes):
+      if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        raise StackError(
+          f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
+          " make it a float, or compute it in __call__"
+        )
+    return cls(name, factory, graph, shapes)
 
   def init(self, key: jax.Array) -> Tree:
     """Returns fresh parameters, a nested dict of arrays."""
-    return nnx.to_pure_dict(nnx.state(self.factory(nnx.Rngs(key)), nnx.Param))
+    return fresh(self.factory, key)
 
   def __call__(self, params: Tree, *args: Any) -> Any:
     return nnx.merge(self.graph, params)(*args)
@@ -72,10 +89,15 @@ class Part:
     )
 
 
+def fresh(factory: Factory, key: jax.Array) -> Tree:
+  """Fresh parameters of one module, a nested dict of arrays."""
+  return nnx.to_pure_dict(nnx.state(factory(nnx.Rngs(key)), nnx.Param))
+
+
 def _state_message(name: str, path: tuple[Any, ...], kind: type) -> str:
   where = "/".join(map(str, path))
   if issubclass(kind, nnx.RngState):
-    remedy = "call context.dropout(x, rate) in the layer in place of nnx.Dropout"
+    remedy = "call context.dropout(x, rate) in place of nnx.Dropout, and keep no rngs in modules"
   elif issubclass(kind, nnx.BatchStat):
     remedy = "use a norm without running statistics (RMSNorm, LayerNorm, GroupNorm)"
   else:
@@ -85,13 +107,14 @@ def _state_message(name: str, path: tuple[Any, ...], kind: type) -> str:
   )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LayerStack:
   """A network of `len(layers)` layers between an embedding and a head.
 
   Attributes:
     embed: factory of a module `batch -> x`.
-    layers: factories of modules `(x, context) -> x`, all of one kind.
+    layers: factories of modules `(x, context) -> x`, all of one kind; each may start its own layer
+      from other values.
     head: factory of a module `(x, batch) -> (loss_sum, weight, metrics)`.
     tied: parameters of the head that are the embedding's own: head path -> embed path, each
       `/`-joined, such as `{"table": "table"}`. The head's copy does not exist in the tree.
@@ -107,6 +130,7 @@ class LayerStack:
   _parts: dict[str, Part] = dataclasses.field(init=False, repr=False, compare=False)
 
   def __post_init__(self) -> None:
+    object.__setattr__(self, "layers", tuple(self.layers))
     if not self.layers:
       raise StackError("a stack needs at least one layer; got layers=[]")
     first = Part.trace("layers[0]", self.layers[0])
@@ -148,6 +172,8 @@ class LayerStack:
     Returns:
       `{"embed": ..., "layers": ..., "head": ...}`, `layers` with a leading layer dim.
     """
+    if (schedule is None) != (mesh is None):
+      raise StackError("init takes a schedule and a mesh, or neither; only one was given")
     self.check_shapes(example_batch)
     if schedule is None:
       return jax.jit(self.init_layers_and_ends)(key, jnp.arange(self.depth))
@@ -155,13 +181,18 @@ class LayerStack:
 
   def init_layers_and_ends(self, key: jax.Array, layers: jax.Array) -> Tree:
     """Parameters of the layers numbered in `layers` (int32 [n]), and those of both ends."""
+    inits = {id(f): functools.partial(fresh, f) for f in self.layers}
+    number = {name: n for n, name in enumerate(inits)}
+    which = jnp.array([number[id(factory)] for factory in self.layers], jnp.int32)
+
+    def one(i: jax.Array) -> Tree:
+      return jax.lax.switch(which[i], list(inits.values()), jax.random.fold_in(key, i + 2))
+
     # lax.map, not vmap: one compiled body gives every layer, so that values do not depend on how
     # many layers this device creates.
     return {
       "embed": self._parts["embed"].init(jax.random.fold_in(key, 0)),
-      "layers": jax.lax.map(
-        lambda i: self._parts["layers"].init(jax.random.fold_in(key, i + 2)), layers
-      ),
+      "layers": jax.lax.map(one, layers),
       "head": _without(self._parts["head"].init(jax.random.fold_in(key, 1)), self.tied),
     }
 
@@ -187,7 +218,10 @@ class LayerStack:
       x: output of the last layer.
       batch: the microbatch's own inputs.
     """
-    loss_sum, weight, metrics = self._parts["head"](params, x, batch)
+    out = self._parts["head"](params, x, batch)
+    if not isinstance(out, tuple) or len(out) != 3:
+      raise StackError(f"head must return (loss_sum, weight, metrics); it returns {type(out)}")
+    loss_sum, weight, metrics = out
     if jnp.shape(loss_sum) or jnp.shape(weight):
       raise StackError(
         f"head must return scalar sums; loss_sum has shape {jnp.shape(loss_sum)},"

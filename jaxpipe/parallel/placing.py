@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.parallel.mesh import AXES, STAGE
 
 Tree = Any  # a pytree of arrays
 
@@ -68,11 +68,16 @@ def place(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
     mesh: mesh with a `stage` axis of `schedule.devices`.
 
   Returns:
-    The same tree in placement order, sharded. The input is left as it was.
+    The same tree in placement order, sharded. It may share buffers with the input: donate one only
+    when done with the other.
+
+  With several chunks a device the order of the layers changes, and neither shapes nor shardings can
+  tell a placed tree from a canonical one: place a tree once, and hand the step nothing else.
   """
   check_mesh(schedule, mesh)
   return jax.device_put(
-    _reorder(params, layer_order(stack.depth, schedule)), shardings(params, mesh)
+    _reorder(params, layer_order(stack.depth, schedule)),
+    shardings(params, mesh),
   )
 
 
@@ -87,13 +92,23 @@ def init_placed(stack: Any, key: jax.Array, schedule: Any, mesh: Mesh) -> Tree:
   order = layer_order(stack.depth, schedule)
   specs = param_specs({"embed": 0, "layers": 0, "head": 0})
   create = jax.shard_map(
-    stack.init_layers_and_ends, mesh=mesh, in_specs=(Spec(), Spec(STAGE)), out_specs=specs
+    stack.init_layers_and_ends,
+    mesh=mesh,
+    in_specs=(Spec(), Spec(STAGE)),
+    out_specs=specs,
+    check_vma=False,  # nothing is differentiated, and initializers may loop from constants
   )
   return jax.jit(create)(key, order)
 
 
 def check_mesh(schedule: Any, mesh: Mesh) -> None:
-  """Raises ValueError where the mesh's `stage` axis is not the schedule's devices."""
+  """Raises ValueError for a mesh of unknown or explicit axes, or another size than the schedule."""
+  strange = [name for name in mesh.axis_names if name not in AXES]
+  if strange or any(kind is not AxisType.Auto for kind in mesh.axis_types):
+    raise ValueError(
+      f"mesh axes {dict(mesh.shape)} of types {[kind.name for kind in mesh.axis_types]}: only"
+      f" {' and '.join(AXES)} are supported, as Auto axes; build it with jaxpipe.make_mesh"
+    )
   found = dict(mesh.shape).get(STAGE, 0)
   if found != schedule.devices:
     raise ValueError(
@@ -105,9 +120,10 @@ def check_mesh(schedule: Any, mesh: Mesh) -> None:
 def check_placed(params: Tree, mesh: Mesh) -> None:
   """Raises ValueError where concrete parameters do not lie as `place` puts them.
 
-  Canonical and placed trees have equal shapes, so that a tree that was never placed would train a
-  network with its layers in another order and nothing would look wrong.
+  It sees that they are sharded as `place` shards them, which a tree that was never placed is not.
   """
+  if set(params) != {"embed", "layers", "head"}:
+    raise ValueError(f"params has the keys {sorted(params)}; it needs embed, layers and head")
   want = shardings(params, mesh)
   for (path, leaf), sharding in zip(
     jax.tree.leaves_with_path(params), jax.tree.leaves(want), strict=True

@@ -24,18 +24,19 @@ class Report:
   Attributes:
     errors: leaf path -> max|g - r| / max(max|r|, 1e-3 * the largest max|r| of any leaf).
     loss_error: relative error of the loss.
+    metrics_error: largest relative error of a metric, 0 where there are none.
     tolerance: what `ok` compares with.
   """
 
   errors: dict[str, float]
   loss_error: float
+  metrics_error: float
   tolerance: float
 
   @property
   def worst(self) -> float:
-    """The largest error, the loss's included; NaN anywhere counts as infinite."""
-    values = [*self.errors.values(), self.loss_error]
-    return max(float("inf") if np.isnan(v) else v for v in values)
+    """The largest error, those of loss and metrics included."""
+    return max([*self.errors.values(), self.loss_error, self.metrics_error])
 
   @property
   def ok(self) -> bool:
@@ -47,6 +48,7 @@ class Report:
     verdict = "ok" if self.ok else "NOT EQUAL"
     lines += [
       f"{self.loss_error:10.2e}  loss",
+      f"{self.metrics_error:10.2e}  metrics",
       f"{verdict}: worst {self.worst:.2e}, allowed {self.tolerance:.0e}",
     ]
     return "\n".join(lines)
@@ -63,9 +65,20 @@ def leaf_errors(grads: Tree, reference: Tree) -> dict[str, float]:
   largest = max(float(np.abs(r).max()) for (_, r), _ in pairs)
   floor = max(1e-3 * largest, np.finfo(np.float64).tiny)
   return {
-    jax.tree_util.keystr(path): float(np.abs(g - r).max()) / max(float(np.abs(r).max()), floor)
+    jax.tree_util.keystr(path): _no_nan(np.abs(g - r).max() / max(np.abs(r).max(), floor))
     for (path, r), g in pairs
   }
+
+
+def _no_nan(error: Any) -> float:
+  """The error, infinite for NaN: Python's `max` and `<=` would pass over a NaN in silence."""
+  return float("inf") if np.isnan(error) else float(error)
+
+
+def _relative(got: Any, want: Any) -> float:
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  scale = np.maximum(np.abs(want), np.finfo(np.float64).tiny)
+  return _no_nan(np.max(np.abs(got - want) / scale, initial=0))
 
 
 def check(
@@ -84,9 +97,9 @@ def check(
   Args:
     stack, schedule, mesh, residuals: as for `pipeline_value_and_grad`.
     batch: leaves `[B, ...]`, small enough that one device can hold the whole model.
-    params: canonical; default, `stack.init` from key 0.
+    params: canonical; default, `stack.init(key, batch)`.
     key: seeds dropout; default, key 0.
-    tolerance: default 1e-12 where the parameters are float64, else 1e-5.
+    tolerance: default, by the coarsest parameter: 1e-12 for float64, 1e-5 for float32, else 1e-2.
 
   Returns:
     A `Report`; print it for a line per leaf.
@@ -94,11 +107,16 @@ def check(
   key = jax.random.key(0) if key is None else key
   params = stack.init(key, batch) if params is None else params
   step = pipeline_value_and_grad(stack, schedule, mesh, residuals=residuals, poison=True)
-  (loss, _), grads = step(place(params, stack, schedule, mesh), batch, key)
+  (loss, metrics), grads = step(place(params, stack, schedule, mesh), batch, key)
   reference = reference_value_and_grad(stack, schedule.microbatches)
-  (true_loss, _), true_grads = reference(params, batch, key)
-  double = all(leaf.dtype.itemsize == 8 for leaf in jax.tree.leaves(params))
+  (true_loss, true_metrics), true_grads = reference(params, batch, key)
   if tolerance is None:
-    tolerance = 1e-12 if double else 1e-5
-  error = abs(float(loss) - float(true_loss)) / max(abs(float(true_loss)), 1e-30)
-  return Report(leaf_errors(unplace(grads, stack, schedule), true_grads), error, tolerance)
+    coarsest = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    tolerance = {8: 1e-12, 4: 1e-5}.get(coarsest, 1e-2)
+  pairs = zip(jax.tree.leaves(metrics), jax.tree.leaves(true_metrics), strict=True)
+  return Report(
+    errors=leaf_errors(unplace(grads, stack, schedule), true_grads),
+    loss_error=_relative(loss, true_loss),
+    metrics_error=max([0.0, *(_relative(got, want) for got, want in pairs)]),
+    tolerance=tolerance,
+  )

@@ -30,7 +30,7 @@ from jax import lax
 
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline import rings
-from jaxpipe.pipeline.program import ARRIVALS, CODE, Program
+from jaxpipe.pipeline.program import CODE, Program
 from jaxpipe.pipeline.residuals import Residuals
 from jaxpipe.pipeline.rings import wide
 from jaxpipe.pipeline.split import float_leaves, is_float, with_float_leaves
@@ -114,7 +114,8 @@ class Device:
     training = policy is not None
     inputs = dict(batch=one, key=key, layer=rows[0], microbatch=rows[0], rows=rows)
     allocate = lambda shapes, slots: rings.allocate(shapes, slots, axes, poison)  # noqa: E731
-    stage = cut_stack(stack, rings.get(params["layers"], 0), inputs, x, layers, policy, allocate)
+    layer = rings.get(params["layers"], 0)
+    stage = cut_stack(stack, layer, inputs, x, layers, policy, allocate, axes)
     return cls(
       stack, program, axes, poison, params, batch, key, rows, stage, layers, training, x, totals
     )
@@ -122,9 +123,7 @@ class Device:
   def start(self) -> State:
     """The loop's state before the first tick."""
     ring = {
-      # One slot more than the schedule needs where things arrive: what arrives nowhere is written
-      # there, in place of a conditional round every write.
-      name: self.stage.allocate(shapes, self.program.slots[name] + (name in ARRIVALS))
+      name: self.stage.allocate(shapes, self.program.length(name))
       for name, shapes in self.stage.slots(jax.tree.leaves(self.x)).items()
     }
     zero = lambda p: jnp.zeros(p.shape, wide(p.dtype))  # noqa: E731
@@ -173,7 +172,8 @@ class Device:
     last = self.doing(now, Kind.F) & (now.stage == self.program.stages - 1)
 
     def loss(params: Tree, floats: list[jax.Array]) -> Any:
-      return self.stack.apply_head(params, with_float_leaves(y, floats), batch)
+      with rings.explain_varying("head"):
+        return self.stack.apply_head(params, with_float_leaves(y, floats), batch)
 
     def evaluate(totals: Totals) -> Totals:
       return self.count(totals, *loss(self.params["head"], float_leaves(y)))
@@ -232,7 +232,11 @@ class Device:
     """The embedding's gradient, where dx is that of the first stage's input."""
 
     def run(grads: Tree) -> Tree:
-      _, back = jax.vjp(lambda p: float_leaves(self.embed(p, now)), self.params["embed"])
+      def outputs(params: Tree) -> list[jax.Array]:
+        # A leaf that does not depend on the parameters has a cotangent like every other.
+        return float_leaves(rings.vary(self.embed(params, now), self.axes))
+
+      _, back = jax.vjp(outputs, self.params["embed"])
       return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, back(dx)[0])
 
     at_input = self.doing(now, Kind.B, Kind.I) & (now.stage == 0)
@@ -261,7 +265,8 @@ class Device:
 
   def embed(self, params: Tree, now: SimpleNamespace) -> Tree:
     """The stack's input for this tick's microbatch."""
-    return self.stack.apply_embed(params, rings.get(self.batch, now.microbatch))
+    with rings.explain_varying("embed"):
+      return self.stack.apply_embed(params, rings.get(self.batch, now.microbatch))
 
   def call(self, now: SimpleNamespace) -> Call:
     """Arguments of this tick's action on the stage's layers."""

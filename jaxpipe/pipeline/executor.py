@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as Spec
 from jaxpipe.parallel.mesh import DATA, STAGE
 from jaxpipe.parallel.placing import check_mesh, check_placed, layers_per_stage, param_specs
 from jaxpipe.pipeline import rings
+from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device, State, Totals
 from jaxpipe.pipeline.program import Program, lower
 from jaxpipe.pipeline.residuals import Residuals, residual_policy
@@ -46,18 +47,20 @@ def pipeline_value_and_grad(
     poison: fill with NaN whatever no action has written; for tests.
 
   Returns:
-    `step(params, batch, key=None) -> ((loss, metrics), grads)`, jitted. `params` placed
+    `step(params, batch, key=None) -> ((loss, metrics), grads)`, compiled at its first call; it may
+    also be called inside `jax.jit`, where nothing checks that params were placed. `params` placed
     (`jaxpipe.place` or `stack.init(key, batch, schedule, mesh)`); `batch` leaves `[B, ...]`, where
     microbatch m is rows `m*B/M ... (m+1)*B/M` and each data shard holds an equal slice of every
-    microbatch; `key` seeds dropout. `loss` is sum(loss_sum) / sum(weight), `metrics` are summed,
-    and `grads` has the tree and layout of `params`, in float32 at least.
+    microbatch; `key` seeds dropout. `loss` is sum(loss_sum) / sum(weight), NaN where all weights
+    are zero; `metrics` are summed; `grads` has the tree and layout of `params`, in float32 at
+    least.
 
   Raises:
     ValueError: layers that do not fill the stages, a mesh of another size than the schedule's, rows
       that do not divide, parameters that were not placed.
-    ScheduleError: an action kind that cannot be executed.
+    ScheduleError: a schedule that is not legal, or an action kind that cannot be executed.
   """
-  program = lower(schedule)
+  program = lower(schedule.check())
   return _compile(stack, program, mesh, schedule, residual_policy(residuals), poison)
 
 
@@ -74,7 +77,7 @@ def pipeline_forward(
     `evaluate(params, batch) -> (loss, metrics)`, jitted, as above. Forced CPU devices share
     threads: wait for the result of one call before making many more, or XLA may run out of them.
   """
-  program = lower(schedule.forward_only())
+  program = lower(schedule.check().forward_only())
   run = _compile(stack, program, mesh, schedule, None, poison)
   return lambda params, batch: run(params, batch)[0]
 
@@ -115,27 +118,13 @@ def _compile(
   @jax.jit
   def run(params: Tree, batch: Tree, key: jax.Array | None) -> Any:
     table = {name: jnp.asarray(column) for name, column in program.table.items()}
-    return sharded(table, params, _microbatches(batch, program.microbatches, shards), key)
+    return sharded(table, params, microbatches(batch, program.microbatches, shards), key)
 
   def step(params: Tree, batch: Tree, key: jax.Array | None = None) -> Any:
     check_placed(params, mesh)
     return run(params, batch, key)
 
   return step
-
-
-def _microbatches(batch: Tree, M: int, shards: int) -> Tree:
-  """Cuts every leaf `[B, ...]` into `[M, B/M, ...]`."""
-  sizes = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(batch)}
-  if len(sizes) != 1:
-    raise ValueError(f"batch leaves have {sorted(sizes)} rows; every leaf is [B, ...] with one B")
-  (B,) = sizes
-  if B == 0 or B % (M * shards):
-    raise ValueError(
-      f"a batch of {B} rows cannot be cut into {M} microbatches over {shards} data shards;"
-      f" use a multiple of {M * shards} rows"
-    )
-  return jax.tree.map(lambda leaf: leaf.reshape(M, B // M, *leaf.shape[1:]), batch)
 
 
 def _reduce(stack: Any, state: State, axes: tuple[str, ...], training: bool) -> Any:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import DATA
 from jaxpipe.parallel.placing import check_mesh, layers_per_stage
+from jaxpipe.pipeline.batch import check_rows
 from jaxpipe.pipeline.program import lower
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.pipeline.rings import wide
@@ -31,18 +32,18 @@ def expected_memory(
     example_batch: a batch or its shapes, leaves `[B, ...]`.
 
   Returns:
-    `parameters`; `gradients` (their sums); and the rings, slots times bytes of a slot:
+    `parameters`; `gradients` (their sums); and the rings, length times bytes of a slot:
     `activations` and `gradient_ring` (what travels), `residuals` (what F keeps), `waiting` (what I
     leaves for W). The optimizer and XLA's workspace, one microbatch of one layer, come on top.
   """
   check_mesh(schedule, mesh)
-  program = lower(schedule)
+  program = lower(schedule.check())
   each = layers_per_stage(stack.depth, schedule)
   shapes = stack.param_shapes()
-  rows = program.microbatches * dict(mesh.shape).get(DATA, 1)
+  shards = dict(mesh.shape).get(DATA, 1)
+  rows = check_rows(example_batch, program.microbatches, shards) // shards
   one = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // rows, *leaf.shape[1:]), leaf.dtype),
-    example_batch,
+    lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), example_batch
   )
   x = jax.eval_shape(stack.apply_embed, shapes["embed"], one)
   number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -54,13 +55,14 @@ def expected_memory(
     stack, layer, inputs, x, each, residual_policy(residuals), lambda shapes, slots: None
   )
   held = {**shapes, "layers": [layer] * (each * schedule.chunks)}
+  sums = {**held, "head": stack.head_params(shapes)}  # a tied table is summed at both ends
   rings = {
-    name: program.slots[name] * _bytes(slot)
+    name: program.length(name) * _bytes(slot)
     for name, slot in stage.slots(jax.tree.leaves(x)).items()
   }
   return {
     "parameters": _bytes(held),
-    "gradients": sum(int(np.prod(p.shape)) * wide(p.dtype).itemsize for p in jax.tree.leaves(held)),
+    "gradients": _bytes(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, wide(p.dtype)), sums)),
     "activations": rings["activations"],
     "residuals": rings["residuals"],
     "gradient_ring": rings["gradients"],

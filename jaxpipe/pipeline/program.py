@@ -76,6 +76,14 @@ class Program:
   routes: tuple[Route, ...]
   table: Mapping[str, np.ndarray]
 
+  def length(self, ring: str) -> int:
+    """Slots to allocate: where neighbours write there is one more, which stands for "nowhere".
+
+    What arrives on a tick that nobody sends is written there, in place of a conditional round
+    every write.
+    """
+    return self.slots[ring] + (ring in ARRIVALS)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Stay:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpipe.pipeline.batch import check_rows
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.pipeline.rings import wide
 
@@ -55,9 +56,8 @@ def reference_value_and_grad(
 
   @jax.jit
   def reference(params: Tree, batch: Tree, key: jax.Array | None = None) -> Any:
-    cut = jax.tree.map(
-      lambda leaf: leaf.reshape(microbatches, leaf.shape[0] // microbatches, *leaf.shape[1:]), batch
-    )
+    rows = check_rows(batch, microbatches)
+    cut = jax.tree.map(lambda leaf: leaf.reshape(microbatches, rows, *leaf.shape[1:]), batch)
     first = jax.tree.map(lambda leaf: leaf[0], cut)
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     shapes = jax.eval_shape(value_and_grad, params, first, jnp.int32(0), key)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,24 @@ def vary(tree: Tree, axes: Sequence[str]) -> Tree:
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
   return jax.tree.map(mark, tree)
+
+
+@contextlib.contextmanager
+def explain_varying(part: str) -> Iterator[None]:
+  """Says what to do where user code mixes a constant with values that vary over the mesh.
+
+  JAX wants a loop's carry, or a conditional's branches, to vary over the same axes before and
+  after; a fresh `jnp.zeros` does not vary, what is added to it does.
+  """
+  try:
+    yield
+  except TypeError as error:
+    if "varying" not in str(error) and "manual" not in str(error):
+      raise
+    raise ValueError(
+      f"{part}: a loop's carry or a branch starts from a constant, but becomes something that"
+      " differs between devices; start it from the data, such as jnp.zeros_like(x) or 0 * x.sum()"
+    ) from error
 
 
 def allocate(shapes: Tree, slots: int, axes: Sequence[str], poison: bool) -> Tree:
@@ -76,5 +95,6 @@ def _start(index: Sequence[Index], rest: int) -> list[jax.Array]:
 
 
 def wide(dtype: Any) -> Any:
-  """The dtype in which a dtype is summed: float32 at least."""
-  return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+  """The dtype in which a dtype is summed: float32 at least, and int32 for flags and counts."""
+  least = jnp.float32 if jnp.issubdtype(dtype, jnp.inexact) else jnp.int32
+  return jnp.promote_types(dtype, least)

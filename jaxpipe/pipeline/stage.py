@@ -137,6 +137,7 @@ def cut_stack(
   layers: int,
   policy: Residuals | None,
   allocate: Callable[[Tree, int], Tree],
+  axes: Sequence[str] = (),
 ) -> Stage:
   """Cuts one layer of a stack and returns the stage that runs `layers` of it.
 
@@ -146,15 +147,18 @@ def cut_stack(
     layers: layers in a stage.
     policy: what F keeps; None where only forwards run.
     allocate: see `Stage`.
+    axes: mesh axes over which activations vary.
+
+  Raises:
+    ValueError: the layer has a loop or branch that cannot be traced over a mesh.
   """
   training = policy is not None
-  one = split(
-    lambda params, inputs, x: stack.apply_layer(params, x, training, inputs),
-    params,
-    inputs,
-    x,
-    policy.layer if policy else None,
-  )
+
+  def layer(params: Tree, inputs: Tree, x: Tree) -> Tree:
+    with rings.explain_varying("layers[0]"):
+      return rings.vary(stack.apply_layer(params, x, training, inputs), axes)
+
+  one = split(layer, params, inputs, x, policy.layer if policy else None)
   return Stage(one, layers, bool(policy and policy.stage_input), allocate)
 
 

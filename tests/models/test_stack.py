@@ -1,5 +1,7 @@
 """The stack protocol: what it refuses, ties, and initialises."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,8 +73,55 @@ def test_unlike_layers_are_refused_by_number():
     make([Layer, Layer, lambda rngs: Layer(rngs, width=2)])
 
 
-def test_like_layers_from_different_factories_are_one_kind():
-  assert make([lambda rngs: Layer(rngs), lambda rngs: Layer(rngs)]).depth == 2
+class Scaled(nnx.Module):
+  def __init__(self, rngs, scale):
+    self.scale = nnx.Param(jnp.full((4,), scale))
+
+  def __call__(self, x, context):
+    return x * self.scale[...][None, None, :]
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_each_layer_starts_as_its_own_factory_says(devices):
+  """Layers of one kind share their code, not their factory: depth-scaled starts are common."""
+  stack = make([functools.partial(Scaled, scale=float(i)) for i in (3, 1, 4, 1)])
+  where = ()
+  if devices:
+    schedule = jaxpipe.make_schedule("gpipe", devices=devices, microbatches=1)
+    where = (schedule, jaxpipe.make_mesh(f"stage:{devices}"))
+  params = stack.init(jax.random.key(0), ROWS, *where)
+  assert params["layers"]["scale"][:, 0].tolist() == [3, 1, 4, 1]
+
+
+@pytest.mark.parametrize("array", [np.ones(3), jnp.ones(3)])
+def test_arrays_outside_parameters_are_refused(array):
+  def build(rngs):
+    layer = Layer(rngs)
+    layer.mask = nnx.data(array)
+    return layer
+
+  with pytest.raises(StackError, match=r"layers\[0\] holds the array mask outside any nnx.Param"):
+    make([build])
+
+
+def test_integer_parameters_are_refused():
+  with pytest.raises(StackError, match=r"parameter \['extra'\] is int32, which has no gradient"):
+    make([lambda rngs: Layer(rngs, extra=lambda r: nnx.Param(jnp.arange(3)))])
+
+
+def test_a_head_that_returns_the_loss_alone():
+  class Alone(Head):
+    def __call__(self, x, batch):
+      return jnp.sum(self.out(x))
+
+  with pytest.raises(StackError, match=r"head must return \(loss_sum, weight, metrics\)"):
+    make([Layer], Alone).init(jax.random.key(0), ROWS)
+
+
+def test_a_schedule_without_a_mesh():
+  schedule = jaxpipe.make_schedule("gpipe", devices=1, microbatches=1)
+  with pytest.raises(StackError, match="a schedule and a mesh, or neither"):
+    make([Layer]).init(jax.random.key(0), ROWS, schedule)
 
 
 def test_a_layer_that_changes_the_shape_of_x():

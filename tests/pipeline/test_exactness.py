@@ -139,17 +139,18 @@ def test_dropout_masks_depend_on_the_step_and_not_on_schedule_or_mesh(float64):
   assert abs(run("1f1b", "stage:2", jax.random.key(4)) - first) > 1e-6
 
 
-def test_the_oracle_fails_when_a_gradient_is_wrong(float64, monkeypatch):
-  """One leaf off by one part in a million is seen, although the loss is not touched."""
+@pytest.mark.parametrize("factor", [1 + 1e-6, np.nan])
+def test_the_oracle_fails_when_a_gradient_is_wrong(float64, monkeypatch, factor):
+  """Layers' gradients off by one part in a million, or NaN; the loss is not touched."""
   from jaxpipe.pipeline import rings
 
   exact = rings.add
   monkeypatch.setattr(
     rings,
     "add",
-    lambda ring, value, *at: exact(ring, jax.tree.map(lambda v: v * (1 + 1e-6), value), *at),
+    lambda ring, value, *at: exact(ring, jax.tree.map(lambda v: v * factor, value), *at),
   )
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
   report = jaxpipe.check(tiny.stack(), schedule, jaxpipe.make_mesh("stage:2"), tiny.batch(4))
-  assert report.loss_error == 0 and not report.ok
+  assert report.loss_error == report.metrics_error == 0 and not report.ok
   assert sum(error > 1e-12 for error in report.errors.values()) == 9  # the layers' leaves

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jax.sharding import AxisType
 
 import jaxpipe
 from jaxpipe.pipeline.program import lower
@@ -61,15 +62,51 @@ def test_an_unknown_residual_policy():
     jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals="some")
 
 
-def test_one_compilation_serves_every_step():
+def test_one_compilation_serves_every_step(monkeypatch):
+  """Gradients go back in as parameters: a step's outputs must be laid out like its inputs."""
+  from jaxpipe.pipeline import executor
+
   stack, schedule, mesh = build()
+  traces, cut = [], executor.microbatches
+  monkeypatch.setattr(executor, "microbatches", lambda *args: traces.append(1) or cut(*args))
   params = stack.init(jax.random.key(0), tiny.batch(4), schedule, mesh)
   step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
-  traces = []
-  counted = jax.jit(lambda *args: traces.append(1) or step(*args))
   for seed in range(3):
-    counted(params, tiny.batch(4, seed=seed), jax.random.key(seed))
+    _, params = step(params, tiny.batch(4, seed=seed), jax.random.key(seed))
   assert len(traces) == 1
+
+
+def test_an_illegal_schedule_that_nobody_checked():
+  """Without one W it would run to the end, and its gradients would lack a microbatch."""
+  stack, _, mesh = build()
+  split = jaxpipe.make_schedule("1f1b", devices=2, microbatches=4, backward="split")
+  order = tuple(tuple(a for a in row if str(a) != "1W2") for row in split.order)
+  lacking = jaxpipe.Schedule("mine", split.placement, 4, order)
+  with pytest.raises(jaxpipe.ScheduleError, match="1W2 is missing on device 1"):
+    jaxpipe.pipeline_value_and_grad(stack, lacking, mesh)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda devices: jax.make_mesh((2,), ("stage",)),  # explicit axes
+    lambda devices: jax.make_mesh((2, 2), ("stage", "tensor"), axis_types=(AxisType.Auto,) * 2),
+  ],
+)
+def test_meshes_with_axes_that_would_be_summed_over_in_error(make):
+  stack, schedule, _ = build()
+  with pytest.raises(ValueError, match=r"only stage and data are supported, as Auto axes"):
+    jaxpipe.pipeline_value_and_grad(stack, schedule, make(jax.devices()))
+
+
+def test_batch_leaves_with_different_rows_are_named():
+  stack, schedule, mesh = build(dropout=0.0)
+  params = stack.init(jax.random.key(0), tiny.batch(4), schedule, mesh)
+  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+  with pytest.raises(ValueError, match=r"batch\['extra'\] has 3"):
+    step(params, {**tiny.batch(4), "extra": np.zeros(3)})
+  with pytest.raises(ValueError, match=r"batch\['extra'\] is a scalar"):
+    step(params, {**tiny.batch(4), "extra": np.float32(3)})
 
 
 @pytest.mark.parametrize("column", ["activations", "residuals", "gradients"])
@@ -126,3 +163,81 @@ def test_integer_leaves_travel_between_stages(backward, residuals):
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=3, backward=backward)
   report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh("stage:2"), batch, residuals=residuals)
   assert report.ok, str(report)
+
+
+class Loop(nnx.Module):
+  """A layer with a scan of its own, from a constant or from the data."""
+
+  def __init__(self, rngs, start):
+    self.inner = nnx.Linear(3, 3, rngs=rngs)
+    self.start = start
+
+  def __call__(self, x, context):
+    start = self.start(x["signal"])
+    total, _ = jax.lax.scan(lambda sum, _: (sum + self.inner(x["signal"]), None), start, length=2)
+    return {**x, "signal": jnp.tanh(total)}
+
+
+def loop_stack(start):
+  layer = lambda rngs: Loop(rngs, start)  # noqa: E731
+  return jaxpipe.LayerStack(embed=PairEmbed, layers=[layer] * 2, head=PairHead)
+
+
+PAIRS = {"signal": np.ones((4, 3), np.float32), "order": np.zeros((4, 3), np.int32)}
+
+
+def test_a_loop_inside_a_layer():
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2, backward="split")
+  report = jaxpipe.check(loop_stack(jnp.zeros_like), schedule, jaxpipe.make_mesh("stage:2"), PAIRS)
+  assert report.ok, str(report)
+
+
+def test_a_loop_that_starts_from_a_constant_says_what_to_do():
+  stack = loop_stack(lambda x: jnp.zeros(x.shape))
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
+  mesh = jaxpipe.make_mesh("stage:2")
+  params = stack.init(jax.random.key(0), PAIRS, schedule, mesh)
+  with pytest.raises(ValueError, match=r"layers\[0\]: a loop's carry .* such as jnp.zeros_like"):
+    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, PAIRS)
+
+
+class Constants(nnx.Module):
+  """Adds a leaf to x that depends on nothing, as auxiliary losses begin."""
+
+  def __init__(self, rngs):
+    self.inner = nnx.Linear(3, 3, rngs=rngs)
+
+  def __call__(self, batch):
+    return {"h": self.inner(batch["signal"]), "aux": jnp.zeros(len(batch["signal"]))}
+
+
+class Reset(nnx.Module):
+  def __init__(self, rngs):
+    self.inner = nnx.Linear(3, 3, rngs=rngs)
+
+  def __call__(self, x, context):
+    return {"h": jnp.sin(self.inner(x["h"])), "aux": jnp.zeros_like(x["aux"])}
+
+
+class Flags(nnx.Module):
+  """A head with boolean, narrow and no-gradient metrics."""
+
+  def __init__(self, rngs):
+    self.weight = nnx.Param(jnp.ones(3))
+
+  def __call__(self, x, batch):
+    loss = jnp.sum(x["h"] @ self.weight[...]) + jnp.sum(x["aux"])
+    metrics = {"flag": jnp.any(x["h"] > 0), "count": jnp.int8(100), "none": {}}
+    return loss, 1.0 * len(x["h"]), metrics
+
+
+@pytest.mark.parametrize("backward", ["fused", "split"])
+def test_constant_leaves_and_narrow_metrics(backward):
+  stack = jaxpipe.LayerStack(embed=Constants, layers=[Reset] * 2, head=Flags)
+  schedule = jaxpipe.make_schedule("gpipe", devices=2, microbatches=4, backward=backward)
+  mesh = jaxpipe.make_mesh("stage:2")
+  report = jaxpipe.check(stack, schedule, mesh, PAIRS)
+  assert report.ok, str(report)
+  params = stack.init(jax.random.key(0), PAIRS, schedule, mesh)
+  (_, metrics), _ = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, PAIRS)
+  assert int(metrics["count"]) == 400 and 0 <= int(metrics["flag"]) <= 4
