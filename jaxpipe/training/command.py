@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging as standard_logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -38,8 +39,10 @@ def run_command(defaults: Config) -> None:
 
 
 def _main(_: Sequence[str]) -> None:
-  # orbax reports every file it touches through absl's logger; ours are standard ones.
+  # orbax reports every file it touches through absl's logger, matplotlib its font cache through
+  # its own.
   logging.get_absl_logger().setLevel("ERROR")
+  standard_logging.getLogger("matplotlib").setLevel("WARNING")
   job = _guard(_prepare)
   if isinstance(job, LoadedRun):
     _print_sample(job, _guard(read_config))
