@@ -7,6 +7,7 @@ start, `--grid-seed` repeats it, and `--whole-grid` runs every case.
 
 import os
 import random
+import signal
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -25,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+  # A shell that starts something in the background has it ignore Ctrl-C, and so would all that the
+  # tests start: those about Ctrl-C want the ordinary state.
+  if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   # Read once, when JAX makes its devices: so before anything imports it. Programs that tests start
   # inherit all of it.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxpipe.data.files import atomic_file
 from jaxpipe.training.metrics import read_records
 
-_SMOOTH = 0.98  # of the running mean drawn over the noise of single steps
+_REACH = 25  # steps to each side in the mean drawn over the noise of single steps
 
 
 def draw_loss(metrics: pathlib.Path, png: pathlib.Path) -> None:
@@ -46,10 +46,11 @@ def draw_loss(metrics: pathlib.Path, png: pathlib.Path) -> None:
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
-  """Exponential running mean, corrected for its start: float64 [n]."""
-  means, mean = np.empty(len(values)), 0.0
-  for i, value in enumerate(values):
-    # The first values stand for all before them: dividing by their weight removes the zero start.
-    mean = _SMOOTH * mean + (1 - _SMOOTH) * value
-    means[i] = mean / (1 - _SMOOTH ** (i + 1))
-  return means
+  """Mean over a window centred on each value, cut short at both ends: float64 [n].
+
+  Centred, so that it does not trail behind where the loss falls fast.
+  """
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  at = np.arange(len(values))
+  reach = np.minimum(_REACH, np.minimum(at, len(values) - 1 - at))
+  return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)

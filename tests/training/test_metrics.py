@@ -74,6 +74,7 @@ def test_loss_curve_is_drawn(tmp_path: Path) -> None:
   draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
   assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
   assert running_mean([3.0, 3.0]).tolist() == pytest.approx([3.0, 3.0])
+  assert running_mean([5.0, 1.0, 0.0]).tolist() == pytest.approx([5.0, 2.0, 0.0])
 
 
 def test_unknown_devices_have_no_peak() -> None:
