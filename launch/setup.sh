@@ -26,6 +26,7 @@ print("%d.%d" % sys.version_info[:2], "with" if find_spec("ensurepip") else "wit
 find_python
 venv=${JAXPIPE_VENV:-$root/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
+venv=${venv%/}
 mkdir -p "$(dirname "$venv")"
 exec 9>>"$venv.lock" # held until descriptor 9 is closed: one setup at a time
 "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'

@@ -175,6 +175,11 @@ def _split_bin(
       f"{path}: made by tokenizer {whole.header.fingerprint[:12]}, but this run uses "
       f"{tokenizer.fingerprint[:12]}; check --tokenizer"
     )
+  if whole.header.vocabulary_size != tokenizer.vocabulary_size:
+    raise DataError(
+      f"{path}: has a vocabulary of {whole.header.vocabulary_size}, but its tokenizer"
+      f" {tokenizer.vocabulary_size}; make the bin again, or check --tokenizer"
+    )
   count = whole.header.count
   cut = int(count * (1 - validation_fraction))
   train, validation = whole.stretch(0, cut), whole.stretch(cut, count)

@@ -16,6 +16,8 @@ import numpy as np
 from jaxpipe.data.bpe import Ids, load_bpe, train_bpe
 from jaxpipe.data.errors import DataError
 
+_LARGEST = 2**24  # BPE vocabulary
+
 
 class Tokenizer(Protocol):
   """What the rest of the data code asks of a tokenizer.
@@ -83,9 +85,11 @@ def make_tokenizer(
   kind, _, size = spec.partition(":")
   if kind != "bpe":
     return load_bpe(spec)
-  if not size.isdecimal():
+  # Above it the library itself fails, by a panic that no one can catch.
+  if not size.isdecimal() or not 257 <= int(size) <= _LARGEST:
     raise DataError(
-      f"--tokenizer={spec}: {size!r} is not a size; use byte, bpe:4096 or a JSON file"
+      f"--tokenizer={spec}: {size!r} is not a size from 257 to {_LARGEST}; use byte, bpe:4096 or a"
+      " JSON file"
     )
   # By content, as bins are: another text never finds this text's merges.
   corpus = text()

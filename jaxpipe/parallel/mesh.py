@@ -35,11 +35,13 @@ def parse_mesh(text: str) -> dict[str, int]:
       raise MeshError(f"mesh {text!r}: no axis {name!r}; the axes are {', '.join(AXES)}")
     if name in sizes:
       raise MeshError(f"mesh {text!r}: axis {name!r} stands twice")
-    if not size.isdecimal() or int(size) < 1:
+    if not (size.isascii() and size.isdecimal()) or int(size) < 1:
       raise MeshError(
         f"mesh {text!r}: {name}:{size} is not a size; write {name}:N with N at least 1"
       )
     sizes[name] = int(size)
+  if not sizes:
+    raise MeshError("the mesh is empty; write stage:N")
   return {name: sizes.get(name, 1) for name in AXES}
 
 

@@ -5,6 +5,7 @@ exit status 2.
 """
 
 import argparse
+import math
 import pathlib
 import shutil
 import sys
@@ -48,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     schedule = _schedule(flags)
     timeline = simulate(schedule, flags.costs, flags.memory)
     _emit(timeline, flags.format, flags.out)
+  except ImportError as error:  # NumPy and matplotlib are needed for pictures only
+    remedy = "use the Python that has jaxpipe installed, such as .venv/bin/python"
+    print(f"{parser.prog}: --format={flags.format}: {error}; {remedy}", file=sys.stderr)
+    return 2
   # Whatever else is raised is our mistake and deserves its traceback.
   except (ValueError, OSError) as error:
     # Some messages (a file's bytes quoted back) have line breaks of their own.
@@ -99,7 +104,10 @@ def _number(text: str) -> float:
   try:
     return int(text)
   except ValueError:
-    return float(text)
+    number = float(text)
+  if not math.isfinite(number):
+    raise ValueError(f"{text} is not a number")
+  return number
 
 
 def _per_stage(text: str) -> PerStage:

@@ -90,7 +90,10 @@ def from_csv(text: str, placement: str | Placement = "rows", *, name: str = "cus
   Raises:
     ScheduleError: a cell is no token, or the schedule is not legal.
   """
-  rows = [[cell for cell in row if cell.strip()] for row in csv.reader(text.splitlines())]
+  try:
+    rows = [[cell for cell in row if cell.strip()] for row in csv.reader(text.splitlines())]
+  except csv.Error as error:
+    raise ScheduleError(f"not a CSV file of tokens: {error}") from None
   # An empty row in the middle stays: it is a device without work, which is an error to report.
   while rows and not rows[-1]:
     rows.pop()

@@ -111,7 +111,7 @@ def check_memory(schedule: Schedule, memory: Memory, limit: float | None) -> Non
     return
   # Peaks follow from the order alone, so costs play no part.
   peaks = simulate(schedule, memory=memory).peak_memory
-  if max(peaks) > limit:
+  if not max(peaks) <= limit:  # so that a NaN is refused as well
     d = peaks.index(max(peaks))
     raise ValueError(
       f"{schedule.name} holds {peaks[d]} on device {d}, above memory_limit={limit};"

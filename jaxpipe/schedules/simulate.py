@@ -44,7 +44,7 @@ class Costs:
       value = getattr(self, field.name)
       for cost in value if isinstance(value, Sequence) else (value,):
         # Written so that a NaN is refused as well.
-        if not cost >= 0:
+        if not 0 <= cost < float("inf"):
           raise ValueError(f"{field.name}={cost} is no duration; use 0 or more")
 
   def durations(self, stages: int) -> dict[Kind, tuple[float, ...]]:

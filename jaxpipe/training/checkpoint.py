@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as Spec
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.parallel.placing import shardings
 from jaxpipe.schedules import Schedule
+from jaxpipe.training.errors import ConfigError
 from jaxpipe.training.state import TrainState, map_param_trees, to_canonical, to_placed
 
 Tree = Any
@@ -47,6 +48,7 @@ class Checkpoints:
       read_only=read_only,
       cleanup_tmp_directories=not read_only,
     )
+    self._folder = folder
     # orbax wants absolute paths.
     self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=_ITEMS)
 
@@ -89,7 +91,7 @@ class Checkpoints:
       stack, schedule, mesh: where it is to lie; need not be those that it was saved from.
 
     Raises:
-      ValueError: no such checkpoint, or one of other shapes.
+      ConfigError: no such checkpoint, a damaged one, or one of other shapes.
     """
     # Canonical order, but already spread like the placed tree: both have the same shapes and specs,
     # so that what is left to do is to exchange layers between devices, and often nothing.
@@ -97,12 +99,10 @@ class Checkpoints:
     targets = map_param_trees(
       lambda p: jax.tree.map(_on, p, shardings(p, mesh)), shapes, lambda leaf: _on(leaf, everywhere)
     )
-    items = self._manager.restore(
+    items = self._restore(
       step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(targets.params),
-        optimizer=ocp.args.StandardRestore(_optimizer_item(targets)),
-      ),
+      params=ocp.args.StandardRestore(targets.params),
+      optimizer=ocp.args.StandardRestore(_optimizer_item(targets)),
     )
     state = TrainState(params=items["params"], **items["optimizer"])
     return to_placed(state, stack, schedule, mesh)
@@ -110,13 +110,21 @@ class Checkpoints:
   def restore_params(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
     """Reads the canonical parameters alone, all leaves to one place."""
     target = jax.tree.map(lambda leaf: _on(leaf, sharding), shapes)
-    items = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-    return self._manager.restore(step, args=items)["params"]
+    return self._restore(step, params=ocp.args.StandardRestore(target))["params"]
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON values that a checkpoint was saved with."""
-    items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return dict(self._manager.restore(step, args=items)["meta"])
+    return dict(self._restore(step, meta=ocp.args.JsonRestore())["meta"])
+
+  def _restore(self, step: int, **items: Any) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    # orbax raises what its many layers do, and none of it says what to do.
+    except (ValueError, KeyError, OSError) as error:
+      raise ConfigError(
+        f"{self._folder / str(step)}: cannot be read ({' '.join(str(error).split())[:80]});"
+        " delete that folder to resume from the checkpoint before it"
+      ) from error
 
   def wait(self) -> None:
     """Returns once everything that was saved is on disk."""

@@ -16,6 +16,7 @@ import jax
 from absl import app, logging
 
 from jaxpipe.training.config import Config
+from jaxpipe.training.errors import ConfigError, naming
 from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags, read_config
 from jaxpipe.training.load import LoadedRun, load
 from jaxpipe.training.loop import train
@@ -47,8 +48,11 @@ def _main(_: Sequence[str]) -> None:
   if isinstance(job, LoadedRun):
     _print_sample(job, _guard(read_config))
     return
-  use_compilation_cache(cache_folder(job.config.compilation_cache, "programs"))
-  status = train(job)
+  try:
+    status = train(job)
+  # A damaged file in the run directory shows when it is read; any other error is a bug.
+  except ConfigError as error:
+    exit_with_error(error)
   if not status:
     _print_sample(load(job.config.run_dir), job.config)
   raise SystemExit(status)
@@ -56,7 +60,12 @@ def _main(_: Sequence[str]) -> None:
 
 def _prepare() -> Setup | LoadedRun:
   config = read_config()
-  return load(config.run_dir) if config.sample else build(config).begin()
+  if config.sample:
+    return load(config.run_dir)
+  setup = build(config)
+  with naming(config.flag("compilation_cache")):
+    use_compilation_cache(cache_folder(config.compilation_cache, "programs"))
+  return setup.begin()
 
 
 def _guard(step: Callable[[], Result]) -> Result:

@@ -2,7 +2,8 @@
 
 Each field is a flag of the same name (`flags.py`). Its metadata hold the flag's help and whether a
 run may be resumed with another value: what decides the numbers (model, data, optimizer, seed) may
-not change, where and how they are computed (mesh, schedule, ...) may.
+not change, where and how they are computed (mesh, schedule, ...) may, and so may the length of the
+run. The tokenizer and the text are compared by what they hold, not by their names.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Config:
   dtype: str = _same("float32", "arithmetic: float32 or bfloat16; parameters are float32")
 
   text: str = _free("", "files with commas between, a folder of .txt, or one token .bin")
-  tokenizer: str = _same("byte", "byte, bpe:SIZE (trained on the text) or a tokenizer FILE.json")
+  tokenizer: str = _free("byte", "byte, bpe:SIZE (trained on the text) or a tokenizer FILE.json")
   validation_fraction: float = _same(0.05, "share of the text held out, at its end")
   data_cache: str = _free("", "folder of prepared tokens; default: in the user's cache")
   batch_size: int = _same(8, "rows B of a batch, over all microbatches and data shards")
@@ -60,7 +61,9 @@ class Config:
   warmup_steps: int = _same(100, "steps of linear warm-up; then cosine, to a tenth at --steps")
   weight_decay: float = _same(0.1, "decoupled decay of matrices; norm scales have none")
   clip_norm: float = _same(1.0, "largest global norm of the gradient; 0: not clipped")
-  steps: int = _free(2000, "optimizer updates in total, those before a resume included")
+  steps: int = _free(
+    2000, "updates in total, those before a resume included; another number bends the cosine anew"
+  )
 
   mesh: str = _free("stage:4", "devices along each axis, such as stage:4,data:2")
   schedule: str = _free("1f1b", "pipeline schedule; python -m jaxpipe.schedules --list")
@@ -93,6 +96,8 @@ class Config:
     fraction = self.validation_fraction
     self._check("validation_fraction", 0 < fraction < 1, "is no share; use more than 0, below 1")
     self._check("seed", 0 <= self.seed < 2**32, "is no seed; use 0 to 4294967295")
+    good = self.prompt.isascii() or self.prompt.encode("utf-8", "ignore").decode() == self.prompt
+    self._check("prompt", good, "is not UTF-8; write it in UTF-8")
     self._check("run_dir", bool(self.run_dir), "names no folder; use --run_dir=runs/NAME")
     self.profile_range()
 
@@ -136,6 +141,8 @@ class Config:
     start, _, stop = self.profile_steps.partition(":")
     good = start.isdecimal() and stop.isdecimal() and int(start) < int(stop)
     self._check("profile_steps", good, "is not START:STOP with START below STOP; use 10:13")
+    inside = int(start) < self.steps
+    self._check("profile_steps", inside, f"begins after --steps={self.steps}; begin before")
     return range(int(start), int(stop))
 
   def to_dict(self) -> dict[str, Any]:

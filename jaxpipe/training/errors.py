@@ -20,9 +20,9 @@ def naming(*flags: str) -> Iterator[None]:
     flags: each as it would be typed, such as `--layers=8`.
 
   Raises:
-    ConfigError: in place of any ValueError, in one line.
+    ConfigError: in place of any ValueError or OSError, in one line.
   """
   try:
     yield
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     raise ConfigError(f"{' '.join(flags)}: {' '.join(str(error).split())}") from error

@@ -57,6 +57,9 @@ def parse_flags(arguments: Sequence[str], values: flags.FlagValues = flags.FLAGS
   try:
     # absl guesses what an unknown flag was meant to be only where the text comes from itself.
     rest = list(values(list(arguments)))
+  except SystemExit:
+    # absl's own --help, printed; it exits 1, which here means a bug.
+    raise SystemExit(0) from None
   except flags.UnrecognizedFlagError as error:
     near = difflib.get_close_matches(error.flagname, list(values), n=1)
     remedy = f"did you mean --{near[0]}?" if near else "--help lists the flags"

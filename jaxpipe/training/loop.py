@@ -39,6 +39,7 @@ def train(setup: Setup) -> int:
   start, steps = checkpoints.newest or 0, setup.config.steps
   if start >= steps:
     print(f"{setup.folder.path}: finished, {start} steps of --steps={steps}; nothing to train")
+    draw_loss(setup.folder.metrics, setup.folder.loss_png)  # a kill may have come before it
     checkpoints.close()
     return 0
   print(describe(setup), flush=True)
@@ -55,7 +56,7 @@ def train(setup: Setup) -> int:
     stack.callback(profiler.stop)
     loop = Loop(setup, step, checkpoints, metrics, screen, interrupt, profiler)
     done = loop.run(state, start)
-  draw_loss(setup.folder.metrics, setup.folder.path / "loss.png")
+  draw_loss(setup.folder.metrics, setup.folder.loss_png)
   if done < steps and interrupt.received is not None:
     print(f"{interrupt.received.name}: saved after {done} steps; the same command resumes")
     return 128 + interrupt.received

@@ -17,6 +17,7 @@ from typing import Any, Self
 from tensorboardX import SummaryWriter
 
 from jaxpipe.data.files import atomic_file
+from jaxpipe.training.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,14 +44,23 @@ class Record:
 
 
 def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """Yields the lines of a metrics file; a last one that was cut short by a kill is left out."""
+  """Yields the lines of a metrics file; what a kill or a power cut left of the last is left out.
+
+  Raises:
+    ConfigError: a damaged line before the last one.
+  """
   if not path.exists():
     return
+  damaged = None
   with path.open("rb") as file:
-    for line in file:
-      # Only the last line can lack its end: lines are written whole, in order.
-      if line.endswith(b"\n"):
-        yield json.loads(line)
+    for number, line in enumerate(file, 1):
+      if damaged is not None:
+        raise ConfigError(f"{path}: line {damaged} is damaged; delete it, or use another --run_dir")
+      try:
+        # As text, since json guesses at other encodings where bytes are zero.
+        yield json.loads(line.decode())
+      except ValueError:
+        damaged = number
 
 
 def drop_from(path: pathlib.Path, step: int) -> None:

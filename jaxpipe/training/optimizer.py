@@ -17,7 +17,7 @@ from jaxpipe.training.config import Config
 
 Tree = Any
 
-_FINAL_SHARE = 0.1  # of the peak learning rate, at the last step
+_FINAL_SHARE = 0.1  # of the peak learning rate, approached at the last step
 _B1, _B2, _EPSILON = 0.9, 0.95, 1e-8  # GPT-3's (arXiv:2005.14165, appendix B)
 
 

@@ -8,9 +8,10 @@ checkpoints/  metrics.jsonl  events.out.tfevents.*  timetable.png  loss.png  pro
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import pathlib
-from typing import Any
+from typing import IO, Any
 
 from jaxpipe.data import BpeTokenizer, ByteTokenizer, Tokenizer, load_bpe
 from jaxpipe.data.files import atomic_file
@@ -19,6 +20,7 @@ from jaxpipe.training.errors import ConfigError
 
 _MARK = "jaxpipe run 1"
 _OTHER = "or use another --run_dir"
+_HELD: dict[pathlib.Path, IO[bytes]] = {}  # locked until the process ends, however it ends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class RunRecord:
   """What `config.json` holds.
 
   Attributes:
-    config: of the command that started the run.
+    config: of the command that began the run, or last resumed it.
     data: `TokenBatches.identity`.
   """
 
@@ -49,6 +51,11 @@ class RunDir:
   def metrics(self) -> pathlib.Path:
     """One JSON object a step."""
     return self.path / "metrics.jsonl"
+
+  @property
+  def loss_png(self) -> pathlib.Path:
+    """The loss curve."""
+    return self.path / "loss.png"
 
   @property
   def profile(self) -> pathlib.Path:
@@ -92,6 +99,7 @@ class RunDir:
     """
     # In this order: a run that is killed here has no mark yet, or everything that it names.
     self.path.mkdir(parents=True, exist_ok=True)
+    _hold(self.path)
     if isinstance(tokenizer, BpeTokenizer):
       with atomic_file(self._tokenizer) as file:
         file.write(tokenizer.to_json().encode())
@@ -102,6 +110,26 @@ class RunDir:
   def tokenizer(self) -> Tokenizer:
     """Returns the run's tokenizer, from the folder alone."""
     return load_bpe(self._tokenizer) if self._tokenizer.exists() else ByteTokenizer()
+
+
+def _hold(path: pathlib.Path) -> None:
+  """Keeps the folder for this process: two that train in one would undo each other's files.
+
+  Raises:
+    ConfigError: another process has it.
+  """
+  name = path.resolve()
+  if name in _HELD:
+    return
+  file = (path / ".lock").open("ab")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.close()
+    raise ConfigError(
+      f"--run_dir={path}: another process is training there; wait for it, {_OTHER}"
+    ) from None
+  _HELD[name] = file
 
 
 def check_config(path: pathlib.Path, record: RunRecord, config: Config) -> None:

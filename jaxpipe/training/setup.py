@@ -160,9 +160,11 @@ def _build_data(config: Config) -> tuple[TextData, TokenBatches, EvaluationBatch
     validation_fraction=config.validation_fraction,
   )
   B, T = config.batch_size, config.sequence_length
-  # With windows always cut at the same places, some tokens would never be seen in context.
-  train = TokenBatches(data.train, B, T, config.seed, random_offset=True)
-  return data, train, EvaluationBatches(data.validation, B, T)
+  # The batches know the bins, not the text and flags that they come from.
+  with naming(*config.flags("text", "sequence_length")):
+    # With windows always cut at the same places, some tokens would never be seen in context.
+    train = TokenBatches(data.train, B, T, config.seed, random_offset=True)
+    return data, train, EvaluationBatches(data.validation, B, T)
 
 
 def cache_folder(asked: str, name: str) -> pathlib.Path:

@@ -167,3 +167,11 @@ def test_bad_sources(tmp_path: Path, cache: Path) -> None:
 def test_bad_fraction(source: Path, cache: Path, fraction: float) -> None:
   with pytest.raises(DataError, match="not between 0 and 1"):
     prepare_text(source, "byte", cache, validation_fraction=fraction)
+
+
+def test_ready_bin_with_a_larger_vocabulary_than_its_tokenizer(tmp_path: Path, cache: Path) -> None:
+  """The fingerprint alone would let it through, and the ids would be out of the model's range."""
+  file, fingerprint = tmp_path / "v.bin", ByteTokenizer().fingerprint
+  write_bin(file, np.arange(290), vocabulary_size=300, fingerprint=fingerprint)
+  with pytest.raises(DataError, match="has a vocabulary of 300, but its tokenizer 256"):
+    prepare_text(file, "byte", cache)

@@ -150,3 +150,18 @@ def test_orders_that_are_refused(text, flags, message, tmp_path, capsys):
   assert main(["--order", str(path), *flags]) == 2
   err = capsys.readouterr().err
   assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--memory_limit", "nan"], ["--costs", "inf,1,1,0"]])
+def test_numbers_that_are_none_exit_2(capsys, flags):
+  """A NaN limit would be no limit, since nothing compares above it."""
+  with pytest.raises(SystemExit) as end:
+    main(["1f1b", *SIZES, *flags])
+  assert end.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_csv_is_one_line(capsys, tmp_path):
+  file = tmp_path / "order.csv"
+  file.write_text("0" * 200_000 + "F0")
+  assert main(["--order", str(file)]) == 2
+  assert capsys.readouterr().err.count("\n") == 1

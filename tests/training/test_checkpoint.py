@@ -1,6 +1,7 @@
 """Checkpoints are canonical: what was saved under one placement is read under another."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from jaxpipe import LayerStack, Schedule, make_mesh, make_schedule
 from jaxpipe.models.transformer import TransformerConfig, transformer
 from jaxpipe.training.checkpoint import Checkpoints
 from jaxpipe.training.config import Config
+from jaxpipe.training.errors import ConfigError
 from jaxpipe.training.optimizer import make_optimizer
 from jaxpipe.training.state import TrainState, create_state, state_shapes, to_canonical
 
@@ -97,3 +99,16 @@ def test_only_the_last_few_are_kept(tmp_path: Path, stack: LayerStack) -> None:
     )
   checkpoints.close()
   assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 4, 5]
+
+
+def test_a_damaged_checkpoint_says_what_to_delete(tmp_path: Path, stack: LayerStack) -> None:
+  schedule, mesh = one_chunk(1), make_mesh("stage:1")
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(labelled(stack, schedule), stack, schedule, {"seed": 0})
+  checkpoints.wait()
+  (step,) = (int(path.name) for path in tmp_path.iterdir())
+  shutil.rmtree(tmp_path / str(step) / "optimizer")
+  shapes = state_shapes(stack, make_optimizer(Config()))
+  with pytest.raises(ConfigError, match=rf"{step}: cannot be read .* delete that folder to resume"):
+    checkpoints.restore(step, shapes, stack, schedule, mesh)
+  checkpoints.close()

@@ -30,6 +30,17 @@ ERRORS = [
     "--profile_steps=5:2 is not START:STOP with START below STOP; use 10:13",
   ),
   (
+    {"profile_steps": "9:12", "steps": 5},
+    "--profile_steps=9:12 begins after --steps=5; begin before",
+  ),
+  ({"prompt": "\udcff"}, '--prompt="\\udcff" is not UTF-8; write it in UTF-8'),
+  ({"mesh": ""}, "--mesh=: the mesh is empty; write stage:N"),
+  (
+    {"tokenizer": "bpe:100000000000000000000"},
+    "--tokenizer=bpe:100000000000000000000: '100000000000000000000' is not a size from 257 to"
+    " 16777216; use byte, bpe:4096 or a JSON file",
+  ),
+  (
     {"mesh": "stage:64"},
     "--mesh=stage:64: mesh stage:64 needs 64 devices but there are 8 (cpu); take a smaller mesh,"
     " or on CPU force 64: ./launch/local.sh --devices=64 SCRIPT",
@@ -213,8 +224,32 @@ def test_wrong_flags_are_one_line(word: str, message: str) -> None:
   assert str(caught.value) == message
 
 
+def test_help_is_no_error() -> None:
+  command = [sys.executable, str(ROOT / "experiments" / "lm.py"), "--help"]
+  environment = {**_environ(), "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+  assert done.returncode == 0 and "--microbatches: microbatches M" in done.stdout
+
+
+def test_two_processes_never_train_in_one_folder(tiny: Callable[..., Config]) -> None:
+  """The second would drop the first one's metrics and clean up its unfinished checkpoints."""
+  config = tiny()
+  build(config).begin()
+  code = (
+    "import sys, json; from jaxpipe.training.config import Config;"
+    "from jaxpipe.training.setup import build;"
+    "build(Config.from_dict(json.loads(sys.argv[1]))).begin()"
+  )
+  command = [sys.executable, "-c", code, json.dumps(config.to_dict())]
+  environment = {**_environ(), "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+  assert "another process is training there; wait for it, or use another --run_dir" in done.stderr
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("word", ["--layers=6", "--sed=1", "--batch_size=7"])
+@pytest.mark.parametrize(
+  "word", ["--layers=6", "--sed=1", "--batch_size=7", "--compilation_cache=/dev/null/x"]
+)
 def test_the_command_exits_2_with_one_line(tmp_path: Path, word: str) -> None:
   command = [sys.executable, str(ROOT / "experiments" / "lm.py"), word, f"--run_dir={tmp_path}/run"]
   environment = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -223,7 +258,7 @@ def test_the_command_exits_2_with_one_line(tmp_path: Path, word: str) -> None:
   )
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr.startswith("lm.py: --") and done.stderr.count("\n") == 1
-  assert list(tmp_path.iterdir()) == []
+  assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
 
 
 def _environ() -> dict[str, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxpipe.training.errors import ConfigError
 from jaxpipe.training.journal import Journal
 from jaxpipe.training.metrics import MetricsWriter, Record, read_records
 from jaxpipe.training.peaks import peak_flops
@@ -80,3 +81,20 @@ def test_loss_curve_is_drawn(tmp_path: Path) -> None:
 def test_unknown_devices_have_no_peak() -> None:
   assert peak_flops("TPU v4") == 275e12
   assert peak_flops("TPU v4 lite") is None
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"\0\0garbage\n"])
+def test_what_a_power_cut_left_of_the_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
+  write(tmp_path, 0, 3)
+  file = tmp_path / "metrics.jsonl"
+  file.write_bytes(file.read_bytes() + torn)
+  write(tmp_path, 3, 4)
+  assert [record["step"] for record in read_records(file)] == [0, 1, 2, 3]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+  write(tmp_path, 0, 2)
+  file = tmp_path / "metrics.jsonl"
+  file.write_bytes(b"garbage\n" + file.read_bytes())
+  with pytest.raises(ConfigError, match=r"metrics.jsonl: line 1 is damaged"):
+    list(read_records(file))
