@@ -107,8 +107,10 @@ class Device:
       jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), axes
     )
     one = rings.get(batch, 0)
-    x = zeros(jax.eval_shape(stack.apply_embed, params["embed"], one))
-    loss, (weight, metrics) = jax.eval_shape(stack.apply_head, params["head"], x, one)
+    with rings.explain_varying("embed"):
+      x = zeros(jax.eval_shape(stack.apply_embed, params["embed"], one))
+    with rings.explain_varying("head"):
+      loss, (weight, metrics) = jax.eval_shape(stack.apply_head, params["head"], x, one)
     sums = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wide(leaf.dtype))  # noqa: E731
     totals = Totals(*zeros(jax.tree.map(sums, (loss, weight, metrics))))
     training = policy is not None

@@ -201,6 +201,21 @@ def test_a_loop_that_starts_from_a_constant_says_what_to_do():
     jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, PAIRS)
 
 
+def test_a_head_whose_loop_starts_from_a_constant_says_so_too():
+  class Chunked(PairHead):
+    def __call__(self, x, batch):
+      rows = x["signal"] @ self.weight[...]
+      loss, _ = jax.lax.scan(lambda sum, row: (sum + row, None), jnp.float32(0), rows)
+      return loss, 1.0 * len(rows), {}
+
+  stack = jaxpipe.LayerStack(embed=PairEmbed, layers=[Pair] * 2, head=Chunked)
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
+  mesh = jaxpipe.make_mesh("stage:2")
+  params = stack.init(jax.random.key(0), PAIRS, schedule, mesh)
+  with pytest.raises(ValueError, match=r"head: a loop's carry"):
+    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, PAIRS)
+
+
 class Constants(nnx.Module):
   """Adds a leaf to x that depends on nothing, as auxiliary losses begin."""
 
