@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from jaxpipe.schedules import Action, Kind, Schedule, ScheduleError
-from jaxpipe.schedules.walk import walk
+from jaxpipe.schedules.ticks import ticks
 
 # What a device does on a tick, as the table's integers.
 IDLE = 0
@@ -103,13 +103,8 @@ def lower(schedule: Schedule) -> Program:
   Raises:
     ScheduleError: the schedule dead-locks, or holds a kind that the executor does not run.
   """
-  strange = {a.kind for row in schedule.order for a in row} - set(CODE)
-  if strange:
-    raise ScheduleError(
-      f"schedule {schedule.name} has actions of kind {', '.join(sorted(strange))}, which the"
-      f" executor does not run; it runs {', '.join(CODE)}"
-    )
-  at = _ticks(schedule)
+  _refuse_strange(schedule)
+  at = _at(schedule)
   stays = _stays(schedule, at)
   slot, slots = _colour(stays)
   routes = _routes(schedule)
@@ -136,17 +131,34 @@ def lower(schedule: Schedule) -> Program:
   )
 
 
-def _ticks(schedule: Schedule) -> dict[Action, int]:
-  """The tick of each action: as early as its device and its inputs allow."""
-  clock = [0] * schedule.devices
-  done: dict[int, int] = {}
-  at = {}
-  for d, action, needed, made in walk(schedule.order, schedule.stages, schedule.microbatches):
-    at[action] = max([clock[d], *(done[i] + 1 for i in needed)])
-    clock[d] = at[action] + 1
-    if made is not None:
-      done[made] = at[action]
-  return at
+def _refuse_strange(schedule: Schedule) -> None:
+  """Raises ScheduleError for what the executor does not run."""
+  steps = [step for row in schedule.order for step in row]
+  kinds = sorted({a.kind.value for step in steps for a in step.parts} - {k.value for k in CODE})
+  if kinds:
+    raise ScheduleError(
+      f"schedule {schedule.name} has actions of kind {', '.join(kinds)}, which the"
+      f" executor does not run; it runs {', '.join(CODE)}"
+    )
+  pair = next((step for step in steps if len(step.parts) > 1), None)
+  if pair is not None:
+    raise ScheduleError(
+      f"schedule {schedule.name} overlaps {pair}, which the executor does not run; write its parts"
+      " one after the other"
+    )
+  if schedule.placement.replicated or schedule.paths is not None:
+    what = "stages with replicas" if schedule.placement.replicated else "paths that skip stages"
+    raise ScheduleError(f"schedule {schedule.name} has {what}, which the executor does not run")
+
+
+def _at(schedule: Schedule) -> dict[Action, int]:
+  """The tick of each action."""
+  return {
+    action: tick
+    for row, row_ticks in zip(schedule.order, ticks(schedule), strict=True)
+    for step, tick in zip(row, row_ticks, strict=True)
+    for action in step.parts
+  }
 
 
 def _stays(schedule: Schedule, at: Mapping[Action, int]) -> list[_Stay]:
@@ -200,7 +212,9 @@ def _colour(stays: Iterable[_Stay]) -> tuple[dict[tuple[str, int, int], int], di
 
 def _neighbours(schedule: Schedule) -> Iterable[tuple[Kind, int, int]]:
   """Every edge between stages: what travels, from which stage, to which."""
-  backward = any(a.kind in (Kind.I, Kind.B) for row in schedule.order for a in row)
+  backward = any(
+    a.kind in (Kind.I, Kind.B) for row in schedule.order for step in row for a in step.parts
+  )
   for s in range(schedule.stages - 1):
     yield Kind.F, s, s + 1
     if backward:
@@ -242,7 +256,7 @@ def _fill(
     s, m, d = action.stage, action.microbatch, home(action.stage)
     cell = (tick, d)
     table["kind"][cell] = CODE[action.kind]
-    table["chunk"][cell] = schedule.placement.chunk(s)
+    table["chunk"][cell] = schedule.placement.chunk(d, s)
     table["stage"][cell] = s
     table["microbatch"][cell] = m
     for ring in RINGS:

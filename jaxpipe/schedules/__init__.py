@@ -4,20 +4,22 @@ schedule = make_schedule("1f1b", devices=4, microbatches=8)
 print(draw_text(simulate(schedule)))
 """
 
-from jaxpipe.schedules.actions import Action, Kind, ScheduleError
+from jaxpipe.schedules.actions import Action, Kind, Overlap, ScheduleError
 from jaxpipe.schedules.check import check, dependencies
+from jaxpipe.schedules.costs import Costs
 from jaxpipe.schedules.draw import draw_perfetto, draw_text
 from jaxpipe.schedules.figure import draw_png
 from jaxpipe.schedules.interchange import from_csv, from_json, to_csv, to_json
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.registry import make_schedule, schedule_names
 from jaxpipe.schedules.schedule import Schedule
-from jaxpipe.schedules.simulate import Costs, Timeline, simulate
+from jaxpipe.schedules.simulate import Timeline, simulate
 
 __all__ = [
   "Action",
   "Costs",
   "Kind",
+  "Overlap",
   "Placement",
   "Schedule",
   "ScheduleError",

@@ -8,7 +8,7 @@ schedule and every family has it.
 import dataclasses
 from collections.abc import Iterator
 
-from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.actions import Action, Kind, Step
 from jaxpipe.schedules.schedule import Schedule
 
 # All that the command line accepts, so that it need not change when `deferred` arrives.
@@ -40,9 +40,9 @@ def with_backward(schedule: Schedule, backward: str) -> Schedule:
   return dataclasses.replace(schedule, order=order)
 
 
-def _halves(action: Action) -> Iterator[Action]:
-  if action.kind is not Kind.B:
-    # A schedule may have split some of its backwards already.
+def _halves(action: Step) -> Iterator[Step]:
+  # A pair stays whole, and a schedule may have split some of its backwards already.
+  if not isinstance(action, Action) or action.kind is not Kind.B:
     yield action
     return
   yield Action(action.stage, Kind.I, action.microbatch)

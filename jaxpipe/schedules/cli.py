@@ -15,10 +15,11 @@ from typing import NoReturn
 from jaxpipe.schedules import draw, interchange
 from jaxpipe.schedules.actions import ScheduleError
 from jaxpipe.schedules.backward import BACKWARDS, with_backward
+from jaxpipe.schedules.costs import Costs, PerStage
 from jaxpipe.schedules.figure import draw_png
 from jaxpipe.schedules.registry import FAMILIES, check_memory, make_schedule
 from jaxpipe.schedules.schedule import Schedule
-from jaxpipe.schedules.simulate import Costs, PerStage, Timeline, simulate
+from jaxpipe.schedules.simulate import Timeline, simulate
 
 # The first is the default.
 _FORMATS = ("text", "json", "csv", "png", "perfetto")

@@ -6,7 +6,8 @@ The text is to scale: an action's place and width are its start and its duration
 import json
 from collections.abc import Iterator
 
-from jaxpipe.schedules.actions import Action
+from jaxpipe.schedules.actions import STAGE_KINDS, Action, Kind, Step
+from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import Timeline
 
 # Beyond this many columns nobody reads on; very unequal costs would ask for millions.
@@ -91,28 +92,23 @@ def draw_perfetto(timeline: Timeline) -> str:
     # Tracks are sorted by their ids, so device 0 comes out on top.
     track = {"pid": 0, "tid": d}
     events.append({"name": "thread_name", "ph": "M", **track, "args": {"name": f"device {d}"}})
-    for action, start, end in cells(timeline, d):
-      events.append(
-        {
-          "name": str(action),
-          "cat": action.kind.value,
-          "ph": "X",
-          **track,
-          # The format counts microseconds.
-          "ts": start * 1000,
-          "dur": (end - start) * 1000,
-          "args": {
-            "stage": action.stage,
-            "chunk": schedule.placement.chunk(action.stage),
-            "microbatch": action.microbatch,
-          },
-        }
-      )
+    for step, start, end in cells(timeline, d):
+      # The format counts microseconds.
+      time = {"ts": start * 1000, "dur": (end - start) * 1000}
+      # The parts of a pair take the same time and are shown one below the other.
+      events += ({**_slice(action, d, schedule), **track, **time} for action in step.parts)
   return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
 
 
-def cells(timeline: Timeline, device: int) -> Iterator[tuple[Action, float, float]]:
-  """The actions of one device, each with its start and end."""
+def _slice(action: Action, d: int, schedule: Schedule) -> dict[str, object]:
+  args = {"stage": action.stage, "microbatch": action.microbatch}
+  if action.kind in STAGE_KINDS:
+    args["chunk"] = schedule.placement.chunk(d, action.stage)
+  return {"name": str(action), "cat": action.kind.value, "ph": "X", "args": args}
+
+
+def cells(timeline: Timeline, device: int) -> Iterator[tuple[Step, float, float]]:
+  """The steps of one device, each with its start and end."""
   return zip(
     timeline.schedule.order[device], timeline.start[device], timeline.end[device], strict=True
   )
@@ -130,8 +126,12 @@ def _row(timeline: Timeline, d: int, scale: float) -> str:
 
 
 # Where a device has one stage, its number would repeat in every cell of the row.
-def _label(timeline: Timeline, action: Action) -> str:
-  return str(action) if timeline.schedule.chunks > 1 else f"{action.kind.value}{action.microbatch}"
+def _label(timeline: Timeline, step: Step) -> str:
+  # Frozen layers are numbered on their own.
+  return "/".join(
+    str(a) if timeline.schedule.chunks > 1 or a.kind is Kind.Y else f"{a.kind.value}{a.microbatch}"
+    for a in step.parts
+  )
 
 
 def _scale(timeline: Timeline) -> float:

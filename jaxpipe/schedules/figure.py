@@ -7,8 +7,9 @@ Megatron's figures (Narayanan et al., 2021, arXiv:2104.04473).
 import os
 from typing import TYPE_CHECKING
 
-from jaxpipe.schedules.actions import PRODUCTS, Kind
+from jaxpipe.schedules.actions import PRODUCTS, STAGE_KINDS, Action, Kind
 from jaxpipe.schedules.draw import cells, summary, title
+from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import Timeline
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ _COLOURS = {
   Kind.I: (0.45, 0.83, 0.86),
   Kind.W: (0.42, 0.70, 0.36),
   Kind.B: (0.60, 0.80, 0.50),
+  Kind.S: (0.86, 0.47, 0.60),
+  Kind.T: (0.93, 0.68, 0.76),
+  Kind.G: (0.55, 0.45, 0.70),
+  Kind.X: (0.75, 0.70, 0.82),
+  Kind.Y: (0.72, 0.60, 0.45),
+  Kind.U: (0.45, 0.45, 0.45),
 }
 _MEANING = {
   Kind.F: "forward",
@@ -30,6 +37,12 @@ _MEANING = {
   Kind.I: "input gradient",
   Kind.W: "weight gradient",
   Kind.B: "backward",
+  Kind.S: "vocabulary, forward",
+  Kind.T: "vocabulary, backward",
+  Kind.G: "gather weights",
+  Kind.X: "release weights",
+  Kind.Y: "filler",
+  Kind.U: "optimizer",
 }
 # A row holds one line of 9-point figures with air around it.
 _ROW_INCHES = 0.40
@@ -94,26 +107,28 @@ def _width(timeline: Timeline) -> float:
 
 def _draw_device(axes: "Axes", timeline: Timeline, d: int, scale: float) -> None:
   """One row of boxes, each with its microbatch."""
-  placement = timeline.schedule.placement
-  for action, start, end in cells(timeline, d):
-    chunk = placement.chunk(action.stage)
-    colour, dark = _shade(action.kind, chunk, placement.chunks)
-    # White edges tell neighbours of one colour apart.
-    axes.barh(d, end - start, left=start, height=0.94, color=colour, edgecolor="white", lw=0.7)
-    text = str(action.microbatch)
-    # The number fills the box's width up to a size that suits the row's height.
-    size = min(9.0, (end - start) * scale * _POINTS_PER_INCH / (0.62 * len(text) + 0.35))
-    # Below 3 points a number is a smudge; the colour still tells the kind.
-    if size >= 3:
-      axes.text(
-        (start + end) / 2,
-        d,
-        text,
-        ha="center",
-        va="center_baseline",
-        fontsize=size,
-        color="white" if dark else "black",
-      )
+  for step, start, end in cells(timeline, d):
+    # The parts of an overlapped pair share a box, one above the other.
+    height = 0.94 / len(step.parts)
+    for i, action in enumerate(step.parts):
+      y = d + (i - (len(step.parts) - 1) / 2) * height
+      colour, dark = _colour(timeline.schedule, d, action)
+      # White edges tell neighbours of one colour apart.
+      axes.barh(y, end - start, left=start, height=height, color=colour, edgecolor="white", lw=0.7)
+      text = str(action.microbatch)
+      # The number fills the box's width up to a size that suits its height.
+      width = (end - start) * scale * _POINTS_PER_INCH
+      size = min(9.0 / len(step.parts) ** 0.5, width / (0.62 * len(text) + 0.35))
+      # Below 3 points a number is a smudge; the colour still tells the kind.
+      if size >= 3:
+        place = {"ha": "center", "va": "center_baseline", "fontsize": size}
+        axes.text((start + end) / 2, y, text, color="white" if dark else "black", **place)
+
+
+def _colour(schedule: Schedule, d: int, action: Action) -> tuple[tuple[float, float, float], bool]:
+  """The kind's colour in the shade of the chunk, and whether it is dark."""
+  chunk = schedule.placement.chunk(d, action.stage) if action.kind in STAGE_KINDS else 0
+  return _shade(action.kind, chunk, schedule.chunks)
 
 
 def _shade(kind: Kind, chunk: int, chunks: int) -> tuple[tuple[float, float, float], bool]:
@@ -157,15 +172,16 @@ def _legend(timeline: Timeline) -> tuple[int, list["Patch"]]:
   from matplotlib.patches import Patch
 
   schedule = timeline.schedule
-  used = {action.kind for row in schedule.order for action in row}
+  used = {action.kind for row in schedule.order for step in row for action in step.parts}
   # Only the kinds that occur, in the order of `PRODUCTS`, whatever the schedule starts with.
   handles = [
     Patch(
       color=_shade(kind, v, schedule.chunks)[0],
-      label=_MEANING[kind] + (f", chunk {v}" if schedule.chunks > 1 else ""),
+      label=_MEANING[kind]
+      + (f", chunk {v}" if schedule.chunks > 1 and kind in STAGE_KINDS else ""),
     )
     for kind in PRODUCTS
     if kind in used
-    for v in range(schedule.chunks)
+    for v in range(schedule.chunks if kind in STAGE_KINDS else 1)
   ]
   return len(used), handles

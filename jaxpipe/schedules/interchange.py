@@ -40,6 +40,10 @@ def to_json(timeline: Timeline) -> str:
     "peak_pending_weight_grads": timeline.peak_pending_weight_grads,
     "peak_memory": timeline.peak_memory,
   }
+  if schedule.paths is not None:
+    fields["paths"] = schedule.paths
+  if schedule.vocabulary:
+    fields["vocabulary"] = schedule.vocabulary
   # A field per line: orders stay one row each to the eye, and files differ line by line.
   lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
   return "{\n" + ",\n".join(lines) + "\n}"
@@ -65,7 +69,13 @@ def from_json(text: str, placement: str | Placement = "rows") -> Schedule:
   if not isinstance(fields, dict) or "order" not in fields:
     raise ScheduleError('the JSON has no field "order", one list of tokens per device')
   # Sizes and figures are not compared: somebody who edits an order by hand leaves them behind.
-  return Schedule.from_tokens(fields["order"], placement, name=fields.get("name", "custom"))
+  return Schedule.from_tokens(
+    fields["order"],
+    placement,
+    name=fields.get("name", "custom"),
+    paths=fields.get("paths"),
+    vocabulary=fields.get("vocabulary"),
+  )
 
 
 def to_csv(schedule: Schedule) -> str:

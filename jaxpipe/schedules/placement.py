@@ -1,21 +1,23 @@
 """Which device holds which stage.
 
-A placement is a table with one row per device: the stages it holds, in chunk order.  `loop` is
-Megatron's (Narayanan et al., 2021, arXiv:2104.04473), `v` is the fold of ZB-V (Qi et al., 2023,
-arXiv:2401.10241). A new placement is one function here and one line in `PLACEMENTS`.
+A placement is a table with one row per device: the stages it holds, in chunk order. `loop` is
+Megatron's (Narayanan et al., 2021, arXiv:2104.04473), `v` the fold of ZB-V (Qi et al., 2023,
+arXiv:2401.10241), `wave` Hanayo's repetition of it (Liu et al., 2023, arXiv:2308.15762), and
+`mirrored` holds every stage twice, for pipelines that run in both directions at once (Chimera: Li
+and Hoefler, 2021, arXiv:2107.06925). A new placement is one function and one line in `PLACEMENTS`.
 
-  loop, P=2, V=2            v, P=2
-  device 0: stages 0 2      device 0: stages 0 3
-  device 1: stages 1 3      device 1: stages 1 2
+            loop, V=2   v      wave, V=4   mirrored, V=2   mirrored, V=4
+  device 0: 0 2         0 3    0 3 4 7     0 1             0 1 3 2
+  device 1: 1 3         1 2    1 2 5 6     1 0             1 0 2 3
 """
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Self
 
-from jaxpipe.schedules.actions import Action, ScheduleError
+from jaxpipe.schedules.actions import STAGE_KINDS, Order, ScheduleError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +44,15 @@ class Placement:
           f"device {d} holds {len(row)} stages and device 0 holds {self.chunks};"
           " give every device the same number"
         )
-    # Once: a bidirectional placement, which holds every stage twice, will relax this line and
-    # `device`; what runs where is otherwise always asked of the table's rows.
-    if sorted(stage for row in self.table for stage in row) != list(range(self.stages)):
+      # A device has one copy of a stage's weights; two chunks of them would be two copies.
+      if len(set(row)) < len(row):
+        raise ScheduleError(f"device {d} holds a stage twice: {list(row)}")
+    held = sorted({stage for row in self.table for stage in row})
+    if len(held) < self.stages:
+      absent = next(i for i, stage in enumerate(held) if i != stage)
       raise ScheduleError(
-        f"{self.devices} devices of {self.chunks} chunks must hold each of the stages"
-        f" 0..{self.stages - 1} once, not {[list(row) for row in self.table]}"
+        f"no device holds stage {absent}, although stage {self.stages - 1} exists:"
+        f" {[list(row) for row in self.table]}"
       )
 
   @property
@@ -60,26 +65,50 @@ class Placement:
     """Number of stages that each device holds, V."""
     return len(self.table[0])
 
-  @property
+  @functools.cached_property
   def stages(self) -> int:
     """Number of stages, S."""
-    return self.devices * self.chunks
+    return 1 + max(stage for row in self.table for stage in row)
+
+  @property
+  def replicated(self) -> bool:
+    """Whether some stage lives on more than one device."""
+    return self.stages < self.devices * self.chunks
 
   def stage(self, device: int, chunk: int) -> int:
     """The stage that `device` holds as its `chunk`."""
     return self.table[device][chunk]
 
-  def device(self, stage: int) -> int:
-    """The device that holds `stage`."""
-    return self._home[stage][0]
+  def homes(self, stage: int) -> tuple[int, ...]:
+    """The devices that hold `stage`, ascending."""
+    return self._homes[stage]
 
-  def chunk(self, stage: int) -> int:
-    """Which of its device's chunks `stage` is."""
-    return self._home[stage][1]
+  def device(self, stage: int) -> int:
+    """The device that holds `stage`.
+
+    Raises:
+      ScheduleError: it lives on several.
+    """
+    homes = self._homes[stage]
+    if len(homes) > 1:
+      raise ScheduleError(f"stage {stage} lives on devices {homes}; ask which microbatch")
+    return homes[0]
+
+  def chunk(self, device: int, stage: int) -> int:
+    """Which of the chunks of `device` the `stage` is."""
+    return self._chunks[device, stage]
 
   @functools.cached_property
-  def _home(self) -> dict[int, tuple[int, int]]:
-    return {stage: (d, v) for d, row in enumerate(self.table) for v, stage in enumerate(row)}
+  def _homes(self) -> dict[int, tuple[int, ...]]:
+    homes: dict[int, tuple[int, ...]] = {}
+    for d, row in enumerate(self.table):
+      for stage in row:
+        homes[stage] = (*homes.get(stage, ()), d)
+    return homes
+
+  @functools.cached_property
+  def _chunks(self) -> dict[tuple[int, int], int]:
+    return {(d, stage): v for d, row in enumerate(self.table) for v, stage in enumerate(row)}
 
   @classmethod
   def loop(cls, devices: int, chunks: int = 1) -> Self:
@@ -94,15 +123,52 @@ class Placement:
     return cls(tuple((d, 2 * devices - 1 - d) for d in range(devices)), "v")
 
   @classmethod
-  def named(cls, name: str, devices: int, chunks: int) -> "Placement":
-    """The placement called `name`, for P devices with V chunks each."""
-    if name not in PLACEMENTS:
-      raise ScheduleError(f"unknown placement {name!r}; known: {', '.join(PLACEMENTS)}")
-    return PLACEMENTS[name](devices, chunks)
+  def wave(cls, devices: int, chunks: int) -> Self:
+    """Down the devices, up again, and so on: a zigzag of V runs."""
+    P = devices
+    return cls(
+      tuple(
+        tuple(v * P + (d if v % 2 == 0 else P - 1 - d) for v in range(chunks)) for d in range(P)
+      ),
+      "wave",
+    )
 
   @classmethod
-  def from_rows(cls, order: Sequence[Iterable[Action]]) -> "Placement":
-    """Reads a placement off a schedule: a stage lives where most of its actions are.
+  def mirrored(cls, devices: int, chunks: int = 2) -> Self:
+    """Two replicas: a wave of V/2 runs from device 0 and its mirror image from device P-1.
+
+    Even chunks belong to the first replica, odd ones to the second.
+    """
+    if devices % 2 or chunks % 2:
+      raise ScheduleError(
+        f"two mirrored replicas need even numbers, not {devices} devices with {chunks} chunks;"
+        f" use devices={devices + devices % 2}, chunks={chunks + chunks % 2}"
+      )
+    down = cls.wave(devices, chunks // 2).table
+    return cls(
+      tuple(
+        tuple(stage for pair in zip(down[d], down[devices - 1 - d], strict=True) for stage in pair)
+        for d in range(devices)
+      ),
+      "mirrored",
+    )
+
+  @classmethod
+  def named(cls, name: str, devices: int, stages: int) -> "Placement":
+    """The placement called `name` of S stages on P devices."""
+    if name not in PLACEMENTS:
+      raise ScheduleError(f"unknown placement {name!r}; known: {', '.join(PLACEMENTS)}")
+    make, replicas = PLACEMENTS[name]
+    if stages * replicas % devices:
+      raise ScheduleError(
+        f"{stages} stages cannot fill {devices} devices evenly; give one row of tokens per device"
+        " and a multiple of that many stages"
+      )
+    return make(devices, stages * replicas // devices)
+
+  @classmethod
+  def from_rows(cls, order: Order) -> "Placement":
+    """Reads a placement off a schedule: a microbatch passes a stage where most of its actions are.
 
     The majority decides, so that one misplaced action is found to be misplaced rather than to
     contradict the placement.
@@ -116,24 +182,43 @@ class Placement:
     Raises:
       ScheduleError: devices hold different numbers of stages, or a stage is missing.
     """
-    votes: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
-    for d, row in enumerate(order):
-      for action in row:
-        votes[action.stage][d] += 1
-    table: list[list[int]] = [[] for _ in order]
-    # Ascending is the order of chunks in every known placement: lower stages come first.
-    for stage in sorted(votes):
-      table[votes[stage].most_common(1)[0][0]].append(stage)
-    found = cls(tuple(map(tuple, table)))
-    # With one device the two coincide; the one that exists for any number of chunks comes last.
-    if found.chunks == 2 and found == cls.v(found.devices):
-      return cls.v(found.devices)
-    loop = cls.loop(found.devices, found.chunks)
-    return loop if found == loop else found
+    rows: list[set[int]] = [set() for _ in order]
+    for stage, d in _majorities(order):
+      rows[d].add(stage)
+    # Ascending is the order of chunks in every named placement but the mirrored one.
+    found = cls(tuple(tuple(sorted(row)) for row in rows))
+    # Where two coincide, the simpler name comes first: a V is a wave, one device is a loop.
+    for name in ("loop", "v", "wave", "mirrored"):
+      try:
+        named = cls.named(name, found.devices, found.stages)
+      except ScheduleError:
+        continue
+      if found.table == tuple(tuple(sorted(row)) for row in named.table):
+        return named
+    return found
 
 
-# Every constructor takes P and V, so that names from files and flags need no special cases.
-PLACEMENTS: dict[str, Callable[[int, int], Placement]] = {
-  "loop": Placement.loop,
-  "v": Placement.v,
+def _majorities(order: Order) -> Iterator[tuple[int, int]]:
+  """Yields (stage, device) for every stage and microbatch."""
+  votes: dict[tuple[int, int], collections.Counter[int]] = {}
+  overall: dict[int, collections.Counter[int]] = {}
+  for d, row in enumerate(order):
+    for step in row:
+      for action in step.parts:
+        if action.kind in STAGE_KINDS:
+          key = (action.stage, action.microbatch)
+          votes.setdefault(key, collections.Counter())[d] += 1
+          overall.setdefault(action.stage, collections.Counter())[d] += 1
+  for (stage, _), count in votes.items():
+    # A forward here and a backward there are no majority; the stage's other microbatches decide.
+    yield stage, max(count, key=lambda d: (count[d], overall[stage][d], -d))
+
+
+# Every constructor takes P and V, so that names from files and flags need no special cases; beside
+# it, how many devices hold each stage.
+PLACEMENTS: dict[str, tuple[Callable[[int, int], Placement], int]] = {
+  "loop": (Placement.loop, 1),
+  "v": (Placement.v, 1),
+  "wave": (Placement.wave, 1),
+  "mirrored": (Placement.mirrored, 2),
 }

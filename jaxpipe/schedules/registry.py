@@ -5,14 +5,15 @@ pass, legality, the memory limit) is seen to here, once.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxpipe.schedules.backward import with_backward
+from jaxpipe.schedules.costs import Costs, Memory
 from jaxpipe.schedules.gpipe import gpipe
 from jaxpipe.schedules.one_f_one_b import one_f_one_b
+from jaxpipe.schedules.peaks import peaks
 from jaxpipe.schedules.schedule import Schedule
-from jaxpipe.schedules.simulate import Costs, Memory, simulate
-from jaxpipe.schedules.spec import Spec
+from jaxpipe.schedules.spec import Spec, limit_by_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Family:
     chunks: stages per device by default.
     any_chunks: whether other numbers of stages per device are possible.
     backward: how the backward pass is cut by default.
+    options: what only this family understands: name -> what it means.
   """
 
   build: Callable[[Spec], Schedule]
@@ -32,6 +34,7 @@ class Family:
   chunks: int = 1
   any_chunks: bool = False
   backward: str = "fused"
+  options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 # The order is that of `--list` and of tables: oldest first.
@@ -55,7 +58,8 @@ def make_schedule(
   backward: str | None = None,
   costs: Costs | None = None,
   memory: Memory = (1, 0, -1),
-  memory_limit: float | None = None,
+  memory_limit: float | Sequence[float] | None = None,
+  **options: int,
 ) -> Schedule:
   """Builds a schedule by name and checks it.
 
@@ -67,7 +71,9 @@ def make_schedule(
     backward: `fused`, `split` or `deferred`; by default the family's own way.
     costs: durations, for schedules that are planned around them.
     memory: what an F, an I and a W change in what its device holds.
-    memory_limit: most memory that any device may hold, in the unit of `memory`.
+    memory_limit: most memory that any device may hold, in the unit of `memory`; one number, or one
+      per device.
+    options: what only this family understands, such as `waves` of `hanayo`.
 
   Returns:
     A legal schedule within the limit.
@@ -90,6 +96,7 @@ def make_schedule(
     raise ValueError(
       f"{name} has {family.chunks} chunk(s) per device, not {chunks}; use chunks={family.chunks}"
     )
+  _check_options(name, options)
   spec = Spec(
     devices=devices,
     microbatches=microbatches,
@@ -97,6 +104,7 @@ def make_schedule(
     costs=costs or Costs(),
     memory=memory,
     memory_limit=memory_limit,
+    options=options,
   )
   # Checked although we built it: a family with a bug must not reach an executor, where it hangs.
   schedule = with_backward(family.build(spec), backward or family.backward).check()
@@ -105,15 +113,22 @@ def make_schedule(
   return schedule
 
 
-def check_memory(schedule: Schedule, memory: Memory, limit: float | None) -> None:
-  """Raises ValueError if some device of the schedule holds more than `limit`."""
-  if limit is None:
-    return
-  # Peaks follow from the order alone, so costs play no part.
-  peaks = simulate(schedule, memory=memory).peak_memory
-  if not max(peaks) <= limit:  # so that a NaN is refused as well
-    d = peaks.index(max(peaks))
-    raise ValueError(
-      f"{schedule.name} holds {peaks[d]} on device {d}, above memory_limit={limit};"
-      f" use memory_limit={peaks[d]}, fewer microbatches or a thriftier schedule"
-    )
+def _check_options(name: str, options: Mapping[str, int]) -> None:
+  known = FAMILIES[name].options
+  for option, value in options.items():
+    if option not in known:
+      has = f"it has {', '.join(known)}" if known else "it has none"
+      raise ValueError(f"{name} has no option {option!r}; {has}")
+    if value < 1:
+      raise ValueError(f"{name} cannot run with {option}={value}; use {option}=1 or more")
+
+
+def check_memory(schedule: Schedule, memory: Memory, limit: float | Sequence[float] | None) -> None:
+  """Raises ValueError if some device of the schedule holds more than its limit."""
+  limits = limit_by_device(limit, schedule.devices)
+  for d, (peak, limit) in enumerate(zip(peaks(schedule, memory).memory, limits, strict=True)):
+    if not peak <= limit:  # so that a NaN is refused as well
+      raise ValueError(
+        f"{schedule.name} holds {peak} on device {d}, above memory_limit={limit};"
+        f" use memory_limit={peak}, fewer microbatches or a thriftier schedule"
+      )

@@ -9,9 +9,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Self
 
-from jaxpipe.schedules.actions import Action, Kind, Order, ScheduleError
+from jaxpipe.schedules.actions import (
+  STAGE_KINDS,
+  Action,
+  Kind,
+  Order,
+  ScheduleError,
+  Step,
+  parse_step,
+)
 from jaxpipe.schedules.check import check
 from jaxpipe.schedules.placement import Placement
+
+# One path per microbatch: the stages it visits, in order.
+Paths = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +36,18 @@ class Schedule:
     placement: which device holds which stage.
     microbatches: number of microbatches, M.
     order: `order[d]` is what device d does, first to last.
+    paths: the stages that each microbatch visits, in order; None where all visit all in ascending
+      order.
+    vocabulary: barriers round an output layer that is sharded over all devices (S and T passes): 1
+      or 2; 0 where the last stage holds it whole.
   """
 
   name: str
   placement: Placement
   microbatches: int
   order: Order
+  paths: Paths | None = None
+  vocabulary: int = 0
 
   @property
   def devices(self) -> int:
@@ -47,13 +64,19 @@ class Schedule:
     """Number of stages, S."""
     return self.placement.stages
 
+  def path(self, microbatch: int) -> tuple[int, ...]:
+    """The stages that a microbatch visits, in order."""
+    if self.paths is None or microbatch >= len(self.paths):
+      return tuple(range(self.stages))
+    return self.paths[microbatch]
+
   def tokens(self) -> list[list[str]]:
-    """One list of tokens `<stage><kind><microbatch>` per device."""
-    return [[str(action) for action in row] for row in self.order]
+    """One list of tokens per device: `<stage><kind><microbatch>`, or an overlapped pair of them."""
+    return [[str(step) for step in row] for row in self.order]
 
   def check(self) -> Self:
     """Returns this schedule if it is a legal training step, else raises ScheduleError."""
-    check(self.order, self.placement, self.microbatches)
+    check(self)
     return self
 
   # Under the same name and placement, so that parameters placed for training serve as they are.
@@ -63,8 +86,10 @@ class Schedule:
     It always runs to the end: forwards wait for forwards only, so leaving the rest out of a legal
     schedule cannot block it.
     """
-    order = tuple(tuple(a for a in row if a.kind is Kind.F) for row in self.order)
-    return dataclasses.replace(self, order=order)
+    order: Order = tuple(
+      tuple(a for step in row for a in step.parts if a.kind is Kind.F) for row in self.order
+    )
+    return dataclasses.replace(self, order=order, vocabulary=0)
 
   @classmethod
   def from_tokens(
@@ -73,14 +98,19 @@ class Schedule:
     placement: str | Placement = "loop",
     *,
     name: str = "custom",
+    paths: Sequence[Sequence[int]] | None = None,
+    vocabulary: int | None = None,
   ) -> Self:
     """Reads a schedule from text and checks it.
 
     Args:
       tokens: one list of tokens per device; the numbers of stages and microbatches are read off
         them.
-      placement: a placement, the name of one (`loop`, `v`), or `rows` to read it off the lists.
+      placement: a placement, the name of one (`loop`, `v`, `wave`, `mirrored`), or `rows` to read
+        it off the lists.
       name: what to call the schedule.
+      paths: the stages that each microbatch visits, where not all visit all.
+      vocabulary: barriers round the output layer; by default 1 if there are S passes.
 
     Returns:
       The schedule.
@@ -92,32 +122,35 @@ class Schedule:
     2
     """
     order = tuple(tuple(_parse(token, d) for token in row) for d, row in enumerate(tokens))
+    passes = [a for row in order for step in row for a in step.parts if a.kind in STAGE_KINDS]
     # An empty list would have no stages and no microbatches to count.
-    if not any(order):
+    if not passes:
       raise ScheduleError("a schedule needs at least one action")
     if isinstance(placement, str):
-      placement = _place(order, placement)
+      placement = _place(order, passes, placement)
+    if vocabulary is None:
+      vocabulary = int(any(a.kind is Kind.S for row in order for step in row for a in step.parts))
     # A gap in the numbers shows up as missing actions.
-    microbatches = 1 + max(action.microbatch for row in order for action in row)
-    return cls(name, placement, microbatches, order).check()
+    return cls(
+      name,
+      placement,
+      1 + max(action.microbatch for action in passes),
+      order,
+      None if paths is None else tuple(tuple(path) for path in paths),
+      vocabulary,
+    ).check()
 
 
 # A token alone does not say where it stands, and files have many.
-def _parse(token: str, d: int) -> Action:
+def _parse(token: str, d: int) -> Step:
   try:
-    return Action.parse(token)
+    return parse_step(token)
   except ScheduleError as error:
     raise ScheduleError(f"device {d}: {error}") from None
 
 
-def _place(order: Order, name: str) -> Placement:
+def _place(order: Order, passes: Sequence[Action], name: str) -> Placement:
   if name == "rows":
     return Placement.from_rows(order)
   # Highest number rather than count: a stage that is left out is missing, not absent.
-  stages = 1 + max(action.stage for row in order for action in row)
-  if stages % len(order):
-    raise ScheduleError(
-      f"{stages} stages cannot fill {len(order)} devices evenly; give one row of tokens per device"
-      " and a multiple of that many stages"
-    )
-  return Placement.named(name, len(order), stages // len(order))
+  return Placement.named(name, len(order), 1 + max(action.stage for action in passes))

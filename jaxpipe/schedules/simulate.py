@@ -1,7 +1,12 @@
 """When each action runs, what that leaves idle, and how much each device holds meanwhile.
 
 Devices run their lists in order; an action starts when its device is free and what it needs has
-arrived. A hop between devices is latency and occupies nobody.
+arrived. Three models of execution say what else it waits for:
+
+  free      nothing: every device runs on its own (one process per device)
+  barrier   every tick begins when all devices have ended the one before
+  coupled   every tick of a device begins when those it exchanges with have ended the one before,
+            or, with slack, the one `slack` earlier (one program with a permute each tick)
 
 Two bubbles are reported because two are paid. Over the *makespan*: the idle share of all devices
 between the first start and the last end, which a jitted step with its barrier pays. Over the
@@ -10,56 +15,15 @@ between the first start and the last end, which a jitted step with its barrier p
 """
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable
 
-from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.costs import Costs, Memory
+from jaxpipe.schedules.peaks import peaks
 from jaxpipe.schedules.schedule import Schedule
-from jaxpipe.schedules.walk import walk
+from jaxpipe.schedules.ticks import ticks_and_transfers
+from jaxpipe.schedules.walk import Visit, walk
 
-# One number for all stages, or one per stage.
-PerStage = float | Sequence[float]
-Memory = tuple[PerStage, PerStage, PerStage]
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-  """Durations, in any one unit of time: integers in give integers, exactly, out.
-
-  Attributes:
-    forward: time of F on one stage; a number, or a sequence by stage.
-    input_grad: time of I.
-    weight_grad: time of W. A fused B takes I + W; a recompute takes as long as its forward.
-    hop: latency of sending between two devices.
-  """
-
-  forward: PerStage = 1
-  input_grad: PerStage = 1
-  weight_grad: PerStage = 1
-  hop: float = 0
-
-  # Lengths of sequences wait until a schedule says how many stages there are.
-  def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      for cost in value if isinstance(value, Sequence) else (value,):
-        # Written so that a NaN is refused as well.
-        if not 0 <= cost < float("inf"):
-          raise ValueError(f"{field.name}={cost} is no duration; use 0 or more")
-
-  def durations(self, stages: int) -> dict[Kind, tuple[float, ...]]:
-    """Time of every kind of action on each of S stages."""
-    forward = _by_stage("forward", self.forward, stages)
-    input_grad = _by_stage("input_grad", self.input_grad, stages)
-    weight_grad = _by_stage("weight_grad", self.weight_grad, stages)
-    fused = tuple(i + w for i, w in zip(input_grad, weight_grad, strict=True))
-    return {
-      Kind.F: forward,
-      Kind.R: forward,
-      Kind.I: input_grad,
-      Kind.W: weight_grad,
-      Kind.B: fused,
-    }
+_Times = list[list[float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +32,7 @@ class Timeline:
 
   Attributes:
     schedule: what ran.
-    start: `start[d][i]` is when device d starts the i-th action of its list.
+    start: `start[d][i]` is when device d starts the i-th step of its list.
     end: when it ends it.
     busy: time that each device works.
     peak_activations: most chunks that each device holds at once, from F until W or B.
@@ -84,10 +48,9 @@ class Timeline:
   peak_pending_weight_grads: tuple[int, ...]
   peak_memory: tuple[float, ...]
 
-  # Derived, not stored: a timeline cannot contradict itself.
   @property
   def makespan(self) -> float:
-    """Time from the start of the step to the end of the last action of all devices."""
+    """Time from the start of the step to its last end."""
     return max(row[-1] for row in self.end if row)
 
   @property
@@ -109,95 +72,163 @@ class Timeline:
 
 
 def simulate(
-  schedule: Schedule, costs: Costs | None = None, memory: Memory = (1, 0, -1)
+  schedule: Schedule,
+  costs: Costs | None = None,
+  memory: Memory = (1, 0, -1),
+  *,
+  execution: str = "free",
+  slack: int = 0,
 ) -> Timeline:
   """Runs a schedule on paper.
 
   Args:
     schedule: a legal schedule, or the forward-only part of one.
     costs: durations; by default every F, I and W takes 1 and a hop nothing.
-    memory: what an F, an I and a W change in what its device holds, each a number or a sequence by
-      stage. A fused B changes it by I + W at once, a recompute not at all.
+    memory: what an F, an I and a W (and an R) change in what its device holds, each a number or a
+      sequence by stage. A fused B changes it by I + W at once.
+    execution: `free`, `barrier` or `coupled`.
+    slack: for `coupled`, the ticks that a transfer may take beyond the one that sends it.
 
   Returns:
     The timeline, in the units of `costs` and `memory`.
 
   Raises:
     ScheduleError: the schedule dead-locks.
-    ValueError: a list of costs or memory has not one entry per stage.
+    ValueError: a list of costs or memory has not one entry per stage, or the model is unknown.
   """
+  if execution not in _MODELS:
+    raise ValueError(f"unknown execution {execution!r}; known: {', '.join(_MODELS)}")
+  if slack < 0 or (slack and execution != "coupled"):
+    raise ValueError(f"slack={slack} needs 0 or more ticks, and execution='coupled'")
   costs = costs or Costs()
-  P, S, M = schedule.devices, schedule.stages, schedule.microbatches
-  durations = costs.durations(S)
-  starts: list[list[float]] = [[] for _ in range(P)]
-  ends: list[list[float]] = [[] for _ in range(P)]
-  free: list[float] = [0] * P
-  # When and where every awaited product appeared, by its slot. Where is noted rather than asked
-  # of the placement: a placement with replicas has no single answer.
-  when: list[float] = [0] * (2 * S * M)
-  where = [0] * (2 * S * M)
-  for d, action, inputs, output in walk(schedule.order, S, M):
-    start = free[d]
-    for i in inputs:
-      # Chunks on one device hand over in place.
-      arrival = when[i] if where[i] == d else when[i] + costs.hop
-      if arrival > start:
-        start = arrival
-    free[d] = start + durations[action.kind][action.stage]
-    starts[d].append(start)
-    ends[d].append(free[d])
-    if output is not None:
-      when[output], where[output] = free[d], d
-  changes = _changes(memory, S)
-  held = [_peaks(row, changes) for row in schedule.order]
+  times = costs.all_durations(schedule)
+  durations = [[costs.of(step, times) for step in row] for row in schedule.order]
+  starts, ends = _MODELS[execution](schedule, costs, durations, slack)
+  held = peaks(schedule, memory)
   return Timeline(
     schedule=schedule,
     start=tuple(map(tuple, starts)),
     end=tuple(map(tuple, ends)),
-    busy=tuple(sum(durations[a.kind][a.stage] for a in row) for row in schedule.order),
-    peak_activations=tuple(peak[0] for peak in held),
-    peak_pending_weight_grads=tuple(peak[1] for peak in held),
-    peak_memory=tuple(peak[2] for peak in held),
+    busy=tuple(map(sum, durations)),
+    peak_activations=held.activations,
+    peak_pending_weight_grads=held.pending_weight_grads,
+    peak_memory=held.memory,
   )
 
 
-# Counted in chunks whatever `memory` says: a chunk is held until its weight gradient is done, for
-# W needs the layer inputs that F kept.
-_ACTIVATIONS = {Kind.F: 1, Kind.R: 0, Kind.I: 0, Kind.W: -1, Kind.B: -1}
-# A fused B never leaves a weight gradient pending.
-_PENDING = {Kind.F: 0, Kind.R: 0, Kind.I: 1, Kind.W: -1, Kind.B: 0}
+def _free(schedule: Schedule, costs: Costs, durations: _Times, slack: int) -> tuple[_Times, _Times]:
+  if costs.hop_occupies_link and costs.hop:
+    return _free_with_links(schedule, costs.hop, durations)
+  hop = costs.hop
+  starts: _Times = [[] for _ in durations]
+  ends: _Times = [[] for _ in durations]
+  free: list[float] = [0] * len(durations)
+  # When and where every awaited product appeared, by its slot. Where is noted rather than asked of
+  # the placement: a stage with replicas has no single place.
+  made: dict[int, tuple[float, int]] = {}
+  for visit in walk(schedule):
+    d = visit.device
+    start = free[d]
+    for slot in visit.needs:
+      when, where = made[slot]
+      # Chunks on one device hand over in place.
+      arrival = when if where == d else when + hop
+      if arrival > start:
+        start = arrival
+    end = start + durations[d][len(starts[d])]
+    starts[d].append(start)
+    ends[d].append(end)
+    free[d] = end
+    for slot in visit.makes:
+      made[slot] = (end, d)
+  return starts, ends
 
 
-def _peaks(row: Sequence[Action], changes: dict[Kind, tuple[float, ...]]) -> tuple[int, int, float]:
-  """Most activations, pending weight gradients and memory that one device holds at once."""
-  # A device does one thing at a time, so its own list decides; times play no part. Starting from
-  # nothing held keeps a peak from being negative.
-  return (
-    max(itertools.accumulate((_ACTIVATIONS[a.kind] for a in row), initial=0)),
-    max(itertools.accumulate((_PENDING[a.kind] for a in row), initial=0)),
-    max(itertools.accumulate((changes[a.kind][a.stage] for a in row), initial=0)),
-  )
+def _free_with_links(schedule: Schedule, hop: float, durations: _Times) -> tuple[_Times, _Times]:
+  """A link carries one transfer at a time, in the order in which its sender makes them."""
+  visits = list(walk(schedule))
+  receivers = _receivers(visits)
+  starts: _Times = [[] for _ in durations]
+  ends: _Times = [[] for _ in durations]
+  arrived: dict[tuple[int, int], float] = {}  # slot and device -> when
+  links: dict[tuple[int, int], float] = {}  # sender and receiver -> when it is free again
+  for visit in visits:
+    d = visit.device
+    start = max([ends[d][-1] if ends[d] else 0, *(arrived[slot, d] for slot in visit.needs)])
+    end = start + durations[d][len(starts[d])]
+    starts[d].append(start)
+    ends[d].append(end)
+    for slot in visit.makes:
+      arrived[slot, d] = end
+      for receiver in receivers.get(slot, ()):
+        if receiver != d:
+          links[d, receiver] = max(end, links.get((d, receiver), 0)) + hop
+          arrived[slot, receiver] = links[d, receiver]
+  return starts, ends
 
 
-def _changes(memory: Memory, stages: int) -> dict[Kind, tuple[float, ...]]:
-  forward, input_grad, weight_grad = (
-    _by_stage(f"memory of {kind}", value, stages) for kind, value in zip("FIW", memory, strict=True)
-  )
-  # What a recompute holds depends on the residual policy, which `memory` has no word for.
-  return {
-    Kind.F: forward,
-    Kind.R: (0,) * stages,
-    Kind.I: input_grad,
-    Kind.W: weight_grad,
-    Kind.B: tuple(i + w for i, w in zip(input_grad, weight_grad, strict=True)),
-  }
+def _receivers(visits: list[Visit]) -> dict[int, list[int]]:
+  """Slot -> the devices that need it, each once."""
+  found: dict[int, list[int]] = {}
+  for visit in visits:
+    for slot in visit.needs:
+      devices = found.setdefault(slot, [])
+      if visit.device not in devices:
+        devices.append(visit.device)
+  return found
 
 
-def _by_stage(name: str, value: PerStage, stages: int) -> tuple[float, ...]:
-  if not isinstance(value, Sequence):
-    return (value,) * stages
-  if len(value) != stages:
-    raise ValueError(
-      f"{name} lists {len(value)} stages, the schedule has {stages}; give one number, or {stages}"
-    )
-  return tuple(value)
+def _barrier(
+  schedule: Schedule, costs: Costs, durations: _Times, slack: int
+) -> tuple[_Times, _Times]:
+  at, transfers = ticks_and_transfers(schedule)
+  lengths: list[float] = [0] * (1 + max(row[-1] for row in at if row))
+  for row, times in zip(at, durations, strict=True):
+    for tick, time in zip(row, times, strict=True):
+      lengths[tick] = max(lengths[tick], time)
+  for tick in {tick for tick, _, _ in transfers}:
+    lengths[tick] += costs.hop
+  begins: list[float] = [0]
+  for length in lengths:
+    begins.append(begins[-1] + length)
+  starts = [[begins[tick] for tick in row] for row in at]
+  return starts, _ends(starts, durations)
+
+
+def _coupled(
+  schedule: Schedule, costs: Costs, durations: _Times, slack: int
+) -> tuple[_Times, _Times]:
+  at, transfers = ticks_and_transfers(schedule, slack)
+  P = len(at)
+  peers: list[set[int]] = [set() for _ in range(P)]
+  for _, sender, receiver in transfers:
+    # Every tick exchanges both ways, whether or not something is on its way.
+    peers[sender].add(receiver)
+    peers[receiver].add(sender)
+  todo = [dict(zip(row, times, strict=True)) for row, times in zip(at, durations, strict=True)]
+  starts: _Times = [[] for _ in range(P)]
+  # `ended[k]` are the devices' ends of the tick k + 1 before the present one.
+  ended: list[list[float]] = [[0] * P for _ in range(1 + slack)]
+  for tick in range(1 + max(row[-1] for row in at if row)):
+    # Nothing can arrive of ticks before the first.
+    hop = costs.hop if tick > slack else 0
+    begin = [max([ended[0][d], *(ended[slack][peer] + hop for peer in peers[d])]) for d in range(P)]
+    for d in range(P):
+      if tick in todo[d]:
+        starts[d].append(begin[d])
+    ended = [[begin[d] + todo[d].get(tick, 0) for d in range(P)], *ended[:slack]]
+  return starts, _ends(starts, durations)
+
+
+def _ends(starts: _Times, durations: _Times) -> _Times:
+  return [
+    [start + time for start, time in zip(row, times, strict=True)]
+    for row, times in zip(starts, durations, strict=True)
+  ]
+
+
+_MODELS: dict[str, Callable[[Schedule, Costs, _Times, int], tuple[_Times, _Times]]] = {
+  "free": _free,
+  "barrier": _barrier,
+  "coupled": _coupled,
+}

@@ -5,8 +5,9 @@ limits have the same signature, and the registry calls both alike.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
-from jaxpipe.schedules.simulate import Costs, Memory
+from jaxpipe.schedules.costs import Costs, Memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,9 @@ class Spec:
     chunks: stages per device, V.
     costs: durations that a search may plan with.
     memory: what F, I and W change in what a device holds.
-    memory_limit: most memory that a device may hold, in the unit of `memory`; None for no limit.
+    memory_limit: most memory that a device may hold, in the unit of `memory`, for all devices or
+      one by one; None for no limit.
+    options: what only this family understands, by name.
   """
 
   devices: int
@@ -28,4 +31,30 @@ class Spec:
   chunks: int = 1
   costs: Costs = dataclasses.field(default_factory=Costs)
   memory: Memory = (1, 0, -1)
-  memory_limit: float | None = None
+  memory_limit: float | Sequence[float] | None = None
+  options: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def limits(self) -> tuple[float, ...]:
+    """The limit of every device, infinite where there is none.
+
+    Raises:
+      ValueError: a list of limits has not one entry per device.
+    """
+    return limit_by_device(self.memory_limit, self.devices)
+
+
+def limit_by_device(limit: float | Sequence[float] | None, devices: int) -> tuple[float, ...]:
+  """One limit for each of P devices, infinite where there is none.
+
+  Raises:
+    ValueError: a list of limits has not one entry per device.
+  """
+  if limit is None:
+    limit = float("inf")
+  if not isinstance(limit, Sequence):
+    return (limit,) * devices
+  if len(limit) != devices:
+    raise ValueError(
+      f"memory_limit lists {len(limit)} devices, there are {devices}; give one number, or {devices}"
+    )
+  return tuple(limit)

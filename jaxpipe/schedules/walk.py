@@ -9,82 +9,207 @@ device only when what it waits for appears, so it is linear in the number of act
   to look at   order, heads in brackets           [4] running 1B0 makes 1I0 and wakes device 0
 """
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from jaxpipe.schedules.actions import PRODUCTS, Action, Kind, Order, ScheduleError
+from jaxpipe.schedules.actions import PRODUCTS, Action, Kind, ScheduleError, Step
 
-# The products that other actions wait for, in the order in which `walk` numbers them.
-_AWAITED = (Kind.F, Kind.I)
+if TYPE_CHECKING:
+  from jaxpipe.schedules.schedule import Schedule
 
-
-def _needs(kind: Kind, stage: int, stages: int) -> tuple[tuple[Kind, int], ...]:
-  """The products, as (kind, stage), that an action needs of its own microbatch."""
-  # Stage 0 reads the batch, which is always there.
-  if kind is Kind.F:
-    return ((Kind.F, stage - 1),) if stage else ()
-  if kind is Kind.W:
-    return ((Kind.I, stage),)
-  own = (Kind.F, stage)
-  # The last stage's gradient begins at its own loss; a recompute repeats what its forward read.
-  if kind is Kind.R or stage == stages - 1:
-    return (own,)
-  return (own, (Kind.I, stage + 1))
+# The products that other actions wait for, in the order in which slots are numbered. Every wait is
+# for products of the action's own microbatch.
+_AWAITED = (Kind.F, Kind.I, Kind.S, Kind.T, Kind.Y, Kind.U)
+_RANK = {kind: i for i, kind in enumerate(_AWAITED)}
+# What an action needs or makes, as (kind, number) pairs.
+_Products = tuple[tuple[Kind, int], ...]
 
 
-def dependencies(action: Action, stages: int) -> tuple[Action, ...]:
+@dataclasses.dataclass(frozen=True)
+class _Flow:
+  """Who waits for whom within one microbatch.
+
+  Attributes:
+    path: the stages it visits, in order.
+    vocabulary: barriers round the output layer, 0 where the last stage holds it whole.
+    shards: shards of the vocabulary.
+    microbatch: for the kinds that count something else than microbatches.
+  """
+
+  path: tuple[int, ...]
+  vocabulary: int
+  shards: int
+  microbatch: int
+
+  def needs(self, kind: Kind, number: int) -> _Products:
+    """What an action of this kind and number waits for."""
+    if kind is Kind.F:
+      return self._beside(Kind.F, number, -1)
+    if kind is Kind.W:
+      return ((Kind.I, number),)
+    if kind is Kind.R:
+      return ((Kind.F, number),)
+    if kind in (Kind.I, Kind.B):
+      if number == self.path[-1]:
+        return ((Kind.F, number), *self._loss())
+      return ((Kind.F, number), *self._beside(Kind.I, number, +1))
+    return self._needs_of_the_rest(kind, number)
+
+  def _needs_of_the_rest(self, kind: Kind, number: int) -> _Products:
+    if kind is Kind.S:
+      # The last stage's activation is broadcast to all shards.
+      return ((Kind.F, self.path[-1]),)
+    if kind is Kind.T:
+      return self._all_shards(Kind.S)
+    if kind is Kind.Y:
+      return ((Kind.Y, number - 1),) if number else ()
+    if kind is Kind.U:
+      # Step: partial sums come down the stages. Validate: the whole sum goes back up.
+      other = number - 1 if self.microbatch == 0 else number + 1
+      return ((Kind.U, other),) if other in self.path else ()
+    return ()  # weights are gathered at any time
+
+  def _beside(self, kind: Kind, stage: int, step: int) -> _Products:
+    """The product of the stage before or after on the path, if there is one."""
+    i = self.path.index(stage) + step
+    return ((kind, self.path[i]),) if 0 <= i < len(self.path) else ()
+
+  def _loss(self) -> _Products:
+    """What the last stage's gradient begins with, beside its own forward."""
+    if self.vocabulary == 0:
+      return ()
+    return self._all_shards(Kind.S if self.vocabulary == 1 else Kind.T)
+
+  def _all_shards(self, kind: Kind) -> _Products:
+    return tuple((kind, shard) for shard in range(self.shards))
+
+
+def _flow(schedule: Schedule, microbatch: int) -> _Flow:
+  path = schedule.path(microbatch)
+  return _Flow(path, schedule.vocabulary, schedule.devices, min(microbatch, 1))
+
+
+def dependencies(action: Action, schedule: Schedule) -> tuple[Action, ...]:
   """What an action waits for.
 
   Args:
-    action: any action.
-    stages: number of stages, S.
+    action: any action of the schedule, or one that could be.
+    schedule: says which way microbatches go.
 
   Returns:
     The actions it needs, its own stage's first. An input gradient is named `I`, whether the
     schedule produces it by an `I` or by a fused `B`.
 
-  >>> [str(needed) for needed in dependencies(Action.parse("2B0"), 4)]
+  >>> from jaxpipe.schedules import make_schedule
+  >>> gpipe = make_schedule("gpipe", devices=4, microbatches=1)
+  >>> [str(needed) for needed in dependencies(Action.parse("2B0"), gpipe)]
   ['2F0', '3I0']
   """
-  needed = _needs(action.kind, action.stage, stages)
+  needed = _flow(schedule, action.microbatch).needs(action.kind, action.stage)
   return tuple(Action(stage, kind, action.microbatch) for kind, stage in needed)
 
 
-def slot(kind: Kind, stage: int, microbatch: int, stages: int, microbatches: int) -> int:
-  """Numbers the awaited products, F and I of every stage and microbatch, from 0."""
-  return (_AWAITED.index(kind) * stages + stage) * microbatches + microbatch
+@dataclasses.dataclass(frozen=True)
+class _Slots:
+  """Numbers the awaited products from 0, so that the walk needs no dictionaries of actions.
+
+  Attributes:
+    width: one more than the largest number before a kind's letter.
+    length: one more than the largest number after it.
+  """
+
+  width: int
+  length: int
+
+  def base(self, kind: Kind, number: int) -> int:
+    """The slot for microbatch 0; a microbatch's own is its number further."""
+    return (_RANK[kind] * self.width + number) * self.length
+
+  @property
+  def total(self) -> int:
+    """How many slots there are."""
+    return len(_AWAITED) * self.width * self.length
 
 
-def walk(
-  order: Order, stages: int, microbatches: int
-) -> Iterator[tuple[int, Action, tuple[int, ...], int | None]]:
-  """Visits every action of a schedule after all that it waits for.
+# kind -> number -> the bases of the slots; filled as actions turn up.
+_Table = dict[Kind, dict[int, tuple[int, ...]]]
+
+
+class _Waits:
+  """The slots that each action needs and makes, looked up in tables."""
+
+  def __init__(self, schedule: Schedule) -> None:
+    steps = [action for row in schedule.order for step in row for action in step.parts]
+    self.slots = _Slots(
+      1 + max((a.stage for a in steps), default=0),
+      1 + max((a.microbatch for a in steps), default=0),
+    )
+    self._schedule = schedule
+    # Microbatches that flow alike share a table.
+    self._tables: dict[_Flow, _Table] = {}
+    self._of: dict[int, tuple[_Flow, _Table]] = {}
+    self._makes: _Table = {kind: {} for kind in Kind}
+
+  def needs(self, action: Action) -> tuple[int, ...]:
+    """Slots of the products that an action waits for."""
+    m = action.microbatch
+    found = self._of.get(m)
+    if found is None:
+      flow = _flow(self._schedule, m)
+      found = self._of[m] = (flow, self._tables.setdefault(flow, {kind: {} for kind in Kind}))
+    flow, table = found
+    bases = table[action.kind].get(action.stage)
+    if bases is None:
+      bases = tuple(self.slots.base(*product) for product in flow.needs(action.kind, action.stage))
+      table[action.kind][action.stage] = bases
+    return tuple([base + m for base in bases])
+
+  def makes(self, action: Action) -> tuple[int, ...]:
+    """Slots of the products of an action that others wait for."""
+    bases = self._makes[action.kind].get(action.stage)
+    if bases is None:
+      bases = tuple(
+        self.slots.base(kind, action.stage) for kind in PRODUCTS[action.kind] if kind in _RANK
+      )
+      self._makes[action.kind][action.stage] = bases
+    return tuple([base + action.microbatch for base in bases])
+
+
+@dataclasses.dataclass(slots=True)
+class Visit:
+  """One step of a device's list, in an order in which all that it needs comes before it.
+
+  Attributes:
+    device: who runs it.
+    step: what runs.
+    needs: slots of the products that it waits for.
+    makes: slots of its products that others wait for.
+  """
+
+  device: int
+  step: Step
+  needs: tuple[int, ...]
+  makes: tuple[int, ...]
+
+
+def walk(schedule: Schedule) -> Iterator[Visit]:
+  """Visits every step of a schedule after all that it waits for.
 
   Args:
-    order: every device's list.
-    stages: number of stages, S.
-    microbatches: number of microbatches, M.
+    schedule: lists for all devices, and the ways of the microbatches.
 
   Yields:
-    The device, the action, the `slot`s of the products it needs and the slot of what it produces
-    (None where nothing waits for it). Each device's actions come in the order of its list.
+    The visits; each device's come in the order of its list.
 
   Raises:
     ScheduleError: the schedule dead-locks.
   """
-  # Looking needs up by (kind, stage) keeps the loop below free of object building: schedules of
-  # half a million actions are walked in a second.
-  inputs = {
-    kind: [
-      [slot(k, s, 0, stages, microbatches) for k, s in _needs(kind, stage, stages)]
-      for stage in range(stages)
-    ]
-    for kind in Kind
-  }
-  output = {
-    kind: next((_AWAITED.index(p) * stages for p in PRODUCTS[kind] if p in _AWAITED), None)
-    for kind in Kind
-  }
-  done = bytearray(len(_AWAITED) * stages * microbatches)
+  order = schedule.order
+  waits = _Waits(schedule)
+  done = bytearray(waits.slots.total)
   heads = [0] * len(order)
   sleepers: dict[int, list[int]] = {}
   awake = list(range(len(order)))[::-1]  # [1]
@@ -92,48 +217,52 @@ def walk(
     d = awake.pop()
     row = order[d]
     while heads[d] < len(row):
-      action = row[heads[d]]
-      m = action.microbatch
-      needed = tuple(base + m for base in inputs[action.kind][action.stage])
+      step = row[heads[d]]
+      if isinstance(step, Action):
+        needs, makes = waits.needs(step), waits.makes(step)
+      else:
+        needs = tuple(slot for part in step.parts for slot in waits.needs(part))
+        makes = tuple(slot for part in step.parts for slot in waits.makes(part))
       # [2] The first missing one is enough: when it appears, the head is looked at again.
-      missing = next((i for i in needed if not done[i]), None)
+      missing = next((i for i in needs if not done[i]), None)
       if missing is not None:
-        # [3] Several devices may wait for one product, in schedules that are not legal.
+        # [3] Several devices may wait for one product.
         sleepers.setdefault(missing, []).append(d)
         break
-      base = output[action.kind]
-      made = None if base is None else (base + action.stage) * microbatches + m
-      yield d, action, needed, made
-      # The head moves after the yield: while the caller handles an action, it is not done yet.
+      yield Visit(d, step, needs, makes)
+      # The head moves after the yield: while the caller handles a step, it is not done yet.
       heads[d] += 1
-      if made is not None:
-        done[made] = 1
+      for slot in makes:
+        done[slot] = 1
         # [4] Only now, so that nobody is woken for what the caller has not recorded.
-        awake += sleepers.pop(made, ())
+        awake += sleepers.pop(slot, ())
   if any(head < len(row) for head, row in zip(heads, order, strict=True)):
-    raise _deadlock(order, heads, stages)
+    raise _deadlock(schedule, heads)
 
 
-def _deadlock(order: Order, heads: list[int], stages: int) -> ScheduleError:
+def _deadlock(schedule: Schedule, heads: list[int]) -> ScheduleError:
   """Says which action can never run and what it waits for."""
+  order = schedule.order
   # Only what is left can block; what has run is neither searched nor named.
   makers = {
-    (product, action.stage, action.microbatch): (d, action)
+    (product, action.stage, action.microbatch): (d, step)
     for d, row in enumerate(order)
-    for action in row[heads[d] :]
+    for step in row[heads[d] :]
+    for action in step.parts
     for product in PRODUCTS[action.kind]
   }
 
-  def blocker(d: int) -> tuple[int, Action] | None:
-    for needed in dependencies(order[d][heads[d]], stages):
-      found = makers.get((needed.kind, needed.stage, needed.microbatch))
-      if found is not None:
-        return found
+  def blocker(d: int) -> tuple[int, Step] | None:
+    for action in order[d][heads[d]].parts:
+      for needed in dependencies(action, schedule):
+        found = makers.get((needed.kind, needed.stage, needed.microbatch))
+        if found is not None:
+          return found
     return None
 
   # Many devices sleep in a dead-lock, most of them only behind others. Following who waits for
   # whom must end in a cycle; its first action is the cause, the rest are consequences.
-  blocked: dict[int, tuple[int, Action]] = {}
+  blocked: dict[int, tuple[int, Step]] = {}
   d = next(d for d, row in enumerate(order) if heads[d] < len(row))
   while d not in blocked:
     found = blocker(d)
@@ -145,10 +274,13 @@ def _deadlock(order: Order, heads: list[int], stages: int) -> ScheduleError:
   cycle = list(blocked)[list(blocked).index(d) :]
   d = min(cycle, key=lambda d: (heads[d], d))
   home, maker = blocked[d]
-  if home == d:
+  step = order[d][heads[d]]
+  if maker is step:
+    where = "which is the same step"
+  elif home == d:
     where = "which stands later in the same list"
   elif maker == order[home][heads[home]]:
     where = f"which cannot run on device {home} either"
   else:
     where = f"which stands behind {order[home][heads[home]]} on device {home}"
-  return ScheduleError(f"{order[d][heads[d]]} on device {d} waits for {maker}, {where}")
+  return ScheduleError(f"{step} on device {d} waits for {maker}, {where}")

@@ -74,7 +74,7 @@ def check(schedule):
     assert [a for _, at, a, _ in ran if at == d] == list(row)
   for _, d, action, chunk in ran:
     home = schedule.placement
-    assert (home.device(action.stage), home.chunk(action.stage)) == (d, chunk)
+    assert (home.device(action.stage), home.chunk(d, action.stage)) == (d, chunk)
   return program
 
 
@@ -122,8 +122,9 @@ def random_schedule(seed):
       kinds = (Kind.F, Kind.B) if draw.random() < 0.5 else (Kind.F, Kind.I, Kind.W)
       todo |= {Action(s, kind, m) for kind in kinds}
   done, order = set(), [[] for _ in range(P)]
+  blank = Schedule("blank", placement, M, ())
   while todo:
-    ready = [a for a in todo if all(need in done for need in dependencies(a, S))]
+    ready = [a for a in todo if all(need in done for need in dependencies(a, blank))]
     action = draw.choice(sorted(ready, key=str))
     todo.remove(action)
     done.add(Action(action.stage, Kind.I, action.microbatch) if action.kind is Kind.B else action)

@@ -2,7 +2,15 @@
 
 import pytest
 
-from jaxpipe.schedules import Action, Placement, Schedule, ScheduleError, dependencies, simulate
+from jaxpipe.schedules import (
+  Action,
+  Placement,
+  Schedule,
+  ScheduleError,
+  dependencies,
+  make_schedule,
+  simulate,
+)
 
 LEGAL = ["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"]
 
@@ -13,7 +21,8 @@ def _read(rows, placement="loop"):
 
 def test_what_an_action_waits_for():
   def needs(token):
-    return " ".join(map(str, dependencies(Action.parse(token), 4)))
+    schedule = make_schedule("gpipe", devices=4, microbatches=6)
+    return " ".join(map(str, dependencies(Action.parse(token), schedule)))
 
   assert needs("0F5") == ""
   assert needs("2F5") == "1F5"
@@ -96,9 +105,9 @@ def test_legal(rows):
     ),
     # unreadable
     (
-      ["0F0 0B0", "1F0 1G0"],
-      "device 1: '1G0' is not an action; write <stage><kind><microbatch> such as 3F0,"
-      " with a kind out of F R I W B",
+      ["0F0 0B0", "1F0 1Z0"],
+      "device 1: '1Z0' is not an action; write <stage><kind><microbatch> such as 3F0,"
+      " with a kind out of F R I W B S T G X Y U",
     ),
     (
       ["0F0 0B0 2F0 2B0", "1F0 1B0"],

@@ -21,7 +21,7 @@ def test_table_and_its_inverse(placement, table):
   for d, row in enumerate(table):
     for v, stage in enumerate(row):
       assert placement.stage(d, v) == stage
-      assert (placement.device(stage), placement.chunk(stage)) == (d, v)
+      assert (placement.device(stage), placement.chunk(d, stage)) == (d, v)
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ def test_table_and_its_inverse(placement, table):
   [
     (lambda: Placement([]), "at least one device"),
     (lambda: Placement([[0, 1], [2]]), "device 1 holds 1 stages and device 0 holds 2"),
-    (lambda: Placement([[0], [0]]), r"each of the stages 0..1 once, not \[\[0\], \[0\]\]"),
+    (lambda: Placement([[0], [2]]), r"no device holds stage 1, although stage 2 exists: \[\[0\], "),
     (lambda: Placement.v(4, 3), "2 chunks on every device, not 3; use chunks=2"),
-    (lambda: Placement.named("spiral", 2, 2), "unknown placement 'spiral'; known: loop, v"),
+    (lambda: Placement.named("spiral", 2, 2), "unknown placement 'spiral'; known: loop, v, wave"),
   ],
 )
 def test_refusals(make, message):

@@ -102,4 +102,4 @@ def test_work_grows_with_the_number_of_actions_only():
 
   for P, M in ((2, 64), (64, 2)):
     schedule = make_schedule("gpipe", devices=P, microbatches=M)
-    assert sum(1 for _ in walk(schedule.order, P, M)) == 2 * P * M
+    assert sum(1 for _ in walk(schedule)) == 2 * P * M

@@ -1,0 +1,131 @@
+"""Legality of what stands beside the passes: vocabulary, weights, fillers, optimizer.
+
+Each is optional; a schedule that has one of a kind must have all that belong to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from jaxpipe.schedules.actions import STAGE_KINDS, Action, Kind, ScheduleError
+
+if TYPE_CHECKING:
+  from jaxpipe.schedules.schedule import Schedule
+
+
+def check_extras(schedule: Schedule) -> None:
+  """Raises ScheduleError for the first S, T, G, X, Y or U that is missing or misplaced."""
+  kinds = {action.kind for row in schedule.order for step in row for action in step.parts}
+  if schedule.vocabulary or kinds & {Kind.S, Kind.T}:
+    _check_vocabulary(schedule)
+  if kinds & {Kind.G, Kind.X}:
+    _check_weights(schedule)
+  if Kind.Y in kinds:
+    _check_fillers(schedule)
+  if Kind.U in kinds:
+    _check_updates(schedule)
+
+
+def _actions(schedule: Schedule, *kinds: Kind) -> Iterator[tuple[int, Action]]:
+  for d, row in enumerate(schedule.order):
+    for step in row:
+      for action in step.parts:
+        if action.kind in kinds:
+          yield d, action
+
+
+def _check_vocabulary(schedule: Schedule) -> None:
+  """One S and one T on every device for every microbatch."""
+  if schedule.vocabulary not in (1, 2):
+    raise ScheduleError(
+      f"vocabulary={schedule.vocabulary} although there are S or T passes; use 1 or 2 barriers"
+    )
+  seen = set()
+  for d, action in _actions(schedule, Kind.S, Kind.T):
+    if action.stage != d:
+      raise ScheduleError(
+        f"{action} on device {d} is misplaced: shard {action.stage} of the vocabulary lives on"
+        f" device {action.stage}"
+      )
+    if action in seen:
+      raise ScheduleError(f"{action} on device {d} is a duplicate: device {d} runs it already")
+    seen.add(action)
+  for kind in (Kind.S, Kind.T):
+    for d in range(schedule.devices):
+      for m in range(schedule.microbatches):
+        if Action(d, kind, m) not in seen:
+          raise ScheduleError(
+            f"{d}{kind.value}{m} is missing on device {d}: every device runs its shard of the"
+            " vocabulary for every microbatch"
+          )
+
+
+def _check_weights(schedule: Schedule) -> None:
+  """Gathers and releases alternate, and F, R, I and B stand between them; W needs no weights."""
+  for d, row in enumerate(schedule.order):
+    gathered: dict[int, Action] = {}
+    for step in row:
+      for action in step.parts:
+        _follow_weights(action, d, gathered)
+    if gathered:
+      raise ScheduleError(f"{min(map(str, gathered.values()))} on device {d} is never released")
+
+
+def _follow_weights(action: Action, d: int, gathered: dict[int, Action]) -> None:
+  stage = action.stage
+  if action.kind is Kind.G:
+    if stage in gathered:
+      raise ScheduleError(f"{action} on device {d} is a duplicate of the work of {gathered[stage]}")
+    gathered[stage] = action
+  elif action.kind is Kind.X:
+    if gathered.pop(stage, None) is None:
+      raise ScheduleError(f"{action} on device {d} releases weights that were not gathered")
+  elif action.kind in STAGE_KINDS and action.kind is not Kind.W and stage not in gathered:
+    raise ScheduleError(f"{action} on device {d} runs without its weights; put {stage}G before it")
+
+
+def _check_fillers(schedule: Schedule) -> None:
+  """Every frozen layer once for every microbatch of the next step, wherever it likes."""
+  seen: dict[Action, int] = {}
+  for d, action in _actions(schedule, Kind.Y):
+    if action.microbatch >= schedule.microbatches:
+      raise ScheduleError(
+        f"{action} on device {d} is beyond the last of {schedule.microbatches} microbatches,"
+        f" {schedule.microbatches - 1}"
+      )
+    if action in seen:
+      raise ScheduleError(
+        f"{action} on device {d} is a duplicate: device {seen[action]} runs it already"
+      )
+    seen[action] = d
+  for layer in range(1 + max(action.stage for action in seen)):
+    for m in range(schedule.microbatches):
+      if Action(layer, Kind.Y, m) not in seen:
+        raise ScheduleError(f"{layer}Y{m} is missing: frozen layer {layer} needs every microbatch")
+
+
+def _check_updates(schedule: Schedule) -> None:
+  """A stage's step comes after its gradients, the validation of the last one before any."""
+  if schedule.placement.replicated:
+    raise ScheduleError("optimizer actions need stages that live on one device each")
+  for d, row in enumerate(schedule.order):
+    actions = [action for step in row for action in step.parts]
+    for i, action in enumerate(actions):
+      if action.kind is Kind.U:
+        _check_update(action, d, actions[:i], actions[i + 1 :])
+  seen = [action for _, action in _actions(schedule, Kind.U)]
+  for number in {action.microbatch for action in seen}:
+    for stage in range(schedule.stages):
+      if seen.count(Action(stage, Kind.U, number)) != 1:
+        raise ScheduleError(f"{stage}U{number} must stand once; the other stages have one")
+
+
+def _check_update(action: Action, d: int, before: list[Action], after: list[Action]) -> None:
+  if action.microbatch > 1:
+    raise ScheduleError(f"{action} on device {d} is neither a step (U0) nor a validation (U1)")
+  wrong = after if action.microbatch == 0 else before
+  for other in wrong:
+    if other.stage == action.stage and other.kind in (Kind.I, Kind.W, Kind.B):
+      relation = "before" if action.microbatch == 0 else "after"
+      raise ScheduleError(f"{action} on device {d} is misplaced: it stands {relation} {other}")
