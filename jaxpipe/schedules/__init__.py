@@ -6,13 +6,16 @@ print(draw_text(simulate(schedule)))
 
 from jaxpipe.schedules.actions import Action, Kind, Overlap, ScheduleError
 from jaxpipe.schedules.check import check, dependencies
+from jaxpipe.schedules.compare import compare
 from jaxpipe.schedules.costs import Costs
 from jaxpipe.schedules.draw import draw_perfetto, draw_text
-from jaxpipe.schedules.figure import draw_png
+from jaxpipe.schedules.figure import draw_figure
 from jaxpipe.schedules.interchange import from_csv, from_json, to_csv, to_json
+from jaxpipe.schedules.peaks import Peaks, peaks
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.registry import make_schedule, schedule_names
 from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.sends import check_sends
 from jaxpipe.schedules.simulate import Timeline, simulate
 
 __all__ = [
@@ -20,18 +23,22 @@ __all__ = [
   "Costs",
   "Kind",
   "Overlap",
+  "Peaks",
   "Placement",
   "Schedule",
   "ScheduleError",
   "Timeline",
   "check",
+  "check_sends",
+  "compare",
   "dependencies",
+  "draw_figure",
   "draw_perfetto",
-  "draw_png",
   "draw_text",
   "from_csv",
   "from_json",
   "make_schedule",
+  "peaks",
   "schedule_names",
   "simulate",
   "to_csv",

@@ -70,7 +70,7 @@ def _check_paths(schedule: Schedule) -> None:
 
 def _take_stock(schedule: Schedule) -> _Seen:
   """Collects who produces what, refusing what is produced twice or in the wrong place."""
-  seen: _Seen = {kind: {} for kind in STAGE_KINDS}
+  seen: _Seen = {kind: {} for kind in Kind}
   for d, row in enumerate(schedule.order):
     # The row's own stages, rather than the one home of each stage: with replicas a stage has two.
     held = set(schedule.placement.table[d])

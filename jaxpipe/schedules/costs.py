@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # One number for all stages, or one per stage.
 PerStage = float | Sequence[float]
 # Changes in what a device holds by F, I and W, and by R if there is a fourth.
-Memory = tuple[PerStage, PerStage, PerStage] | tuple[PerStage, PerStage, PerStage, PerStage]
+Memory = tuple[PerStage, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,10 @@ def memory_changes(memory: Memory, stages: int) -> dict[Kind, tuple[float, ...]]
     stages: number of stages, S.
 
   Raises:
-    ValueError: a sequence has not one entry per stage.
+    ValueError: there are not three or four changes, or a sequence has not one entry per stage.
   """
+  if len(memory) not in (3, 4):
+    raise ValueError(f"memory has {len(memory)} changes, not 3 (F, I, W) or 4 (F, I, W, R)")
   names = ("F", "I", "W", "R")[: len(memory)]
   parts = {
     name: by_stage(f"memory of {name}", value, stages)

@@ -1,4 +1,4 @@
-"""Timetables as PNG, in the style of the papers' figures.
+"""Timetables as pictures, in the style of the papers' figures.
 
 The microbatch's number stands in the box; the colour is the kind and the shade the chunk, as in
 Megatron's figures (Narayanan et al., 2021, arXiv:2104.04473).
@@ -51,12 +51,13 @@ _MOST_INCHES = 60.0
 _POINTS_PER_INCH = 72
 
 
-def draw_png(timeline: Timeline, path: str | os.PathLike[str]) -> None:
-  """Draws a timetable to a PNG file.
+def draw_figure(timeline: Timeline, path: str | os.PathLike[str], form: str = "png") -> None:
+  """Draws a timetable to a PNG or SVG file.
 
   Args:
     timeline: what to draw.
     path: the file to write.
+    form: `png` or `svg`.
 
   Raises:
     OSError: the file cannot be written.
@@ -85,7 +86,7 @@ def draw_png(timeline: Timeline, path: str | os.PathLike[str]) -> None:
   figure.legend(
     handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=points
   )
-  figure.savefig(path, dpi=150, format="png")
+  figure.savefig(path, dpi=150, format=form)
 
 
 def _width(timeline: Timeline) -> float:

@@ -227,8 +227,12 @@ def _ends(starts: _Times, durations: _Times) -> _Times:
   ]
 
 
-_MODELS: dict[str, Callable[[Schedule, Costs, _Times, int], tuple[_Times, _Times]]] = {
+_Model = Callable[[Schedule, Costs, _Times, int], tuple[_Times, _Times]]
+_MODELS: dict[str, _Model] = {
   "free": _free,
   "barrier": _barrier,
   "coupled": _coupled,
 }
+
+# Their names; the first is the default.
+EXECUTIONS = tuple(_MODELS)

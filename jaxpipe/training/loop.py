@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxpipe.data.windows import Batch
-from jaxpipe.schedules import draw_png, simulate
+from jaxpipe.schedules import draw_figure, simulate
 from jaxpipe.training.checkpoint import Checkpoints
 from jaxpipe.training.interrupt import Interrupt
 from jaxpipe.training.journal import Journal
@@ -43,7 +43,7 @@ def train(setup: Setup) -> int:
     checkpoints.close()
     return 0
   print(describe(setup), flush=True)
-  draw_png(simulate(setup.schedule), setup.folder.path / "timetable.png")
+  draw_figure(simulate(setup.schedule), setup.folder.path / "timetable.png")
   state = _first_state(setup, checkpoints)
   step = _compile(setup, state)
   # Left in reverse: the trace and the signals first, then the bar, the checkpoints, the metrics.

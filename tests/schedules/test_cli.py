@@ -93,7 +93,7 @@ def test_order_reads_what_csv_wrote(tmp_path, capsys):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    ([], "give either the NAME of a schedule or --order FILE.csv; --list prints names"),
+    ([], "give either the NAME of a schedule or --order FILE; --list prints names"),
     (["1f1b"], "1f1b needs --devices"),
     (["1f1b", "--devices", "2"], "1f1b needs --microbatches"),
     (["2f2b", *SIZES], "unknown schedule '2f2b'; known: gpipe, 1f1b"),
@@ -122,7 +122,7 @@ def test_errors_are_one_line_and_exit_2(arguments, message, capsys):
     ["1f1b", *SIZES, "--costs", "1,1,1"],
     ["1f1b", *SIZES, "--costs", "1,1,1,-1"],
     ["1f1b", *SIZES, "--memory", "1,x,1"],
-    ["1f1b", *SIZES, "--format", "svg"],
+    ["1f1b", *SIZES, "--format", "gif"],
     ["1f1b", "gpipe", *SIZES],
   ],
 )

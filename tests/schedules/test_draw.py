@@ -8,8 +8,8 @@ import pytest
 from jaxpipe.schedules import (
   Costs,
   Schedule,
+  draw_figure,
   draw_perfetto,
-  draw_png,
   draw_text,
   make_schedule,
   simulate,
@@ -76,7 +76,7 @@ def test_perfetto_tells_chunks_and_times():
   ids=["least", "memory", "chunks", "no time"],
 )
 def test_png_is_an_image_of_readable_size(timeline, tmp_path):
-  draw_png(timeline, tmp_path / "x.png")
+  draw_figure(timeline, tmp_path / "x.png")
   data = (tmp_path / "x.png").read_bytes()
   width, height = struct.unpack(">II", data[16:24])
   assert data.startswith(b"\x89PNG") and width > 900 and height > 250
@@ -93,6 +93,6 @@ def test_png_draws_every_action_with_its_microbatch(tmp_path, monkeypatch):
     lambda figure, *_, **__: texts.extend(t.get_text().strip() for t in figure.axes[0].texts),
   )
   schedule = make_schedule("1f1b", devices=3, microbatches=4)
-  draw_png(simulate(schedule), tmp_path / "x.png")
+  draw_figure(simulate(schedule), tmp_path / "x.png")
   numbers = [str(action.microbatch) for row in schedule.order for action in row]
   assert texts == [*numbers, "3", "2", "1", "peak"]

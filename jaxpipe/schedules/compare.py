@@ -1,0 +1,151 @@
+"""All schedules that fit, side by side, best first."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+from jaxpipe.schedules.costs import Costs, Memory, PerStage
+from jaxpipe.schedules.registry import FAMILIES, make_schedule
+from jaxpipe.schedules.simulate import Timeline, simulate
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One schedule of a comparison.
+
+  Attributes:
+    label: its name, and how its backward pass is cut where that is not the family's own way.
+    timeline: it in time; None where it cannot be built as asked.
+    reason: why not.
+  """
+
+  label: str
+  timeline: Timeline | None
+  reason: str = ""
+
+
+def compare(
+  *,
+  devices: int,
+  microbatches: int,
+  chunks: int | None = None,
+  costs: Costs | None = None,
+  memory: Memory = (1, 0, -1),
+  memory_limit: float | Sequence[float] | None = None,
+) -> list[Entry]:
+  """Builds every registered schedule and simulates it.
+
+  Costs and memory are those of a P-th part of the model, so that schedules with different numbers
+  of chunks do equal work: a stage of a schedule with S stages takes P/S of them. Given as one
+  number per stage they are taken as they are, and only schedules with as many stages compete.
+
+  Args:
+    devices: number of devices, P.
+    microbatches: number of microbatches, M.
+    chunks: stages per device, V; by default every family's own number.
+    costs: durations.
+    memory: what F, I and W change in what a device holds.
+    memory_limit: most that a device may hold.
+
+  Returns:
+    Those that can run, shortest makespan first, then shortest span, then lowest memory; after them
+    those that cannot, with the reason.
+  """
+  costs = costs or Costs()
+  entries = []
+  for name, backward in _candidates(chunks):
+    label = name if backward is None else f"{name}, {backward}"
+    try:
+      timeline = _run(name, backward, devices, microbatches, chunks, costs, memory, memory_limit)
+      entries.append(Entry(label, timeline))
+    except ValueError as error:
+      entries.append(Entry(label, None, str(error)))
+  return sorted(entries, key=_rank)
+
+
+def _candidates(chunks: int | None) -> Iterator[tuple[str, str | None]]:
+  """Names with the ways of cutting the backward pass that differ from the family's own."""
+  for name, family in FAMILIES.items():
+    if chunks in (None, family.chunks) or family.any_chunks:
+      yield name, None
+      if family.backward == "fused":
+        yield name, "split"
+        yield name, "deferred"
+
+
+def _run(
+  name: str,
+  backward: str | None,
+  devices: int,
+  microbatches: int,
+  chunks: int | None,
+  costs: Costs,
+  memory: Memory,
+  memory_limit: float | Sequence[float] | None,
+) -> Timeline:
+  build = functools.partial(make_schedule, name, devices=devices, chunks=chunks)
+  # How many stages a family has does not depend on anything else.
+  stages = build(microbatches=1).stages
+  scaled = _scale_costs(costs, devices, stages)
+  held = tuple(_scale(change, devices, stages) for change in memory)
+  schedule = build(
+    microbatches=microbatches,
+    backward=backward,
+    costs=scaled,
+    memory=held,
+    memory_limit=memory_limit,
+  )
+  return simulate(schedule, scaled, held)
+
+
+def _scale_costs(costs: Costs, devices: int, stages: int) -> Costs:
+  return dataclasses.replace(
+    costs,
+    forward=_scale(costs.forward, devices, stages),
+    input_grad=_scale(costs.input_grad, devices, stages),
+    weight_grad=_scale(costs.weight_grad, devices, stages),
+    recompute=None if costs.recompute is None else _scale(costs.recompute, devices, stages),
+    gather=_scale(costs.gather, devices, stages),
+    update=_scale(costs.update, devices, stages),
+  )
+
+
+def _scale(value: PerStage, devices: int, stages: int) -> PerStage:
+  if isinstance(value, Sequence):
+    return value
+  whole = value * devices
+  return whole // stages if whole % stages == 0 else whole / stages
+
+
+def _rank(entry: Entry) -> tuple[float, ...]:
+  if entry.timeline is None:
+    return (float("inf"),)
+  timeline = entry.timeline
+  return timeline.makespan, timeline.span, max(timeline.peak_memory)
+
+
+def format_table(entries: Sequence[Entry]) -> str:
+  """Writes a comparison as text: a row per schedule, then one line for each that cannot run."""
+  head = ("schedule", "V", "makespan", "bubble", "span", "span bubble", "peak chunks", "memory")
+  rows = [head, *(_row(e.label, e.timeline) for e in entries if e.timeline is not None)]
+  widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+  lines = [
+    "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+  ]
+  lines += [f"cannot run: {e.label}: {e.reason}" for e in entries if e.timeline is None]
+  return "\n".join(lines)
+
+
+def _row(label: str, timeline: Timeline) -> tuple[str, ...]:
+  return (
+    label,
+    str(timeline.schedule.chunks),
+    f"{timeline.makespan:.6g}",
+    f"{timeline.bubble:.1%}",
+    f"{timeline.span:.6g}",
+    f"{timeline.span_bubble:.1%}",
+    str(max(timeline.peak_activations)),
+    f"{max(timeline.peak_memory):.6g}",
+  )
