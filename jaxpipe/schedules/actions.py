@@ -40,6 +40,9 @@ class Kind(enum.StrEnum):
   Y = "Y"  # filler: a frozen layer of the next step
   U = "U"  # optimizer
 
+  # Enum's own hash is a Python function, and kinds are looked up several times per action.
+  __hash__ = str.__hash__
+
 
 # What each kind produces. Everything that waits, or that must happen exactly once, is stated in
 # terms of these products, so that a fused B needs no special case anywhere else.

@@ -56,6 +56,10 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
   add("--microbatches", type=int, metavar="M")
   add("--chunks", type=int, metavar="V", help="stages per device")
   add("--backward", choices=BACKWARDS)
+  add("--recompute", action="store_true", help="add R actions, placed into bubbles")
+  add("--vocabulary", type=int, choices=(1, 2), help="add S and T passes with 1 or 2 barriers")
+  add("--post_validation", action="store_true", help="add optimizer actions (U)")
+  add("--fillers", type=int, metavar="LAYERS", help="add that many frozen layers (Y)")
   add(
     "--option",
     type=_option,

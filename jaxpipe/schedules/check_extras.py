@@ -5,6 +5,7 @@ Each is optional; a schedule that has one of a kind must have all that belong to
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -110,22 +111,32 @@ def _check_updates(schedule: Schedule) -> None:
   if schedule.placement.replicated:
     raise ScheduleError("optimizer actions need stages that live on one device each")
   for d, row in enumerate(schedule.order):
-    actions = [action for step in row for action in step.parts]
-    for i, action in enumerate(actions):
-      if action.kind is Kind.U:
-        _check_update(action, d, actions[:i], actions[i + 1 :])
-  seen = [action for _, action in _actions(schedule, Kind.U)]
-  for number in {action.microbatch for action in seen}:
+    _follow_updates([action for step in row for action in step.parts], d)
+  seen = collections.Counter(action for _, action in _actions(schedule, Kind.U))
+  for number in sorted({action.microbatch for action in seen}):
     for stage in range(schedule.stages):
-      if seen.count(Action(stage, Kind.U, number)) != 1:
+      if seen[Action(stage, Kind.U, number)] != 1:
         raise ScheduleError(f"{stage}U{number} must stand once; the other stages have one")
 
 
-def _check_update(action: Action, d: int, before: list[Action], after: list[Action]) -> None:
-  if action.microbatch > 1:
-    raise ScheduleError(f"{action} on device {d} is neither a step (U0) nor a validation (U1)")
-  wrong = after if action.microbatch == 0 else before
-  for other in wrong:
-    if other.stage == action.stage and other.kind in (Kind.I, Kind.W, Kind.B):
-      relation = "before" if action.microbatch == 0 else "after"
-      raise ScheduleError(f"{action} on device {d} is misplaced: it stands {relation} {other}")
+def _follow_updates(actions: list[Action], d: int) -> None:
+  """Walks one list, with the first and the last gradient of every stage at hand."""
+  gradients = [a for a in actions if a.kind in (Kind.I, Kind.W, Kind.B)]
+  first = {a.stage: a for a in reversed(gradients)}
+  last = {a.stage: a for a in gradients}
+  begun: set[int] = set()
+  ended: set[int] = set()
+  for action in actions:
+    stage = action.stage
+    if action is first.get(stage):
+      begun.add(stage)
+    if action is last.get(stage):
+      ended.add(stage)
+    if action.kind is not Kind.U:
+      continue
+    if action.microbatch > 1:
+      raise ScheduleError(f"{action} on device {d} is neither a step (U0) nor a validation (U1)")
+    if action.microbatch == 0 and stage in last and stage not in ended:
+      raise ScheduleError(f"{action} on device {d} is misplaced: it stands before {last[stage]}")
+    if action.microbatch == 1 and stage in begun:
+      raise ScheduleError(f"{action} on device {d} is misplaced: it stands after {first[stage]}")

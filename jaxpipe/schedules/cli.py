@@ -16,12 +16,27 @@ from jaxpipe.schedules.actions import ScheduleError
 from jaxpipe.schedules.backward import with_backward
 from jaxpipe.schedules.compare import Entry, compare, format_table
 from jaxpipe.schedules.figure import draw_figure
+from jaxpipe.schedules.fillers import with_fillers
+from jaxpipe.schedules.recompute import with_recompute
 from jaxpipe.schedules.registry import FAMILIES, check_memory, make_schedule
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.sends import check_sends
 from jaxpipe.schedules.simulate import Timeline, simulate
+from jaxpipe.schedules.validation import with_post_validation
+from jaxpipe.schedules.vocabulary import with_vocabulary
 
 _COMPARE = "compare"
+# Flags that concern one schedule, with their values where they are not given.
+_NOT_FOR_ALL = (
+  ("order", None),
+  ("backward", None),
+  ("sends", None),
+  ("option", []),
+  ("recompute", False),
+  ("vocabulary", None),
+  ("post_validation", False),
+  ("fillers", None),
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -56,7 +71,7 @@ def _run(flags: argparse.Namespace) -> None:
   if flags.name == _COMPARE:
     _emit_text(_comparison(flags), flags.out)
     return
-  schedule = _schedule(flags)
+  schedule = _transform(_schedule(flags), flags)
   if flags.sends is not None:
     check_sends(schedule, flags.sends)
   timeline = simulate(
@@ -70,7 +85,7 @@ def _comparison(flags: argparse.Namespace) -> str:
   if flags.format not in ("text", "json"):
     raise ValueError(f"a comparison is a table, not a {flags.format}; use --format text or json")
   # Flags that would be ignored silently.
-  for word, default in (("order", None), ("backward", None), ("sends", None), ("option", [])):
+  for word, default in _NOT_FOR_ALL:
     if getattr(flags, word) != default:
       raise ValueError(f"{_COMPARE} takes every schedule in its own way; drop --{word}")
   entries = compare(
@@ -121,6 +136,19 @@ def _schedule(flags: argparse.Namespace) -> Schedule:
     memory_limit=flags.memory_limit,
     **dict(flags.option),
   )
+
+
+def _transform(schedule: Schedule, flags: argparse.Namespace) -> Schedule:
+  """Adds what stands beside the passes. In this order: each step leaves room for the next."""
+  if flags.recompute:
+    schedule = with_recompute(schedule, flags.costs)
+  if flags.vocabulary is not None:
+    schedule = with_vocabulary(schedule, flags.vocabulary, flags.costs)
+  if flags.post_validation:
+    schedule = with_post_validation(schedule)
+  if flags.fillers is not None:
+    schedule = with_fillers(schedule, flags.fillers, flags.costs)
+  return schedule.check()
 
 
 def _read(flags: argparse.Namespace) -> Schedule:

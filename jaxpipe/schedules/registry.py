@@ -8,12 +8,25 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxpipe.schedules.backward import with_backward
+from jaxpipe.schedules.bitpipe import bitpipe
+from jaxpipe.schedules.chimera import chimera
 from jaxpipe.schedules.costs import Costs, Memory
+from jaxpipe.schedules.dualpipe import dualpipe
+from jaxpipe.schedules.dualpipe_v import dualpipe_v
 from jaxpipe.schedules.gpipe import gpipe
+from jaxpipe.schedules.hanayo import hanayo
+from jaxpipe.schedules.interleaved import interleaved_1f1b
+from jaxpipe.schedules.looped_bfs import looped_bfs
 from jaxpipe.schedules.one_f_one_b import one_f_one_b
 from jaxpipe.schedules.peaks import peaks
 from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.skippipe import skippipe
 from jaxpipe.schedules.spec import Spec, limit_by_device
+from jaxpipe.schedules.v_shaped import v_half, v_min, v_zb
+from jaxpipe.schedules.zb_auto import zb_auto
+from jaxpipe.schedules.zb_v import zb_v
+from jaxpipe.schedules.zero_bubble import zb_h1, zb_h2
+from jaxpipe.schedules.zeropp import zeropp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +38,7 @@ class Family:
     summary: one line for people.
     chunks: stages per device by default.
     any_chunks: whether other numbers of stages per device are possible.
-    backward: how the backward pass is cut by default.
+    backward: how its builder cuts the backward pass: `fused`, `split`, or `mixed`.
     options: what only this family understands: name -> what it means.
   """
 
@@ -41,6 +54,67 @@ class Family:
 FAMILIES: dict[str, Family] = {
   "gpipe": Family(gpipe, "all forwards, then all backwards"),
   "1f1b": Family(one_f_one_b, "one forward, one backward: at most P microbatches in flight"),
+  "interleaved-1f1b": Family(
+    interleaved_1f1b,
+    "1F1B with V chunks per device: a V-th of the bubble",
+    chunks=2,
+    any_chunks=True,
+  ),
+  "looped-bfs": Family(
+    looped_bfs,
+    "GPipe chunk by chunk: each chunk's weights once per step",
+    chunks=2,
+    any_chunks=True,
+  ),
+  "zb-h1": Family(
+    zb_h1, "1F1B with late weight gradients, in 1F1B's memory", any_chunks=True, backward="split"
+  ),
+  "zb-h2": Family(
+    zb_h2, "twice the warm-up and memory of zb-h1, the shortest span", backward="split"
+  ),
+  "zb-auto": Family(
+    zb_auto, "zero bubble planned for the given costs and memory limit", backward="split"
+  ),
+  "zb-v": Family(
+    zb_v, "zero bubble in 1F1B's memory, or any memory_limit, in a V", chunks=2, backward="split"
+  ),
+  "v-min": Family(v_min, "a V in about a third of 1F1B's memory", chunks=2, backward="split"),
+  "v-half": Family(v_half, "a V in about half of 1F1B's memory", chunks=2, backward="split"),
+  "v-zb": Family(v_zb, "a V without bubble in 1F1B's memory", chunks=2, backward="split"),
+  "hanayo": Family(
+    hanayo,
+    "waves down and up the devices, V/2 of them: ever smaller bubbles",
+    chunks=2,
+    any_chunks=True,
+    options={"waves": "number of waves, each 2 chunks per device"},
+  ),
+  "chimera": Family(chimera, "two opposite 1F1B pipelines on even P, weights held twice", chunks=2),
+  "bitpipe": Family(bitpipe, "two opposite V-shaped pipelines on even P, weights twice", chunks=4),
+  "dualpipe": Family(
+    dualpipe,
+    "opposite pipelines, forwards overlapped with backwards, even P",
+    chunks=2,
+    backward="mixed",
+  ),
+  "dualpipe-v": Family(
+    dualpipe_v,
+    "DualPipe cut in half: overlapped pairs on one V, weights held once",
+    chunks=2,
+    backward="mixed",
+  ),
+  "zeropp": Family(
+    zeropp,
+    "chunk by chunk in units: few gathers of sharded weights",
+    chunks=2,
+    any_chunks=True,
+    backward="split",
+    options={"unit": "microbatches per unit, U"},
+  ),
+  "skippipe": Family(
+    skippipe,
+    "paths that leave stages out, by search",
+    options={"visits": "stages on each path"},
+  ),
 }
 
 
@@ -107,7 +181,7 @@ def make_schedule(
     options=options,
   )
   # Checked although we built it: a family with a bug must not reach an executor, where it hangs.
-  schedule = with_backward(family.build(spec), backward or family.backward).check()
+  schedule = with_backward(family.build(spec), backward, spec.costs).check()
   # Searches keep to the limit while they plan; for all others it is a condition on the result.
   check_memory(schedule, memory, memory_limit)
   return schedule

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from jaxpipe.schedules.actions import PRODUCTS, Action, Kind, ScheduleError, Step
 
 if TYPE_CHECKING:
+  from jaxpipe.schedules.placement import Placement
   from jaxpipe.schedules.schedule import Schedule
 
 # The products that other actions wait for, in the order in which slots are numbered. Every wait is
@@ -35,13 +36,13 @@ class _Flow:
   Attributes:
     path: the stages it visits, in order.
     vocabulary: barriers round the output layer, 0 where the last stage holds it whole.
-    shards: shards of the vocabulary.
+    placement: which devices there are, for the vocabulary's shards and the optimizer's chain.
     microbatch: for the kinds that count something else than microbatches.
   """
 
   path: tuple[int, ...]
   vocabulary: int
-  shards: int
+  placement: Placement
   microbatch: int
 
   def needs(self, kind: Kind, number: int) -> _Products:
@@ -67,9 +68,11 @@ class _Flow:
     if kind is Kind.Y:
       return ((Kind.Y, number - 1),) if number else ()
     if kind is Kind.U:
-      # Step: partial sums come down the stages. Validate: the whole sum goes back up.
-      other = number - 1 if self.microbatch == 0 else number + 1
-      return ((Kind.U, other),) if other in self.path else ()
+      # Step: partial sums come down the devices. Validate: the whole sum goes back up.
+      d = self.placement.device(number)
+      other = d - 1 if self.microbatch == 0 else d + 1
+      row = self.placement.table[other] if 0 <= other < self.placement.devices else ()
+      return tuple((Kind.U, stage) for stage in row)
     return ()  # weights are gathered at any time
 
   def _beside(self, kind: Kind, stage: int, step: int) -> _Products:
@@ -84,12 +87,12 @@ class _Flow:
     return self._all_shards(Kind.S if self.vocabulary == 1 else Kind.T)
 
   def _all_shards(self, kind: Kind) -> _Products:
-    return tuple((kind, shard) for shard in range(self.shards))
+    return tuple((kind, shard) for shard in range(self.placement.devices))
 
 
 def _flow(schedule: Schedule, microbatch: int) -> _Flow:
   path = schedule.path(microbatch)
-  return _Flow(path, schedule.vocabulary, schedule.devices, min(microbatch, 1))
+  return _Flow(path, schedule.vocabulary, schedule.placement, min(microbatch, 1))
 
 
 def dependencies(action: Action, schedule: Schedule) -> tuple[Action, ...]:
@@ -112,70 +115,50 @@ def dependencies(action: Action, schedule: Schedule) -> tuple[Action, ...]:
   return tuple(Action(stage, kind, action.microbatch) for kind, stage in needed)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slots:
-  """Numbers the awaited products from 0, so that the walk needs no dictionaries of actions.
-
-  Attributes:
-    width: one more than the largest number before a kind's letter.
-    length: one more than the largest number after it.
-  """
-
-  width: int
-  length: int
-
-  def base(self, kind: Kind, number: int) -> int:
-    """The slot for microbatch 0; a microbatch's own is its number further."""
-    return (_RANK[kind] * self.width + number) * self.length
-
-  @property
-  def total(self) -> int:
-    """How many slots there are."""
-    return len(_AWAITED) * self.width * self.length
+# Slots number the awaited products, so that the walk looks integers up and not tuples. Within one
+# kind and number the microbatch is added, hence the wide steps.
+_PER_NUMBER = 1 << 24
+_PER_KIND = 1 << 48
 
 
-# kind -> number -> the bases of the slots; filled as actions turn up.
-_Table = dict[Kind, dict[int, tuple[int, ...]]]
+def _base(kind: Kind, number: int) -> int:
+  """The slot of a product for microbatch 0."""
+  return _RANK[kind] * _PER_KIND + number * _PER_NUMBER
+
+
+# What an action needs and what it makes, as slots for microbatch 0.
+_Bases = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class _Waits:
   """The slots that each action needs and makes, looked up in tables."""
 
   def __init__(self, schedule: Schedule) -> None:
-    steps = [action for row in schedule.order for step in row for action in step.parts]
-    self.slots = _Slots(
-      1 + max((a.stage for a in steps), default=0),
-      1 + max((a.microbatch for a in steps), default=0),
-    )
     self._schedule = schedule
     # Microbatches that flow alike share a table.
-    self._tables: dict[_Flow, _Table] = {}
-    self._of: dict[int, tuple[_Flow, _Table]] = {}
-    self._makes: _Table = {kind: {} for kind in Kind}
+    self._tables: dict[_Flow, dict[Kind, dict[int, _Bases]]] = {}
+    self._of: dict[int, dict[Kind, dict[int, _Bases]]] = {}
 
-  def needs(self, action: Action) -> tuple[int, ...]:
-    """Slots of the products that an action waits for."""
+  def slots(self, action: Action) -> tuple[list[int], list[int]]:
+    """Slots of the products that an action waits for, and of those that it makes for others."""
     m = action.microbatch
-    found = self._of.get(m)
-    if found is None:
-      flow = _flow(self._schedule, m)
-      found = self._of[m] = (flow, self._tables.setdefault(flow, {kind: {} for kind in Kind}))
-    flow, table = found
-    bases = table[action.kind].get(action.stage)
-    if bases is None:
-      bases = tuple(self.slots.base(*product) for product in flow.needs(action.kind, action.stage))
-      table[action.kind][action.stage] = bases
-    return tuple([base + m for base in bases])
+    try:
+      needs, makes = self._of[m][action.kind][action.stage]
+    except KeyError:
+      needs, makes = self._enter(action)
+    return [base + m for base in needs], [base + m for base in makes]
 
-  def makes(self, action: Action) -> tuple[int, ...]:
-    """Slots of the products of an action that others wait for."""
-    bases = self._makes[action.kind].get(action.stage)
-    if bases is None:
-      bases = tuple(
-        self.slots.base(kind, action.stage) for kind in PRODUCTS[action.kind] if kind in _RANK
+  def _enter(self, action: Action) -> _Bases:
+    """Looks an action up for the first time."""
+    flow = _flow(self._schedule, action.microbatch)
+    table = self._tables.setdefault(flow, {kind: {} for kind in Kind})
+    self._of[action.microbatch] = table
+    if action.stage not in table[action.kind]:
+      table[action.kind][action.stage] = (
+        tuple(_base(*product) for product in flow.needs(action.kind, action.stage)),
+        tuple(_base(kind, action.stage) for kind in PRODUCTS[action.kind] if kind in _RANK),
       )
-      self._makes[action.kind][action.stage] = bases
-    return tuple([base + action.microbatch for base in bases])
+    return table[action.kind][action.stage]
 
 
 @dataclasses.dataclass(slots=True)
@@ -191,8 +174,8 @@ class Visit:
 
   device: int
   step: Step
-  needs: tuple[int, ...]
-  makes: tuple[int, ...]
+  needs: list[int]
+  makes: list[int]
 
 
 def walk(schedule: Schedule) -> Iterator[Visit]:
@@ -209,7 +192,7 @@ def walk(schedule: Schedule) -> Iterator[Visit]:
   """
   order = schedule.order
   waits = _Waits(schedule)
-  done = bytearray(waits.slots.total)
+  done: set[int] = set()
   heads = [0] * len(order)
   sleepers: dict[int, list[int]] = {}
   awake = list(range(len(order)))[::-1]  # [1]
@@ -219,23 +202,28 @@ def walk(schedule: Schedule) -> Iterator[Visit]:
     while heads[d] < len(row):
       step = row[heads[d]]
       if isinstance(step, Action):
-        needs, makes = waits.needs(step), waits.makes(step)
+        needs, makes = waits.slots(step)
       else:
-        needs = tuple(slot for part in step.parts for slot in waits.needs(part))
-        makes = tuple(slot for part in step.parts for slot in waits.makes(part))
+        parts = [waits.slots(part) for part in step.parts]
+        needs = [slot for part in parts for slot in part[0]]
+        makes = [slot for part in parts for slot in part[1]]
       # [2] The first missing one is enough: when it appears, the head is looked at again.
-      missing = next((i for i in needs if not done[i]), None)
-      if missing is not None:
-        # [3] Several devices may wait for one product.
-        sleepers.setdefault(missing, []).append(d)
-        break
-      yield Visit(d, step, needs, makes)
-      # The head moves after the yield: while the caller handles a step, it is not done yet.
-      heads[d] += 1
-      for slot in makes:
-        done[slot] = 1
-        # [4] Only now, so that nobody is woken for what the caller has not recorded.
-        awake += sleepers.pop(slot, ())
+      for slot in needs:
+        if slot not in done:
+          break
+      else:
+        yield Visit(d, step, needs, makes)
+        # The head moves after the yield: while the caller handles a step, it is not done yet.
+        heads[d] += 1
+        for slot in makes:
+          done.add(slot)
+          # [4] Only now, so that nobody is woken for what the caller has not recorded.
+          if slot in sleepers:
+            awake += sleepers.pop(slot)
+        continue
+      # [3] Several devices may wait for one product.
+      sleepers.setdefault(slot, []).append(d)
+      break
   if any(head < len(row) for head, row in zip(heads, order, strict=True)):
     raise _deadlock(schedule, heads)
 

@@ -100,7 +100,14 @@ def test_order_reads_what_csv_wrote(tmp_path, capsys):
     (["1f1b", "--devices", "0", "--microbatches", "3"], "devices=0; use devices=1 or more"),
     (["1f1b", *SIZES, "--chunks", "2"], "1f1b has 1 chunk(s) per device, not 2; use chunks=1"),
     (["1f1b", *SIZES, "--memory_limit", "1"], "above memory_limit=1; use memory_limit=2"),
-    (["1f1b", *SIZES, "--backward", "deferred"], 'backward="deferred" is not available yet'),
+    (["zb-h1", *SIZES, "--backward", "deferred"], "zb-h1 places weight gradients on its own"),
+    (["1f1b", *SIZES, "--option", "waves=2"], "1f1b has no option 'waves'; it has none"),
+    (["compare", *SIZES, "--backward", "split"], "compare takes every schedule in its own way"),
+    (["compare", *SIZES, "--format", "csv"], "a comparison is a table, not a csv"),
+    (["compare", "--devices", "2"], "compare needs --microbatches"),
+    (["1f1b", *SIZES, "--sends", "rendezvous"], "exchange both ways in one call"),
+    (["1f1b", *SIZES, "--slack", "1"], "slack=1 needs 0 or more ticks, and execution='coupled'"),
+    (["1f1b", *SIZES, "--fillers", "0"], "fillers"),
     (["1f1b", *SIZES, "--format", "png"], "give --out FILE.png"),
     (["1f1b", *SIZES, "--costs", "1:2:3,1,1,0"], "forward lists 3 stages, the schedule has 2"),
     (["1f1b", *SIZES, "--out", "/nowhere/at/all"], "No such file or directory"),
@@ -165,3 +172,37 @@ def test_a_file_that_is_no_csv_is_one_line(capsys, tmp_path):
   file.write_text("0" * 200_000 + "F0")
   assert main(["--order", str(file)]) == 2
   assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_compare_prints_a_table_best_first(capsys):
+  assert main(["compare", *SIZES]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith("schedule") and any(line.startswith("1f1b ") for line in lines)
+  assert main(["compare", *SIZES, "--format", "json"]) == 0
+  rows = json.loads(capsys.readouterr().out)
+  ran = [row["makespan"] for row in rows if "makespan" in row]
+  assert ran == sorted(ran) and all("reason" in row for row in rows if "makespan" not in row)
+
+
+def test_flags_add_what_stands_beside_the_passes(capsys):
+  flags = ["--recompute", "--vocabulary", "1", "--post_validation", "--fillers", "1"]
+  assert main(["1f1b", *SIZES, *flags, "--format", "json"]) == 0
+  fields = json.loads(capsys.readouterr().out)
+  kinds = {token.strip("0123456789") for row in fields["order"] for token in row}
+  assert kinds == {"F", "R", "B", "S", "T", "U", "Y"}
+  assert fields["vocabulary"] == 1
+
+
+def test_costs_by_name_and_execution(capsys):
+  arguments = ["gpipe", "--devices", "2", "--microbatches", "1", "--format", "json"]
+  assert main([*arguments, "--costs", "1,1,1,0,head=10"]) == 0
+  assert json.loads(capsys.readouterr().out)["makespan"] == 1 + 11 + 22 + 2
+  assert main([*arguments, "--costs", "1,2,2,3", "--execution", "barrier"]) == 0
+  assert json.loads(capsys.readouterr().out)["makespan"] == 1 + 3 + 1 + 4 + 3 + 4
+
+
+def test_order_reads_json_with_paths(tmp_path, capsys):
+  path = tmp_path / "skip.json"
+  assert main(["skippipe", *SIZES, "--format", "json", "--out", str(path)]) == 0
+  assert main(["--order", str(path), "--format", "json"]) == 0
+  assert json.loads(capsys.readouterr().out) == json.loads(path.read_text())
