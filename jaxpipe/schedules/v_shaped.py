@@ -1,0 +1,85 @@
+"""V-Min, V-Half and V-ZB: a V in a third, a half and all of 1F1B's memory.
+
+Controllable Memory (Qi et al., 2024, arXiv:2405.15362): the pace at which a microbatch walks down
+and up the V decides how long its chunks are held. P=4, M=6:
+
+  V-MIN
+
+  V-HALF
+
+At unit times and M = 4P, with k chunks held at most and everything counted in ticks, the schedules
+here were measured, for P = 3 to 16, to have
+
+  V-Min    k = 2 (floor((P+1)/3) + 1)       idle 4P - 5, and 4P - 7 if 3 divides P
+  V-Half   k = P + 2, or P + 1 if P is odd  idle 6P - 3k - 1, the paper's lower bound
+  V-ZB     k = 2P                           idle 0 between a device's first and last action
+
+1F1B holds 2P such chunks. Where passes take unequal times, V-Min pays for it with every
+microbatch; `v_search` then looks for other schedules in the same memory.
+"""
+
+from jaxpipe.schedules.building_block import Block, v_half_block, v_min_block
+from jaxpipe.schedules.placement import Placement
+from jaxpipe.schedules.problem import Objective
+from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.spec import Spec
+from jaxpipe.schedules.v_search import Task, Trial, best_v, block_trial
+from jaxpipe.schedules.zb_v import patterns
+
+
+def v_min(spec: Spec) -> Schedule:
+  """About a third of 1F1B's memory: as fast down and up the V as passes follow each other.
+
+  Args:
+    spec: devices and microbatches.
+
+  Returns:
+    The schedule, its backward split.
+  """
+  block = v_min_block(spec.devices)
+  return _from_block("v-min", spec, block, 2 * ((spec.devices + 1) // 3 + 1))
+
+
+def v_half(spec: Spec) -> Schedule:
+  """About half of 1F1B's memory: down the V at half the pace.
+
+  Args:
+    spec: devices and microbatches.
+
+  Returns:
+    The schedule, its backward split.
+  """
+  block = v_half_block(spec.devices)
+  return _from_block("v-half", spec, block, spec.devices + 2 - spec.devices % 2)
+
+
+def v_zb(spec: Spec) -> Schedule:
+  """All of 1F1B's memory, and no bubble between a device's first and last action.
+
+  Args:
+    spec: devices and microbatches.
+
+  Returns:
+    The schedule, its backward split.
+  """
+  task = _task("v-zb", spec, 2 * spec.devices, "span")
+  return best_v(task, patterns(task))
+
+
+def _from_block(name: str, spec: Spec, block: Block, limit: int) -> Schedule:
+  task = _task(name, spec, limit, "makespan")
+  trials: list[Trial] = [block_trial(task, block, gap) for gap in (0, 1)]
+  return best_v(task, trials)
+
+
+def _task(name: str, spec: Spec, limit: int, objective: Objective) -> Task:
+  # The limit that makes the family counts chunks; one in another unit is a condition on the result.
+  return Task(
+    name=name,
+    placement=Placement.v(spec.devices),
+    microbatches=spec.microbatches,
+    costs=spec.costs,
+    memory=(1, 0, -1),
+    limit=(limit,) * spec.devices,
+    objective=objective,
+  )
