@@ -7,9 +7,11 @@ of a period of T is held ceil(L / T) times, so a device holds at most
 
   sum over its chunks of ceil(lifespan / period).
 
-P=3 in a V, period 6, microbatch 0 in full and where 1 begins (V-Min's block, chunks F f):
+P=3 in a V, period 6: V-Min's block and its first repetition, the second chunk in small letters:
 
-  BLOCK
+  device 0 | F0             f0 F1    i0 w0    f1    I0 i1 w1 W0 ..
+  device 1 |    F0       f0       F1    i0 f1 w0 I0    W0 i1    w1 I1 ..
+  device 2 |       F0 f0             F1 f1 i0 I0 w0 W0       i1 I1 w1 ..
 
   [1] repeat: everything of microbatch m runs m periods later
   [2] squeeze: only the order is kept; every device starts what is next as soon as it can
@@ -104,7 +106,7 @@ def repeat(
     ScheduleError: the block's order needs more memory than the limit.
   """
   T, M = block.period, microbatches
-  ticks = {Kind.F: block.forward, Kind.I: block.input_grad}
+  forward, input_grad = block.forward, block.input_grad
   first = [min(block.input_grad[s] for s in row) for row in placement.table]
   last = [max(block.forward[s] for s in row) + (M - 1) * T for row in placement.table]
   # By stage, and as bounds on microbatches: this is asked several times for every action.
@@ -112,96 +114,109 @@ def repeat(
   filling = [(first[d] - block.forward[s]) / T for s, d in enumerate(homes)]
   draining = [(last[d] - block.input_grad[s]) / T for s, d in enumerate(homes)]
 
+  # Told apart by identity: looking a kind up in a dict is several times slower.
   def rank(kind: Kind, stage: int, microbatch: int) -> float:
     if kind is Kind.F:
-      if microbatch < filling[stage]:
-        return -math.inf  # [3]
-    elif microbatch > draining[stage]:
-      return math.inf
-    return ticks[kind][stage] + microbatch * T  # [1]
+      # [3] and [1]
+      return -math.inf if microbatch < filling[stage] else forward[stage] + microbatch * T
+    return math.inf if microbatch > draining[stage] else input_grad[stage] + microbatch * T
 
   def urgency(kind: Kind, stage: int, microbatch: int) -> float:
-    return math.inf if kind is Kind.W else ticks[kind][stage] + microbatch * T
+    if kind is Kind.W:
+      return math.inf
+    return (forward if kind is Kind.F else input_grad)[stage] + microbatch * T
 
   policy = Policy(urgency=urgency, rank=rank, gap=gap)
   work = all_work(placement, M)
   return list_schedule(placement, work, policy, costs=costs, memory=memory, limit=limit)  # [2]
 
 
-def v_ticks(P: int, down: float, up: float, turn: float, loss: float, back: float) -> Block:
+def v_ticks(
+  P: int, forward: tuple[float, float], input_grad: tuple[float, float], turns: Sequence[float]
+) -> Block:
   """A block in a V whose passes go at an even pace.
 
   Args:
     P: number of devices.
-    down: ticks from one device to the next for what goes down, F of the first chunk and I of the
-      second.
-    up: the same for what comes back up.
-    turn: ticks from F to F on the last device.
-    loss: ticks from F to I of the last stage.
-    back: ticks from I to I on the last device.
+    forward: ticks from one device to the next for F, on the way down and on the way up.
+    input_grad: the same for I, which begins where F ends: down the second chunk, up the first.
+    turns: ticks from F to F on the last device, from F to I on the first, from I to I on the last.
   """
-  fall = [down * i for i in range(P)]
-  rise = [fall[-1] + turn + up * i for i in range(P)]
-  forward = (*fall, *rise)
-  fall = [rise[-1] + loss + down * i for i in range(P)]
-  rise = [fall[-1] + back + up * i for i in range(P)]
-  input_grad = (*fall, *rise)[::-1]
-  return Block(period=V_PERIOD, forward=forward, input_grad=input_grad)
+  ahead = [0, *(forward[0],) * (P - 1), turns[0], *(forward[1],) * (P - 1)]
+  back = [turns[1], *(input_grad[0],) * (P - 1), turns[2], *(input_grad[1],) * (P - 1)]
+  ticks = list(itertools.accumulate([*ahead, *back]))
+  S = 2 * P
+  return Block(period=V_PERIOD, forward=tuple(ticks[:S]), input_grad=tuple(ticks[S:][::-1]))
 
 
 def v_min_block(P: int) -> Block:
   """The paper's block for the least memory: as fast as passes can follow each other."""
   # Chunks of one device would collide where 3 divides P.
-  return v_ticks(P, 1, 1, turn=1, loss=3 if P % 3 == 0 else 1, back=1)
+  return v_ticks(P, (1, 1), (1, 1), (1, 3 if P % 3 == 0 else 1, 1))
 
 
 def v_half_block(P: int) -> Block:
   """The paper's block for half of 1F1B's memory: down the V at half the pace."""
-  return v_ticks(P, 2, 1, turn=1, loss=4 if P % 2 == 0 else 1, back=2)
+  return v_ticks(P, (2, 1), (2, 1), (1, 4 if P % 2 == 0 else 1, 2))
 
 
-@functools.cache
-def v_block(P: int, limit: int) -> Block:
-  """The block in a V that makes the most of a memory limit.
+def v_blocks(P: int, limit: float) -> list[Block]:
+  """Blocks in a V that keep to a memory limit, the most promising first.
 
   A microbatch that takes its time is in flight more often, which is what hides the turns of the
-  V at both ends of a step; so of all evenly paced blocks the one that holds most is taken, and of
-  equal ones the one that takes least time.
+  V at both ends of a step; so those that hold most come first, and of equal ones those that take
+  least time.
 
   Args:
     P: number of devices.
     limit: most chunks that a device may hold.
 
   Returns:
-    The block.
+    All evenly paced blocks whose `peak` is within the limit; there may be none.
+  """
+  return [block for peak, _, block in _v_blocks(P) if peak <= limit]
+
+
+def v_block(P: int, limit: float) -> Block:
+  """The first of `v_blocks`.
 
   Raises:
     ValueError: no evenly paced block holds so little.
   """
-  lowest = math.inf
-  best: tuple[int, float, Block] | None = None
-  for block in _v_blocks(P):
-    peak = block.peak(Placement.v(P))
-    if peak is None:
-      continue
-    lowest = min(lowest, peak)
-    if peak <= limit and (best is None or (-peak, block.input_grad[0]) < best[:2]):
-      best = (-peak, block.input_grad[0], block)
-  if best is None:
+  blocks = v_blocks(P, limit)
+  if not blocks:
+    lowest = _v_blocks(P)[-1][0]
     raise ValueError(
       f"no V building block for {P} devices holds only {limit} chunks; use a limit of {lowest}"
     )
-  return best[2]
+  return blocks[0]
 
 
-def _v_blocks(P: int) -> list[Block]:
-  # Beyond six ticks the residues repeat: longer turns only cost time.
-  turns = range(1, V_PERIOD + 1)
-  return [
-    v_ticks(P, down, up, turn, loss, back)
-    for down in (1, 2, 3, 4)
-    for up in (1, 2, 3, 4)
-    for turn in turns
-    for loss in turns
-    for back in turns
-  ]
+@functools.cache
+def _v_blocks(P: int) -> list[tuple[int, float, Block]]:
+  """With their peaks and durations: largest peak first."""
+  found = []
+  placement = Placement.v(P)
+  # Longer turns repeat the residues and only cost time; slower paces hold more than 2P chunks.
+  for turns in itertools.product(range(1, V_PERIOD + 1), repeat=3):
+    for paces in itertools.product((1, 2, 3, 4), repeat=4):
+      if _collides(P, paces, turns):
+        continue
+      block = v_ticks(P, (paces[0], paces[1]), (paces[2], paces[3]), turns)
+      peak = block.peak(placement)
+      assert peak is not None
+      found.append((peak, block.input_grad[0], block))
+  return sorted(found, key=lambda item: (-item[0], item[1]))
+
+
+def _collides(P: int, paces: Sequence[int], turns: Sequence[int]) -> bool:
+  """Whether two of F, F, I, I share a tick of the period on any device; see `v_ticks`."""
+  a, b, c, d = paces
+  up = a * (P - 1) + turns[0] + b * (P - 1)
+  down = up + turns[1]
+  home = down + c * (P - 1) + turns[2] + d * (P - 1)
+  # Residues repeat from device to device after one period.
+  return any(
+    len({x % V_PERIOD for x in (a * i, up - b * i, down + c * i, home - d * i)}) < 4
+    for i in range(min(P, V_PERIOD))
+  )

@@ -3,9 +3,10 @@
 Graham's list scheduling (1966) for split backward passes, on any placement: families differ in
 what is urgent, and in how much memory there is, not in how time is walked through. It is the
 engine below the V-shaped families and serves wherever costs are uneven, where a drawn pattern no
-longer fits. P=2 in a V, M=2, an I before an F, and every W in a gap:
+longer fits. P=2 in a V, M=2, the second chunk in small letters; I goes before F, and W into gaps:
 
-  TIMETABLE
+  device 0 | F0 F1    f0 i0 f1 i1 I0 W0 I1 w0 W1 w1 | peak 4
+  device 1 |    F0 f0 F1 f1 i0 I0 i1 I1 W0 w0 W1 w1 | peak 4
 
   [1] an event is a moment at which a device ends its work or something reaches it
   [2] the device takes the most urgent head of its lanes that is there and that memory allows

@@ -15,23 +15,30 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from jaxpipe.schedules.actions import Kind, Order, ScheduleError
-from jaxpipe.schedules.building_block import V_PERIOD, Block, repeat, v_ticks
+from jaxpipe.schedules.bounds import lower_bound
+from jaxpipe.schedules.building_block import V_PERIOD, Block, repeat, v_blocks, v_ticks
 from jaxpipe.schedules.costs import Costs, Memory
 from jaxpipe.schedules.improve import improve
 from jaxpipe.schedules.list_schedule import Policy, all_work, list_schedule
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.problem import Objective, pose
+from jaxpipe.schedules.problem import Objective, Problem, pose
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import simulate
 
 # Actions in all trials together, and moves of local search times actions: a second or so each.
-_TRIALS = 30_000
-_MOVES = 2_000_000
+_TRIALS = 100_000
+_MOVES = 1_000_000
 # Further moves find little.
+_MOST_TRIALS = 150
 _MOST_MOVES = 2500
-_STARTS = 3
-# Of blocks: ticks lost at the turn, room for W, ticks lost at the loss, share of the memory that the
-# pace is for, ticks down for each tick up.
+_STARTS = 4
+_BLOCKS = 24
+# Seeds of local search for each start.
+_SEEDS = 2
+# Searches in a row that find nothing better, after which no more are tried.
+_VAIN = 4
+# Of blocks: ticks lost at the turn, room for W in a gap, ticks lost at the loss, share of the
+# memory that the pace is for, ticks down for each tick up.
 _GRID = ((0, 1.5), (0, 1), (0, 2, 1, 3), (1, 0.85, 0.7), (2, 1, 1.5))
 
 
@@ -79,16 +86,33 @@ def best_v(task: Task, patterns: Sequence[Trial]) -> Schedule:
   tried = _tried(task, patterns)
   reference = tried[0][0]
   found = sorted(dict(tried).items(), key=lambda item: _key(item[0], reference))
-  moves = min(_MOST_MOVES, _MOVES // _actions(task))
+  best, vain = found[0], 0
+  for start, objective, seed in _starts(task, found):
+    # What is proven to be best needs no search.
+    if vain == _VAIN or _is_best(task, best[0]):
+      break
+    item = _improved(task, start, objective, seed)
+    better = _key(item[0], reference) < _key(best[0], reference)
+    best, vain = (item, 0) if better else (best, vain + 1)
+  return best[1]
+
+
+def _starts(
+  task: Task, found: Sequence[tuple[_Value, Schedule]]
+) -> Iterator[tuple[Schedule, Objective, int]]:
+  """Where local search starts, for what, and with which seed."""
   # A link that is busy is more than local search plans with.
-  if moves >= _MOST_MOVES // 10 and not task.costs.hop_occupies_link:
-    objectives: tuple[Objective, ...] = ("span", "makespan")[task.objective == "makespan" :]
-    found += [
-      _improved(task, schedule, moves, objective)
-      for _, schedule in found[:_STARTS]
-      for objective in objectives
-    ]
-  return min(found, key=lambda item: _key(item[0], reference))[1]
+  if _moves(task) < _MOST_MOVES // 10 or task.costs.hop_occupies_link:
+    return
+  # A shorter span may take a longer step, so both are looked at; the reverse is rare.
+  objectives = _objectives(task) if task.objective == "span" else _objectives(task)[:1]
+  for seed, objective in itertools.product(range(_SEEDS), objectives):
+    for _, schedule in found[:_STARTS]:
+      yield schedule, objective, seed
+
+
+def _moves(task: Task) -> int:
+  return min(_MOST_MOVES, _MOVES // _actions(task))
 
 
 def _key(value: _Value, reference: _Value) -> tuple[bool, float, float]:
@@ -102,17 +126,20 @@ def _actions(task: Task) -> int:
 
 def _tried(task: Task, patterns: Sequence[Trial]) -> list[tuple[_Value, Schedule]]:
   """Schedules with their values, in the order in which they were tried."""
-  count = max(1, _TRIALS // _actions(task))
+  count = max(1, min(_MOST_TRIALS, _TRIALS // _actions(task)))
   found: list[tuple[_Value, Schedule]] = []
   # Greedy ones always fit, so a search that runs out of patterns goes on until something does.
-  for i, trial in enumerate(itertools.chain(patterns, _paces(task), _greedy(task))):
+  for i, trial in enumerate(itertools.chain(patterns, _greedy(task), _paces(task))):
     if found and i >= count:
       break
     try:
       schedule = Schedule(task.name, task.placement, task.microbatches, trial())
     except ScheduleError:
       continue
-    found.append((_value(task, schedule), schedule))
+    # The only one needs no comparison, and large ones take long to simulate.
+    found.append((_value(task, schedule) if count > 1 else (0, 0), schedule))
+    if len(found) == 1 < count and _is_best(task, found[0][0]):
+      break
   return found
 
 
@@ -123,10 +150,23 @@ def _value(task: Task, schedule: Schedule) -> _Value:
   return timeline.makespan, timeline.span
 
 
-def _improved(
-  task: Task, schedule: Schedule, moves: int, objective: Objective
-) -> tuple[_Value, Schedule]:
-  problem = pose(
+def _is_best(task: Task, value: _Value) -> bool:
+  """Whether both objectives are proven to be as short as they can be."""
+  if task.costs.hop_occupies_link:
+    return False
+  for objective, found in zip(_objectives(task), value, strict=True):
+    problem = _problem(task, objective)
+    if found * problem.scale > lower_bound(problem):
+      return False
+  return True
+
+
+def _objectives(task: Task) -> tuple[Objective, Objective]:
+  return ("span", "makespan") if task.objective == "span" else ("makespan", "span")
+
+
+def _problem(task: Task, objective: Objective) -> Problem:
+  return pose(
     placement=task.placement,
     microbatches=task.microbatches,
     costs=task.costs,
@@ -134,23 +174,41 @@ def _improved(
     memory_limit=None if math.inf in task.limit else task.limit,
     objective=objective,
   )
-  words, _ = improve(problem, problem.words(schedule), moves=moves, bound=0)
+
+
+def _improved(
+  task: Task, schedule: Schedule, objective: Objective, seed: int
+) -> tuple[_Value, Schedule]:
+  problem = _problem(task, objective)
+  words, _ = improve(
+    problem,
+    problem.words(schedule),
+    moves=_moves(task),
+    bound=lower_bound(problem),
+    seed=seed,
+  )
   schedule = problem.schedule(words, task.name)
   return _value(task, schedule), schedule
 
 
 def _paces(task: Task) -> Iterator[Trial]:
   """Blocks whose passes follow each other as fast as the memory that there is suggests."""
-  P, M = task.placement.devices, task.microbatches
+  P = task.placement.devices
   # A chunk of the average lifespan is held lifespan / period times; see `building_block`.
-  most = min(task.limit) / _chunk(task)
-  round_trip = V_PERIOD * min(most, 2 * P, 2 * M) / P
+  round_trip = V_PERIOD * _most(task) / P
   ticks = _Ticks.of(task)
   # Fewer trials see the first values of the last ones.
   for turn, gap, loss, share, ratio in itertools.product(*_GRID):
     pace = max(4, round_trip * share) / 2
     up = max(1, pace / (1 + ratio))
     yield block_trial(task, ticks.block(P, max(1, pace - up), up, turn, loss), gap)
+
+
+def block_trials(task: Task) -> list[Trial]:
+  """Blocks that were made for the limit."""
+  # The formula leaves the ends of a step out of account, where W may wait; one more may do.
+  blocks = v_blocks(task.placement.devices, _most(task) + 1)
+  return [block_trial(task, block) for block in blocks[:_BLOCKS]]
 
 
 def block_trial(task: Task, block: Block, gap: float = 0) -> Trial:
@@ -166,9 +224,12 @@ def block_trial(task: Task, block: Block, gap: float = 0) -> Trial:
   )
 
 
-def _chunk(task: Task) -> float:
+def _most(task: Task) -> float:
+  """Chunks that fit into every device, as far as they can be of use."""
   changes = task.memory[0]
-  return max(changes) if isinstance(changes, Sequence) else changes
+  chunk = max(changes) if isinstance(changes, Sequence) else changes
+  useful = 2 * min(task.placement.devices, task.microbatches)
+  return min(useful, min(task.limit) / chunk) if chunk else useful
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,14 +250,11 @@ class _Ticks:
   def block(self, P: int, down: float, up: float, turn: float, loss: float) -> Block:
     """A block whose ticks leave time for passes and hops, where there is a choice."""
     forward, input_grad = self.forward + self.hop, self.input_grad + self.hop
-    ahead = v_ticks(P, max(down, forward), max(up, forward), self.forward + turn, 0, 0)
-    back = v_ticks(P, max(down, input_grad), max(up, input_grad), 0, 0, self.input_grad + turn)
-    # Both were drawn for Fs and Is alike; each gives the half that it was drawn for.
-    begin = ahead.forward[-1] + self.forward + loss - back.input_grad[-1]
-    return Block(
-      period=V_PERIOD,
-      forward=ahead.forward,
-      input_grad=tuple(begin + tick for tick in back.input_grad),
+    return v_ticks(
+      P,
+      (max(down, forward), max(up, forward)),
+      (max(down, input_grad), max(up, input_grad)),
+      (self.forward + turn, self.forward + loss, self.input_grad + turn),
     )
 
 
@@ -213,7 +271,10 @@ def _greedy(task: Task) -> Iterator[Trial]:
     "late gradients": (3, 2, 0, 1),
   }
   shortest = min(min(times) for times in task.costs.durations(S).values())
-  for classes, gap, patience in itertools.product(orders.values(), (0, 1), (0, 0.5)):
+  chunks = max(1, int(_most(task)) - 1)
+  caps = (None, [max(1, min(chunks, S - s)) for s in range(S)])
+  options = itertools.product((0, 0.5), caps, (0, 1), orders.values())
+  for patience, in_flight, gap, classes in options:
     # Bound now: the loop has moved on when the trial runs.
     def urgency(kind: Kind, stage: int, microbatch: int, classes: Sequence[int] = classes) -> float:
       if kind is Kind.W:
@@ -221,7 +282,8 @@ def _greedy(task: Task) -> Iterator[Trial]:
       group = classes[2 * (kind is Kind.I) + (stage >= P)]
       return group * apart + microbatch * S - stage
 
-    yield _list_trial(task, Policy(urgency=urgency, gap=gap, patience=patience * shortest))
+    policy = Policy(urgency=urgency, in_flight=in_flight, gap=gap, patience=patience * shortest)
+    yield _list_trial(task, policy)
 
 
 def _list_trial(task: Task, policy: Policy) -> Trial:

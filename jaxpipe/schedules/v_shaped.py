@@ -1,11 +1,12 @@
 """V-Min, V-Half and V-ZB: a V in a third, a half and all of 1F1B's memory.
 
 Controllable Memory (Qi et al., 2024, arXiv:2405.15362): the pace at which a microbatch walks down
-and up the V decides how long its chunks are held. P=4, M=6:
+and up the V decides how long its chunks are held. V-Min at P=3, M=3, the second chunk in small
+letters:
 
-  V-MIN
-
-  V-HALF
+  device 0 | F0 F1          f0 i0 F2 w0 f1 i1 w1 I0 W0    f2 i2 I1 W1 w2    I2 W2 | peak 4
+  device 1 |    F0 F1    f0       i0 f1 w0 F2 I0 i1 W0 f2 w1 I1 i2 W1 w2 I2 W2    | peak 4
+  device 2 |       F0 f0 F1 f1       i0 I0 W0 F2 w0 f2 i1 I1 W1 w1 i2 I2 W2 w2    | peak 4
 
 At unit times and M = 4P, with k chunks held at most and everything counted in ticks, the schedules
 here were measured, for P = 3 to 16, to have
@@ -18,12 +19,13 @@ here were measured, for P = 3 to 16, to have
 microbatch; `v_search` then looks for other schedules in the same memory.
 """
 
+from jaxpipe.schedules.actions import Kind
 from jaxpipe.schedules.building_block import Block, v_half_block, v_min_block
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.problem import Objective
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
-from jaxpipe.schedules.v_search import Task, Trial, best_v, block_trial
+from jaxpipe.schedules.v_search import Task, Trial, best_v, block_trial, block_trials
 from jaxpipe.schedules.zb_v import patterns
 
 
@@ -68,8 +70,12 @@ def v_zb(spec: Spec) -> Schedule:
 
 def _from_block(name: str, spec: Spec, block: Block, limit: int) -> Schedule:
   task = _task(name, spec, limit, "makespan")
+  # Drawn for equal times, and for steps that are long enough to fill the V.
+  if spec.microbatches >= 2 * spec.devices and _is_even(spec):
+    order = block_trial(task, block)()
+    return Schedule(name, task.placement, spec.microbatches, order)
   trials: list[Trial] = [block_trial(task, block, gap) for gap in (0, 1)]
-  return best_v(task, trials)
+  return best_v(task, [*trials, *block_trials(task)])
 
 
 def _task(name: str, spec: Spec, limit: int, objective: Objective) -> Task:
@@ -83,3 +89,10 @@ def _task(name: str, spec: Spec, limit: int, objective: Objective) -> Task:
     limit=(limit,) * spec.devices,
     objective=objective,
   )
+
+
+def _is_even(spec: Spec) -> bool:
+  """Whether every F, I and W takes equally long, and a hop nothing."""
+  durations = spec.costs.durations(2 * spec.devices)
+  times = {time for kind in (Kind.F, Kind.I, Kind.W) for time in durations[kind]}
+  return len(times) == 1 and not spec.costs.hop and not spec.costs.head

@@ -1,9 +1,10 @@
-"""ZB-V: zero bubble in 1F1B's memory (Qi et al., 2023, arXiv:2401.10241, section 6).
+"""ZB-V: zero bubble in 1F1B's memory (Qi et al., 2023, arXiv:2401.10241).
 
 The chunks of a device are folded into a V, so that the device that runs the first stage runs the
-last one too, and gradients start where forwards end. P=4, M=8:
+last one too, and gradients start where forwards end. P=2, M=4, the second chunk in small letters:
 
-  TIMETABLE
+  device 0 | F0 F1 F2 f0 i0 w0 f1 i1 w1 F3 I0 W0 f2 i2 w2 I1 W1 f3 i3 w3 I2 W2 I3 W3    | peak 4
+  device 1 |    F0 f0 F1 f1 i0 w0 F2 I0 W0 f2 i1 w1 F3 I1 W1 f3 i2 w2 I2 i3 I3 W2 W3 w3 | peak 4
 
   device d:  | 2(P-d)-1 Fs of chunk 0 | d times F F | P-d times F I | F I F I ...... | I I .. I |
              [1] fill                   [2] of chunks 1 and 0         [3] chunk 0, 1   [4] drain
@@ -18,18 +19,16 @@ other paces, greedy schedules and local search (`v_search`), which plan with `co
 `memory_limit` where one is given.
 """
 
-import contextlib
-import functools
 import itertools
 import math
 
 from jaxpipe.schedules.actions import Kind, Order
-from jaxpipe.schedules.building_block import v_block, v_half_block, v_min_block
+from jaxpipe.schedules.building_block import v_half_block, v_min_block
 from jaxpipe.schedules.list_schedule import Policy, all_work, list_schedule
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
-from jaxpipe.schedules.v_search import Task, Trial, best_v, block_trial
+from jaxpipe.schedules.v_search import Task, Trial, best_v, block_trial, block_trials
 
 _Pass = tuple[Kind, int, int]
 
@@ -68,12 +67,9 @@ def patterns(task: Task) -> list[Trial]:
   ]
   # The drawn one first: the others of its kind differ by costs only.
   found.insert(0, found.pop(6))
-  limit = int(min(min(task.limit), 2 * task.placement.devices))
-  for make in (v_half_block, v_min_block, functools.partial(v_block, limit=limit)):
-    # Too little memory for a block; others do with less.
-    with contextlib.suppress(ValueError):
-      found.append(block_trial(task, make(task.placement.devices)))
-  return found
+  P = task.placement.devices
+  blocks = [block_trial(task, block) for block in (v_half_block(P), v_min_block(P))]
+  return [*found, *blocks, *block_trials(task)]
 
 
 def _pattern_trial(task: Task, *, early: bool, strict: bool, gap: float) -> Trial:
@@ -90,20 +86,27 @@ def _in_pattern(task: Task, *, early: bool, strict: bool, gap: float) -> Order:
     gap: the share of a W that a gap must have room for.
   """
   P, M = task.placement.devices, task.microbatches
-  places: dict[_Pass, float] = {}
-  ranks: dict[_Pass, float] = {}
+  # By kind's position, stage and microbatch: where it stands in its row, and with which rank.
+  places = [[[math.inf] * M for _ in range(2 * P)] for _ in range(3)]
+  ranks = [[[math.inf] * M for _ in range(2 * P)] for _ in range(2)]
   for d in range(P):
     row, drain = _row(d, P, M)
     for i, (kind, stage, m) in enumerate(row):
-      places[kind, stage, m] = i
-      ranks[kind, stage, m] = i if strict or i < drain else math.inf
-      if kind is Kind.I:
-        places[Kind.W, stage, m] = i if early and i < drain else math.inf
-  policy = Policy(
-    urgency=lambda kind, stage, m: places[kind, stage, m],
-    rank=lambda kind, stage, m: ranks[kind, stage, m],
-    gap=gap,
-  )
+      which = 0 if kind is Kind.F else 1
+      places[which][stage][m] = i
+      if strict or i < drain:
+        ranks[which][stage][m] = i
+      if which == 1 and early and i < drain:
+        places[2][stage][m] = i
+
+  def urgency(kind: Kind, stage: int, microbatch: int) -> float:
+    which = 0 if kind is Kind.F else 1 if kind is Kind.I else 2
+    return places[which][stage][microbatch]
+
+  def rank(kind: Kind, stage: int, microbatch: int) -> float:
+    return ranks[kind is Kind.I][stage][microbatch]
+
+  policy = Policy(urgency=urgency, rank=rank, gap=gap)
   return list_schedule(
     task.placement,
     all_work(task.placement, M),
