@@ -13,7 +13,8 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from jaxpipe.schedules import schedule_names, simulate
-from jaxpipe.schedules.registry import FAMILIES, make_schedule
+from jaxpipe.schedules.build import make_schedule
+from jaxpipe.schedules.registry import FAMILIES
 
 PICTURE = pathlib.Path(__file__).parent / "images" / "scaling.png"
 PAGE = pathlib.Path(__file__).with_name("scaling.md")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from jaxpipe.schedules import Costs, Placement, schedule_names
 from jaxpipe.schedules.peaks import peaks
-from jaxpipe.schedules.problem import Problem, pose
+from jaxpipe.schedules.planning.problem import Problem, pose
 from jaxpipe.schedules.search import named_schedules, search
 
 INSTANCES = 200
@@ -126,7 +126,7 @@ def table(results: list[tuple[int, float | None, float, bool, float]]) -> str:
 
 def main() -> None:
   """Runs all instances and writes the page."""
-  from jaxpipe.schedules.greedy import POLICIES
+  from jaxpipe.schedules.planning.greedy import POLICIES
 
   begin = time.monotonic()
   results = []

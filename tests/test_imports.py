@@ -15,7 +15,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 # What a schedule *is*; the modules beside these say which ones there are.
 SCHEDULE_VALUES = {
   f"jaxpipe.schedules{module}"
-  for module in ("", ".actions", ".check", ".placement", ".schedule", ".simulate", ".walk")
+  for module in (
+    "",
+    ".actions",
+    ".check",
+    ".costs",
+    ".peaks",
+    ".placement",
+    ".schedule",
+    ".simulate",
+    ".ticks",
+    ".walk",
+  )
 }
 
 # Part -> the modules of ours that it may import, besides its own. An ending dot admits everything
@@ -132,7 +143,7 @@ TREE = {
   "jaxpipe.__init__",
   "jaxpipe.schedules",
   "jaxpipe.schedules.__init__",
-  "jaxpipe.schedules.gpipe",
+  "jaxpipe.schedules.families.gpipe",
   "jaxpipe.schedules.schedule",
   "jaxpipe.models",
   "jaxpipe.models.__init__",
@@ -147,15 +158,15 @@ TREE = {
 @pytest.mark.parametrize(
   ("module", "source"),
   [
-    ("jaxpipe.schedules.gpipe", "import jax"),
-    ("jaxpipe.schedules.gpipe", "def late():\n  from jax import numpy"),
-    ("jaxpipe.schedules.gpipe", "import jaxpipe"),
+    ("jaxpipe.schedules.families.gpipe", "import jax"),
+    ("jaxpipe.schedules.families.gpipe", "def late():\n  from jax import numpy"),
+    ("jaxpipe.schedules.families.gpipe", "import jaxpipe"),
     ("jaxpipe.schedules", "from ..models import stack"),
     ("jaxpipe.models.stack", "from jaxpipe.pipeline import executor"),
     ("jaxpipe.models.stack", "from jaxpipe import pipeline"),
     ("jaxpipe.models.stack", "from ..pipeline.executor import run"),
-    ("jaxpipe.pipeline.executor", "from jaxpipe.schedules import gpipe"),
-    ("jaxpipe.pipeline.executor", "import jaxpipe.schedules.gpipe as g"),
+    ("jaxpipe.pipeline.executor", "from jaxpipe.schedules.families import gpipe"),
+    ("jaxpipe.pipeline.executor", "import jaxpipe.schedules.families.gpipe as g"),
     ("jaxpipe.pipeline.executor", "from jaxpipe.models.transformer import Block"),
     ("jaxpipe.pipeline.executor", "from jaxpipe.models import transformer"),
     ("jaxpipe.pipeline.executor", "from jax._src import core"),

@@ -7,11 +7,11 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from jaxpipe.schedules.backward import BACKWARDS
 from jaxpipe.schedules.costs import Costs, Memory, PerStage
 from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.sends import SENDS
 from jaxpipe.schedules.simulate import EXECUTIONS
+from jaxpipe.schedules.transforms.backward import BACKWARDS
 
 # The first is the default.
 FORMATS = ("text", "json", "csv", "png", "svg", "perfetto")

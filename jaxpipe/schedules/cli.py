@@ -13,21 +13,22 @@ from collections.abc import Sequence
 
 from jaxpipe.schedules import arguments, draw, interchange
 from jaxpipe.schedules.actions import ScheduleError
-from jaxpipe.schedules.backward import with_backward
+from jaxpipe.schedules.build import check_memory, make_schedule
 from jaxpipe.schedules.compare import Entry, compare, format_table
 from jaxpipe.schedules.figure import draw_figure
-from jaxpipe.schedules.fillers import with_fillers
-from jaxpipe.schedules.recompute import with_recompute
-from jaxpipe.schedules.registry import FAMILIES, check_memory, make_schedule
+from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.sends import check_sends
 from jaxpipe.schedules.simulate import Timeline, simulate
-from jaxpipe.schedules.validation import with_post_validation
-from jaxpipe.schedules.vocabulary import with_vocabulary
+from jaxpipe.schedules.transforms.backward import with_backward
+from jaxpipe.schedules.transforms.fillers import with_fillers
+from jaxpipe.schedules.transforms.recompute import with_recompute
+from jaxpipe.schedules.transforms.validation import with_post_validation
+from jaxpipe.schedules.transforms.vocabulary import with_vocabulary
 
 _COMPARE = "compare"
 # Flags that concern one schedule, with their values where they are not given.
-_NOT_FOR_ALL = (
+_NOT_FOR_ALL: tuple[tuple[str, object], ...] = (
   ("order", None),
   ("backward", None),
   ("sends", None),

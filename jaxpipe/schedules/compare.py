@@ -6,8 +6,9 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
+from jaxpipe.schedules.build import make_schedule
 from jaxpipe.schedules.costs import Costs, Memory, PerStage
-from jaxpipe.schedules.registry import FAMILIES, make_schedule
+from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.simulate import Timeline, simulate
 
 

@@ -17,18 +17,18 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 
-from jaxpipe.schedules import exact as solver
 from jaxpipe.schedules.actions import Action, Kind
-from jaxpipe.schedules.backward import BACKWARDS
-from jaxpipe.schedules.bounds import lower_bound
+from jaxpipe.schedules.build import make_schedule, schedule_names
 from jaxpipe.schedules.costs import Costs, Memory
-from jaxpipe.schedules.greedy import POLICIES, build
-from jaxpipe.schedules.improve import improve
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.problem import Found, Objective, Problem, Words, pose
-from jaxpipe.schedules.registry import make_schedule, schedule_names
-from jaxpipe.schedules.run import run
+from jaxpipe.schedules.planning import exact as solver
+from jaxpipe.schedules.planning.bounds import lower_bound
+from jaxpipe.schedules.planning.greedy import POLICIES, build
+from jaxpipe.schedules.planning.improve import improve
+from jaxpipe.schedules.planning.problem import Found, Objective, Problem, Words, pose
+from jaxpipe.schedules.planning.run import run
 from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.transforms.backward import BACKWARDS
 
 # Local optima differ, so the moves are shared out among so many starts.
 _STARTS = 6

@@ -18,9 +18,9 @@ from jaxpipe.schedules import (
   simulate,
 )
 from jaxpipe.schedules import search as search_module
-from jaxpipe.schedules.bounds import lower_bound
-from jaxpipe.schedules.problem import pose
-from jaxpipe.schedules.run import run
+from jaxpipe.schedules.planning.bounds import lower_bound
+from jaxpipe.schedules.planning.problem import pose
+from jaxpipe.schedules.planning.run import run
 from jaxpipe.schedules.search import named_schedules, search
 
 SMALL = [(seed, objective) for seed in range(200) for objective in ("makespan", "span")]

@@ -1,0 +1,104 @@
+"""Building schedules by name: what holds for all families is seen to here, once.
+
+That is: sizes that make sense, options that exist, the cut of the backward pass, legality, the
+memory limit.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from jaxpipe.schedules.costs import Costs, Memory
+from jaxpipe.schedules.peaks import peaks
+from jaxpipe.schedules.registry import FAMILIES
+from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.spec import Spec, limit_by_device
+from jaxpipe.schedules.transforms.backward import with_backward
+
+
+def schedule_names() -> tuple[str, ...]:
+  """Names that `make_schedule` knows."""
+  return tuple(FAMILIES)
+
+
+def make_schedule(
+  name: str,
+  *,
+  devices: int,
+  microbatches: int,
+  chunks: int | None = None,
+  backward: str | None = None,
+  costs: Costs | None = None,
+  memory: Memory = (1, 0, -1),
+  memory_limit: float | Sequence[float] | None = None,
+  **options: int,
+) -> Schedule:
+  """Builds a schedule by name and checks it.
+
+  Args:
+    name: one of `schedule_names()`.
+    devices: number of devices, P.
+    microbatches: number of microbatches, M.
+    chunks: stages per device, V; by default the family's own number.
+    backward: `fused`, `split` or `deferred`; by default the family's own way.
+    costs: durations, for schedules that are planned around them.
+    memory: what an F, an I and a W change in what its device holds.
+    memory_limit: most memory that any device may hold, in the unit of `memory`; one number, or one
+      per device.
+    options: what only this family understands, such as `waves` of `hanayo`.
+
+  Returns:
+    A legal schedule within the limit.
+
+  Raises:
+    ValueError: the name is unknown, the sizes do not fit, or the limit is too low.
+
+  >>> make_schedule("1f1b", devices=2, microbatches=2).tokens()
+  [['0F0', '0F1', '0B0', '0B1'], ['1F0', '1B0', '1F1', '1B1']]
+  """
+  if name not in FAMILIES:
+    raise ValueError(f"unknown schedule {name!r}; known: {', '.join(FAMILIES)}")
+  family = FAMILIES[name]
+  # None means "the family's own"; 0 is a mistake that the check below names.
+  chunks = family.chunks if chunks is None else chunks
+  for word, number in (("devices", devices), ("microbatches", microbatches), ("chunks", chunks)):
+    if number < 1:
+      raise ValueError(f"{name} cannot run with {word}={number}; use {word}=1 or more")
+  if chunks != family.chunks and not family.any_chunks:
+    raise ValueError(
+      f"{name} has {family.chunks} chunk(s) per device, not {chunks}; use chunks={family.chunks}"
+    )
+  _check_options(name, options)
+  spec = Spec(
+    devices=devices,
+    microbatches=microbatches,
+    chunks=chunks,
+    costs=costs or Costs(),
+    memory=memory,
+    memory_limit=memory_limit,
+    options=options,
+  )
+  # Checked although we built it: a family with a bug must not reach an executor, where it hangs.
+  schedule = with_backward(family.build(spec), backward, spec.costs).check()
+  # Searches keep to the limit while they plan; for all others it is a condition on the result.
+  check_memory(schedule, memory, memory_limit)
+  return schedule
+
+
+def _check_options(name: str, options: Mapping[str, int]) -> None:
+  known = FAMILIES[name].options
+  for option, value in options.items():
+    if option not in known:
+      has = f"it has {', '.join(known)}" if known else "it has none"
+      raise ValueError(f"{name} has no option {option!r}; {has}")
+    if value < 1:
+      raise ValueError(f"{name} cannot run with {option}={value}; use {option}=1 or more")
+
+
+def check_memory(schedule: Schedule, memory: Memory, limit: float | Sequence[float] | None) -> None:
+  """Raises ValueError if some device of the schedule holds more than its limit."""
+  limits = limit_by_device(limit, schedule.devices)
+  for d, (peak, limit) in enumerate(zip(peaks(schedule, memory).memory, limits, strict=True)):
+    if not peak <= limit:  # so that a NaN is refused as well
+      raise ValueError(
+        f"{schedule.name} holds {peak} on device {d}, above memory_limit={limit};"
+        f" use memory_limit={peak}, fewer microbatches or a thriftier schedule"
+      )

@@ -1,0 +1,210 @@
+"""List scheduling: whenever a device is free, it starts the most urgent thing that it may.
+
+Graham's list scheduling (1966) for split backward passes, on any placement: families differ in
+what is urgent, and in how much memory there is, not in how time is walked through. It is the
+engine below the V-shaped families and serves wherever costs are uneven, where a drawn pattern no
+longer fits. P=2 in a V, M=2, the second chunk in small letters; I goes before F, and W into gaps:
+
+  device 0 | F0 F1    f0 i0 f1 i1 I0 W0 I1 w0 W1 w1 | peak 4
+  device 1 |    F0 f0 F1 f1 i0 I0 i1 I1 W0 w0 W1 w1 | peak 4
+
+  [1] an event is a moment at which a device ends its work or something reaches it
+  [2] the device takes the most urgent head of its lanes that is there and that memory allows
+  [3] nothing to take, or a gap before it comes: a W, which never waits and frees memory
+
+A lane is one stage on one device; `lanes` explains them and why no memory limit can dead-lock.
+"""
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Callable, Sequence
+
+from jaxpipe.schedules.actions import Action, Kind, Order, ScheduleError
+from jaxpipe.schedules.costs import Costs, Memory
+from jaxpipe.schedules.placement import Placement
+from jaxpipe.schedules.planning.lanes import KINDS, F, I, Lane, State, W, Work, fits
+
+# `Work` lives with the lanes; those who call `list_schedule` look for it here.
+__all__ = ["Policy", "Urgency", "Work", "all_work", "list_schedule"]
+
+# Smaller is more urgent; of two equal ones the lower microbatch goes first.
+Urgency = Callable[[Kind, int, int], float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+  """How a device chooses.
+
+  Attributes:
+    urgency: of F, I and W by (kind, stage, microbatch); smaller goes first. Within one kind and
+      stage, earlier microbatches of a lane come first whatever it says. A W whose urgency is
+      infinite runs in gaps only, or when memory is short.
+    in_flight: most microbatches that a stage may hold from F to W, by stage; None for no bound.
+    rank: a device runs F and I in ascending order of it, however long it waits; among equals
+      urgency decides. None ranks all alike. W is free to move.
+    patience: a device waits so long for something more urgent that it knows to be coming.
+    gap: a W starts in a gap of known length only if this share of it fits.
+    pending: most Ws that a device may put off, however urgent the rest is.
+  """
+
+  urgency: Urgency
+  in_flight: Sequence[int] | None = None
+  rank: Urgency | None = None
+  patience: float = 0
+  gap: float = 0
+  pending: float = math.inf
+
+
+def all_work(placement: Placement, microbatches: int) -> Work:
+  """Every microbatch on every stage, where each stage lives on one device."""
+  return [{stage: range(microbatches) for stage in row} for row in placement.table]
+
+
+def list_schedule(
+  placement: Placement,
+  work: Work,
+  policy: Policy,
+  *,
+  costs: Costs | None = None,
+  memory: Memory = (1, 0, -1),
+  limit: float | Sequence[float] | None = None,
+) -> Order:
+  """Schedules F, I and W of every microbatch on every stage, greedily in time.
+
+  Args:
+    placement: where the stages live.
+    work: what each device runs. Every stage's lanes must hold every microbatch once in all.
+    policy: what goes first, and when a device rather waits.
+    costs: durations to plan with.
+    memory: what an F, an I and a W change in what a device holds.
+    limit: most memory that a device may hold, one number or one per device; None for no limit.
+
+  Returns:
+    Each device's list. Time is linear in the number of actions times the stages of a device.
+
+  Raises:
+    ValueError: a limit is too low for one microbatch.
+    ScheduleError: ranks that no order in time can keep, or that need more memory than the limit.
+
+  >>> policy = Policy(urgency=lambda kind, stage, microbatch: microbatch)
+  >>> order = list_schedule(Placement.loop(2), [{0: [0]}, {1: [0]}], policy)
+  >>> [" ".join(map(str, row)) for row in order]
+  ['0F0 0I0 0W0', '1F0 1I0 1W0']
+  """
+  return _run(State(placement, work, policy.in_flight, costs or Costs(), memory, limit), policy)
+
+
+# What a device may do next: when, how urgent, which microbatch, which kind, in which lane.
+_Choice = tuple[float, float, int, int, Lane]
+
+
+def _run(state: State, policy: Policy) -> Order:
+  order: list[list[Action]] = [[] for _ in state.lanes]
+  free: list[float] = [0] * len(order)
+  todo = 3 * len(state.lane_of)
+  # [1] The device breaks ties, so that results do not depend on how events came about.
+  events: list[tuple[float, int]] = [(0, d) for d in range(len(order))]
+  while events:
+    now, d = heapq.heappop(events)
+    if now < free[d]:
+      continue
+    # Several events may fall on one moment, which is looked at once.
+    while events and events[0] == (now, d):
+      heapq.heappop(events)
+    choice = _choose(state, policy, d, now)
+    if choice is None:
+      continue  # whatever it waits for wakes it
+    start, _, m, which, lane = choice
+    if start > now:
+      heapq.heappush(events, (start, d))
+      continue
+    todo -= 1
+    end = free[d] = now + state.durations[which][lane.stage]
+    order[d].append(Action(lane.stage, KINDS[which], m))
+    state.held[d] += state.changes[which][lane.stage]
+    lane.heads[which] += 1
+    heapq.heappush(events, (end, d))
+    reached = _announce(state, lane, which, m, end)
+    if reached is not None:
+      heapq.heappush(events, reached)
+  if todo:
+    raise ScheduleError(f"the ranks of a policy dead-lock with {todo} actions to go")
+  return tuple(map(tuple, order))
+
+
+def _announce(state: State, lane: Lane, which: int, m: int, end: float) -> tuple[float, int] | None:
+  """Notes when what is being made reaches the next stage, and which device that wakes."""
+  if which == W or (which == I and lane.stage == 0):
+    return None
+  if which == F and lane.stage == state.stages - 1:
+    lane.grads[m] = end
+    return None
+  target = state.lane_of[lane.stage + (1 if which == F else -1), m]
+  arrival = end if target.device == lane.device else end + state.hop
+  (target.arrivals if which == F else target.grads)[m] = arrival
+  return arrival, target.device
+
+
+def _choose(state: State, policy: Policy, d: int, now: float) -> _Choice | None:
+  """[2] The most urgent head, or [3] a W; later than now if the device had better wait."""
+  put_off = _most_urgent_weight(state, policy, d, now)
+  if put_off and sum(a.heads[I] - a.heads[W] for a in state.lanes[d]) >= policy.pending:
+    return put_off
+  best = _in_reach(state, policy, d, now)
+  if put_off and best and put_off[1:4] < best[1:4]:
+    return put_off
+  if put_off and (best is None or best[0] > now):
+    weight = state.durations[W][put_off[4].stage]
+    # A gap of unknown length is taken to be long.
+    if best is None or best[0] - now >= policy.gap * weight:
+      return put_off
+  return best
+
+
+def _in_reach(state: State, policy: Policy, d: int, now: float) -> _Choice | None:
+  """The most urgent F or I that comes before patience ends, else the one that comes first."""
+  best: _Choice | None = None
+  coming: _Choice | None = None
+  for lane, which, m in _heads(state, policy, d):
+    arrival = (lane.arrivals if which == F else lane.grads)[m]
+    if arrival == math.inf or not fits(state, lane, which, ranked=policy.rank is not None):
+      continue
+    start = max(now, arrival)
+    choice = (start, policy.urgency(KINDS[which], lane.stage, m), m, which, lane)
+    if start <= now + policy.patience and (best is None or choice[1:4] < best[1:4]):
+      best = choice
+    if coming is None or choice[:4] < coming[:4]:
+      coming = choice
+  return best or coming
+
+
+def _heads(state: State, policy: Policy, d: int) -> list[tuple[Lane, int, int]]:
+  """The next F and I of each lane, those of the lowest rank only."""
+  rank = policy.rank
+  found: list[tuple[Lane, int, int]] = []
+  lowest = math.inf
+  for lane in state.lanes[d]:
+    for which in (F, I):
+      m = lane.head(which)
+      if m is None:
+        continue
+      place = rank(KINDS[which], lane.stage, m) if rank else 0
+      if place < lowest:
+        found.clear()
+        lowest = place
+      if place == lowest:
+        found.append((lane, which, m))
+  return found
+
+
+def _most_urgent_weight(state: State, policy: Policy, d: int, now: float) -> _Choice | None:
+  best: _Choice | None = None
+  for lane in state.lanes[d]:
+    at = lane.heads[W]
+    if at < lane.heads[I]:
+      m = lane.microbatches[at]
+      choice = (now, policy.urgency(Kind.W, lane.stage, m), m, W, lane)
+      if best is None or choice[1:4] < best[1:4]:
+        best = choice
+  return best

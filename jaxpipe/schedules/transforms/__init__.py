@@ -1,0 +1,1 @@
+"""What turns any finished schedule into another: cuts of the backward pass, and actions added."""
