@@ -60,10 +60,6 @@ class Lane:
     self.arrivals = dict.fromkeys(self.microbatches, 0 if stage == 0 else math.inf)
     self.grads = dict.fromkeys(self.microbatches, math.inf)
 
-  def head(self, which: int) -> int | None:
-    at = self.heads[which]
-    return self.microbatches[at] if at < len(self.microbatches) else None
-
 
 class State:
   """What `_run` moves forward in time."""
@@ -88,7 +84,8 @@ class State:
     caps = in_flight or (math.inf,) * self.stages
     self.lanes = [[Lane(d, s, row[s], caps[s]) for s in row] for d, row in enumerate(work)]
     self.lane_of = {(a.stage, m): a for row in self.lanes for a in row for m in a.microbatches}
-    self.limits = list(limit) if isinstance(limit, Sequence) else [limit or math.inf] * len(work)
+    limit = math.inf if limit is None else limit
+    self.limits = list(limit) if isinstance(limit, Sequence) else [limit] * len(work)
     self.held: list[float] = [0] * len(work)
     self.needs = [_footprint(list(row), self.changes) for row in work]
     for d, (most, (_, need)) in enumerate(zip(self.limits, self.needs, strict=True)):

@@ -97,6 +97,8 @@ def list_schedule(
 
 # What a device may do next: when, how urgent, which microbatch, which kind, in which lane.
 _Choice = tuple[float, float, int, int, Lane]
+# What a lane has next: the kind, the microbatch, and when its input comes.
+_Head = tuple[Lane, int, int, float]
 
 
 def _run(state: State, policy: Policy) -> Order:
@@ -166,9 +168,9 @@ def _in_reach(state: State, policy: Policy, d: int, now: float) -> _Choice | Non
   """The most urgent F or I that comes before patience ends, else the one that comes first."""
   best: _Choice | None = None
   coming: _Choice | None = None
-  for lane, which, m in _heads(state, policy, d):
-    arrival = (lane.arrivals if which == F else lane.grads)[m]
-    if arrival == math.inf or not fits(state, lane, which, ranked=policy.rank is not None):
+  ranked = policy.rank is not None
+  for lane, which, m, arrival in _coming(state, policy, d) if ranked else _known(state, d):
+    if arrival == math.inf or not fits(state, lane, which, ranked=ranked):
       continue
     start = max(now, arrival)
     choice = (start, policy.urgency(KINDS[which], lane.stage, m), m, which, lane)
@@ -179,23 +181,35 @@ def _in_reach(state: State, policy: Policy, d: int, now: float) -> _Choice | Non
   return best or coming
 
 
-def _heads(state: State, policy: Policy, d: int) -> list[tuple[Lane, int, int]]:
-  """The next F and I of each lane, those of the lowest rank only."""
-  rank = policy.rank
-  found: list[tuple[Lane, int, int]] = []
-  lowest = math.inf
+def _known(state: State, d: int) -> list[_Head]:
+  """The next F and I of each lane that are known to come, and when."""
+  found: list[_Head] = []
   for lane in state.lanes[d]:
-    for which in (F, I):
-      m = lane.head(which)
-      if m is None:
-        continue
-      place = rank(KINDS[which], lane.stage, m) if rank else 0
-      if place < lowest:
-        found.clear()
-        lowest = place
-      if place == lowest:
-        found.append((lane, which, m))
+    microbatches = lane.microbatches
+    for which, times in ((F, lane.arrivals), (I, lane.grads)):
+      at = lane.heads[which]
+      if at < len(microbatches):
+        m = microbatches[at]
+        if times[m] != math.inf:
+          found.append((lane, which, m, times[m]))
   return found
+
+
+def _coming(state: State, policy: Policy, d: int) -> list[_Head]:
+  """The next F and I of each lane, those of the lowest rank only, known or not."""
+  assert policy.rank is not None
+  heads = [
+    (lane, which, lane.microbatches[lane.heads[which]])
+    for lane in state.lanes[d]
+    for which in (F, I)
+    if lane.heads[which] < len(lane.microbatches)
+  ]
+  places = [policy.rank(KINDS[which], lane.stage, m) for lane, which, m in heads]
+  return [
+    (lane, which, m, (lane.arrivals if which == F else lane.grads)[m])
+    for (lane, which, m), place in zip(heads, places, strict=True)
+    if place == min(places)
+  ]
 
 
 def _most_urgent_weight(state: State, policy: Policy, d: int, now: float) -> _Choice | None:
