@@ -24,7 +24,8 @@ from jaxpipe.schedules.families.zb_v import patterns
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.planning.building_block import Block, v_half_block, v_min_block
 from jaxpipe.schedules.planning.problem import Objective
-from jaxpipe.schedules.planning.v_search import Task, Trial, best_v, block_trial, block_trials
+from jaxpipe.schedules.planning.v_search import best_v
+from jaxpipe.schedules.planning.v_trials import Task, Trial, block_trial, block_trials
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
 

@@ -26,7 +26,8 @@ from jaxpipe.schedules.actions import Kind, Order
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.planning.building_block import v_half_block, v_min_block
 from jaxpipe.schedules.planning.list_schedule import Policy, all_work, list_schedule
-from jaxpipe.schedules.planning.v_search import Task, Trial, best_v, block_trial, block_trials
+from jaxpipe.schedules.planning.v_search import best_v
+from jaxpipe.schedules.planning.v_trials import Task, Trial, block_trial, block_trials
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
 
@@ -55,6 +56,8 @@ def zb_v(spec: Spec) -> Schedule:
     memory=spec.memory if limited else (1, 0, -1),
     limit=spec.limits() if limited else (2 * P,) * P,
     objective="span",
+    # Below a limit of the user's no pattern was drawn to be best.
+    effort=8 if limited else 1,
   )
   return best_v(task, patterns(task))
 
