@@ -41,7 +41,7 @@ of two replicas).
 ## All at once
 
 P=4, M=8, F, I and W of a device's whole part taking 12 each, no hop; `makespan` of the work alone
-is 288. Skipping schedules do less work.
+is 288. Those that skip stages do less work and stand at the end.
 
 {table}
 
@@ -97,7 +97,11 @@ def _section(name: str, family: Family) -> str:
   options = [f"`{option}`: {meaning}" for option, meaning in family.options.items()]
   if family.any_chunks:
     options.insert(0, f"`chunks` (default {family.chunks})")
-  ways = {"fused": "`backward` fused (default), split or deferred", "split": "`backward` is split"}
+  ways = {
+    "fused": "`backward` fused (default), split or deferred",
+    "split": "`backward` is split",
+    "mixed": "`backward` is partly fused, or all split",
+  }
   return SECTION.format(
     name=name,
     summary=family.summary[0].upper() + family.summary[1:],

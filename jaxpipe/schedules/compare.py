@@ -52,7 +52,7 @@ def compare(
 
   Returns:
     Those that can run, shortest makespan first, then shortest span, then lowest memory; after them
-    those that cannot, with the reason.
+    those that skip stages, in the same order, and those that cannot run, with the reason.
   """
   costs = costs or Costs()
   entries = []
@@ -122,9 +122,11 @@ def _scale(value: PerStage, devices: int, stages: int) -> PerStage:
 
 def _rank(entry: Entry) -> tuple[float, ...]:
   if entry.timeline is None:
-    return (float("inf"),)
+    return (2,)
   timeline = entry.timeline
-  return timeline.makespan, timeline.span, max(timeline.peak_memory)
+  # Who leaves work out is not the better for being earlier done.
+  skips = timeline.schedule.paths is not None
+  return skips, timeline.makespan, timeline.span, max(timeline.peak_memory)
 
 
 def format_table(entries: Sequence[Entry]) -> str:

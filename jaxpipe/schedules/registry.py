@@ -75,7 +75,7 @@ FAMILIES: dict[str, Family] = {
     interleaved_1f1b,
     "1F1B with V chunks per device: a V-th of the bubble",
     "(P-1) / (VM+P-1)",
-    "V(P-1)+P at most, 1 + (P-1)/(PV) times 1F1B's activations",
+    "VP+P-1 at most, 1 + (P-1)/(PV) times 1F1B's activations",
     "few microbatches per device, links fast enough for V times the traffic",
     chunks=2,
     any_chunks=True,

@@ -180,7 +180,7 @@ def test_compare_prints_a_table_best_first(capsys):
   assert lines[0].startswith("schedule") and any(line.startswith("1f1b ") for line in lines)
   assert main(["compare", *SIZES, "--format", "json"]) == 0
   rows = json.loads(capsys.readouterr().out)
-  ran = [row["makespan"] for row in rows if "makespan" in row]
+  ran = [row["makespan"] for row in rows if "makespan" in row and "skip" not in row["label"]]
   assert ran == sorted(ran) and all("reason" in row for row in rows if "makespan" not in row)
 
 
