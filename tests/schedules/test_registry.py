@@ -73,8 +73,13 @@ def _parts(schedule):
 
 
 @pytest.mark.sampled("name, P, M, V", GRID, 160)
-def test_legal_and_complete(name, P, M, V):
-  _check_legal(_make(name, P, M, V), name, P, M)
+def test_every_size_is_legal_complete_and_drawn(name, P, M, V):
+  """What must hold everywhere, in one test, so that the whole grid builds everything once."""
+  schedule = _make(name, P, M, V)
+  _check_legal(schedule, name, P, M)
+  timeline = simulate(schedule, COSTS)
+  _check_peaks(timeline)
+  _check_drawing(timeline)
 
 
 @pytest.mark.sampled("name, P, M, V, backward", WAYS, 60)
@@ -147,10 +152,8 @@ def test_figures_agree_with_the_timeline(name, P, M, V):
   assert timeline.span_bubble == pytest.approx(1 - max(work) / timeline.span, abs=1e-12)
 
 
-@pytest.mark.sampled("name, P, M, V", GRID, 120)
-def test_peaks_are_those_of_the_timeline(name, P, M, V):
+def _check_peaks(timeline):
   """Counted over time: what a chunk holds from the start of its F to the end of its W or B."""
-  timeline = simulate(_make(name, P, M, V), COSTS)
   for d, row in enumerate(timeline.schedule.order):
     changes = []
     for step, start, end in zip(row, timeline.start[d], timeline.end[d], strict=True):
@@ -176,12 +179,11 @@ def test_round_trips(name, P, M, V):
     assert from_csv(to_csv(schedule), name=name) == schedule
 
 
-@pytest.mark.sampled("name, P, M, V", GRID, 80)
-def test_draws(name, P, M, V):
-  timeline = simulate(_make(name, P, M, V), COSTS)
+def _check_drawing(timeline):
   schedule = timeline.schedule
+  V = schedule.chunks
   rows = draw_text(timeline).splitlines()[1:-1]
-  assert len(rows) == P
+  assert len(rows) == schedule.devices
   for d, row in enumerate(rows):
     assert row.endswith(f"| peak {timeline.peak_activations[d]}")
     # Every action that takes time keeps its whole label.
