@@ -23,6 +23,7 @@ import itertools
 import math
 
 from jaxpipe.schedules.actions import Kind, Order
+from jaxpipe.schedules.costs import memory_changes
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.planning.building_block import v_half_block, v_min_block
 from jaxpipe.schedules.planning.list_schedule import Policy, all_work, list_schedule
@@ -56,10 +57,15 @@ def zb_v(spec: Spec) -> Schedule:
     memory=spec.memory if limited else (1, 0, -1),
     limit=spec.limits() if limited else (2 * P,) * P,
     objective="span",
-    # Below a limit of the user's no pattern was drawn to be best.
-    effort=8 if limited else 1,
+    # For less memory than the pattern takes none was drawn to be best.
+    effort=8 if limited and _below_pattern(spec) else 1,
   )
   return best_v(task, patterns(task))
+
+
+def _below_pattern(spec: Spec) -> bool:
+  forward = memory_changes(spec.memory, 2 * spec.devices)[Kind.F]
+  return min(spec.limits()) < 2 * spec.devices * max(forward)
 
 
 def patterns(task: Task) -> list[Trial]:
