@@ -89,7 +89,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
   )
   add(
     "--memory_limit",
-    type=_per_stage,
+    type=_limit,
     metavar="X",
     help="most that a device may hold; a number, or one per device as 4:4:3:2",
   )
@@ -121,6 +121,13 @@ def _per_stage(text: str) -> PerStage:
   return numbers if len(numbers) > 1 else numbers[0]
 
 
+def _limit(text: str) -> PerStage:
+  try:
+    return _per_stage(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f"{text!r} is not X such as 4 or 4:3:2: {error}") from None
+
+
 def _switch(text: str) -> bool:
   if text not in ("0", "1"):
     raise ValueError(f"{text} is neither 0 nor 1")
@@ -140,7 +147,10 @@ _EXTRA_COSTS: Mapping[str, Callable[[str], PerStage | bool]] = {
 def _costs(text: str) -> Costs:
   try:
     values = [part for part in text.split(",") if "=" not in part]
-    named = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    pairs = [part.split("=", 1) for part in text.split(",") if "=" in part]
+    named = dict(pairs)
+    if len(named) < len(pairs):
+      raise ValueError("a name stands twice")
     forward, input_grad, weight_grad, hop = values
     base = Costs(_per_stage(forward), _per_stage(input_grad), _per_stage(weight_grad), _number(hop))
     unknown = next((name for name in named if name not in _EXTRA_COSTS), None)

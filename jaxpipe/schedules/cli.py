@@ -19,7 +19,7 @@ from jaxpipe.schedules.figure import draw_figure
 from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.sends import check_sends
-from jaxpipe.schedules.simulate import Timeline, simulate
+from jaxpipe.schedules.simulate import EXECUTIONS, Timeline, simulate
 from jaxpipe.schedules.transforms.backward import with_backward
 from jaxpipe.schedules.transforms.fillers import with_fillers
 from jaxpipe.schedules.transforms.recompute import with_recompute
@@ -33,6 +33,8 @@ _NOT_FOR_ALL: tuple[tuple[str, object], ...] = (
   ("backward", None),
   ("sends", None),
   ("option", []),
+  ("execution", EXECUTIONS[0]),
+  ("slack", 0),
   ("recompute", False),
   ("vocabulary", None),
   ("post_validation", False),
@@ -73,6 +75,8 @@ def _run(flags: argparse.Namespace) -> None:
     _emit_text(_comparison(flags), flags.out)
     return
   schedule = _transform(_schedule(flags), flags)
+  # Again: what was added may hold something too.
+  check_memory(schedule, flags.memory, flags.memory_limit)
   if flags.sends is not None:
     check_sends(schedule, flags.sends)
   timeline = simulate(
@@ -135,15 +139,26 @@ def _schedule(flags: argparse.Namespace) -> Schedule:
     costs=flags.costs,
     memory=flags.memory,
     memory_limit=flags.memory_limit,
-    **dict(flags.option),
+    **_options(flags),
   )
+
+
+def _options(flags: argparse.Namespace) -> dict[str, int]:
+  """The --option flags, none of them twice, and none that would pass for another flag."""
+  options = dict(flags.option)
+  if len(options) < len(flags.option):
+    raise ValueError("an --option is given twice; give each once")
+  taken = next((name for name in options if hasattr(flags, name)), None)
+  if taken is not None:
+    raise ValueError(f"{taken} is no option of a schedule; use --{taken}")
+  return options
 
 
 def _transform(schedule: Schedule, flags: argparse.Namespace) -> Schedule:
   """Adds what stands beside the passes. In this order: each step leaves room for the next."""
   if flags.recompute:
     schedule = with_recompute(schedule, flags.costs)
-  if flags.vocabulary is not None:
+  if flags.vocabulary is not None and not schedule.vocabulary:
     schedule = with_vocabulary(schedule, flags.vocabulary, flags.costs)
   if flags.post_validation:
     schedule = with_post_validation(schedule)
@@ -157,13 +172,15 @@ def _read(flags: argparse.Namespace) -> Schedule:
   if flags.option:
     raise ValueError(f"{flags.order} is a finished schedule; drop --option")
   path = pathlib.Path(flags.order)
-  text = path.read_text()
+  # Spreadsheets put a byte-order mark in front.
+  text = path.read_text(encoding="utf-8-sig")
   try:
     # The placement is read off the rows: the CSV of a V-shaped schedule does not say so.
     if path.suffix == ".json":
       schedule = interchange.from_json(text)
     else:
-      schedule = interchange.from_csv(text, name=path.stem)
+      # A CSV cannot say how many barriers its S passes have; the flag can.
+      schedule = interchange.from_csv(text, name=path.stem, vocabulary=flags.vocabulary)
   except ScheduleError as error:
     raise ScheduleError(f"{path}: {error}") from None
   for word in ("devices", "microbatches", "chunks"):
@@ -173,7 +190,6 @@ def _read(flags: argparse.Namespace) -> Schedule:
   # Unlike a name, a file has no default way: it is taken as it was written.
   if flags.backward is not None:
     schedule = with_backward(schedule, flags.backward, flags.costs)
-  check_memory(schedule, flags.memory, flags.memory_limit)
   return schedule
 
 

@@ -11,6 +11,8 @@ from jaxpipe.schedules.actions import Kind, Step
 if TYPE_CHECKING:
   from jaxpipe.schedules.schedule import Schedule
 
+_LEAST, _MOST = 1e-12, 1e15
+
 # One number for all stages, or one per stage.
 PerStage = float | Sequence[float]
 # Changes in what a device holds by F, I and W, and by R if there is a fourth.
@@ -57,8 +59,13 @@ class Costs:
       value = getattr(self, field.name)
       for cost in value if isinstance(value, Sequence) else (value,):
         # Written so that a NaN is refused as well.
-        if cost is not None and not 0 <= cost < float("inf"):
+        if cost is None:
+          continue
+        if not 0 <= cost < float("inf"):
           raise ValueError(f"{field.name}={cost} is no duration; use 0 or more")
+        # Sums of them must stay numbers, and pictures of them drawable.
+        if cost and not _LEAST < cost < _MOST:
+          raise ValueError(f"{field.name} is not between {_LEAST:g} and {_MOST:g}; use other units")
 
   def durations(self, stages: int) -> dict[Kind, tuple[float, ...]]:
     """Time of F, R, I, W and B on each of S stages, without the head."""
@@ -78,6 +85,10 @@ class Costs:
     """Time of every action, by its kind and the number before the kind."""
     S, P = schedule.stages, schedule.devices
     times = self.durations(S)
+    if self.head and any(schedule.path(m)[-1] != S - 1 for m in range(schedule.microbatches)):
+      raise ValueError(
+        f"head={self.head} belongs to stage {S - 1}, at which not all paths end; use head=0"
+      )
     if self.head and not schedule.vocabulary:
       for kind, parts in ((Kind.F, 1), (Kind.I, 1), (Kind.W, 1), (Kind.B, 2)):
         times[kind] = (*times[kind][:-1], times[kind][-1] + parts * self.head)

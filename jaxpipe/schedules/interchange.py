@@ -34,6 +34,9 @@ def to_json(timeline: Timeline) -> str:
     "order": schedule.tokens(),
     **figures(timeline),
   }
+  if schedule.placement.replicated:
+    # With few microbatches the rows do not show every replica.
+    fields["placement"] = schedule.placement.table
   if schedule.paths is not None:
     fields["paths"] = schedule.paths
   if schedule.vocabulary:
@@ -41,6 +44,26 @@ def to_json(timeline: Timeline) -> str:
   # A field per line: orders stay one row each to the eye, and files differ line by line.
   lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
   return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def _check_fields(fields: dict[str, object]) -> None:
+  """Raises ScheduleError where a field is not of the shape that it must have."""
+  shapes = {
+    "order": ("a list of lists of tokens", lambda x: _is_rows(x, str)),
+    "paths": ("a list of lists of stages", lambda x: x is None or _is_rows(x, int)),
+    "placement": ("a list of lists of stages", lambda x: _is_rows(x, int)),
+    "name": ("a text", lambda x: isinstance(x, str) and x.isprintable()),
+    "vocabulary": ("0, 1 or 2", lambda x: type(x) is int and 0 <= x <= 2),
+  }
+  for name, (shape, fits) in shapes.items():
+    if name in fields and not fits(fields[name]):
+      raise ScheduleError(f'the field "{name}" of the JSON is not {shape}')
+
+
+def _is_rows(value: object, kind: type) -> bool:
+  return isinstance(value, list) and all(
+    isinstance(row, list) and all(type(item) is kind for item in row) for row in value
+  )
 
 
 def figures(timeline: Timeline) -> dict[str, object]:
@@ -56,12 +79,13 @@ def figures(timeline: Timeline) -> dict[str, object]:
   }
 
 
-def from_json(text: str, placement: str | Placement = "rows") -> Schedule:
-  """Reads a schedule back from JSON; all but `name` and `order` follows from these.
+def from_json(text: str, placement: str | Placement | None = None) -> Schedule:
+  """Reads a schedule back from JSON.
 
   Args:
-    text: what `to_json` wrote, or any object with `order`.
-    placement: as in `Schedule.from_tokens`; read off the rows by default.
+    text: what `to_json` wrote, or any object with `order`; its `name`, `placement` (the stages of
+      each device), `paths` and `vocabulary` are read too.
+    placement: as in `Schedule.from_tokens`; by default that of the text, or read off the rows.
 
   Returns:
     The schedule.
@@ -71,10 +95,14 @@ def from_json(text: str, placement: str | Placement = "rows") -> Schedule:
   """
   try:
     fields = json.loads(text)
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, RecursionError) as error:
     raise ScheduleError(f"not JSON: {error}") from None
   if not isinstance(fields, dict) or "order" not in fields:
     raise ScheduleError('the JSON has no field "order", one list of tokens per device')
+  _check_fields(fields)
+  if placement is None:
+    table = fields.get("placement")
+    placement = "rows" if table is None else Placement.of_table(table)
   # Sizes and figures are not compared: somebody who edits an order by hand leaves them behind.
   return Schedule.from_tokens(
     fields["order"],
@@ -86,20 +114,33 @@ def from_json(text: str, placement: str | Placement = "rows") -> Schedule:
 
 
 def to_csv(schedule: Schedule) -> str:
-  """Writes a schedule as PyTorch's CSV: one row of comma-separated tokens per device."""
+  """Writes a schedule as PyTorch's CSV: one row of comma-separated tokens per device.
+
+  Raises:
+    ScheduleError: microbatches skip or reorder stages, for which the CSV has no words.
+  """
+  if schedule.paths is not None:
+    raise ScheduleError(f"{schedule.name} has paths, which a CSV cannot hold; write JSON")
   text = io.StringIO()
   # The csv module would end lines as on DOS.
   csv.writer(text, lineterminator="\n").writerows(schedule.tokens())
   return text.getvalue()
 
 
-def from_csv(text: str, placement: str | Placement = "rows", *, name: str = "custom") -> Schedule:
+def from_csv(
+  text: str,
+  placement: str | Placement = "rows",
+  *,
+  name: str = "custom",
+  vocabulary: int | None = None,
+) -> Schedule:
   """Reads a schedule from PyTorch's CSV.
 
   Args:
     text: one row of comma-separated tokens per device; empty cells and empty last rows are skipped.
     placement: as in `Schedule.from_tokens`; read off the rows by default, for the CSV names none.
     name: what to call the schedule.
+    vocabulary: as in `Schedule.from_tokens`.
 
   Returns:
     The schedule.
@@ -114,4 +155,4 @@ def from_csv(text: str, placement: str | Placement = "rows", *, name: str = "cus
   # An empty row in the middle stays: it is a device without work, which is an error to report.
   while rows and not rows[-1]:
     rows.pop()
-  return Schedule.from_tokens(rows, placement, name=name)
+  return Schedule.from_tokens(rows, placement, name=name, vocabulary=vocabulary)

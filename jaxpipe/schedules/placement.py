@@ -14,7 +14,7 @@ and Hoefler, 2021, arXiv:2107.06925). A new placement is one function and one li
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 from jaxpipe.schedules.actions import STAGE_KINDS, Order, ScheduleError
@@ -186,14 +186,20 @@ class Placement:
     for stage, d in _majorities(order):
       rows[d].add(stage)
     # Ascending is the order of chunks in every named placement but the mirrored one.
-    found = cls(tuple(tuple(sorted(row)) for row in rows))
+    return cls.of_table([sorted(row) for row in rows])
+
+  @classmethod
+  def of_table(cls, table: Sequence[Sequence[int]]) -> "Placement":
+    """The named placement whose devices hold these stages, else one of exactly this table."""
+    found = cls(tuple(map(tuple, table)))
+    held = tuple(tuple(sorted(row)) for row in found.table)
     # Where two coincide, the simpler name comes first: a V is a wave, one device is a loop.
     for name in ("loop", "v", "wave", "mirrored"):
       try:
         named = cls.named(name, found.devices, found.stages)
       except ScheduleError:
         continue
-      if found.table == tuple(tuple(sorted(row)) for row in named.table):
+      if held == tuple(tuple(sorted(row)) for row in named.table):
         return named
     return found
 

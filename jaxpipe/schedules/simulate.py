@@ -56,7 +56,7 @@ class Timeline:
   @property
   def span(self) -> float:
     """Longest time of a single device from its first start to its last end."""
-    return max(e[-1] - s[0] for s, e in zip(self.start, self.end, strict=True) if s)
+    return max(map(_working_time, self.start, self.end))
 
   @property
   def bubble(self) -> float:
@@ -69,6 +69,12 @@ class Timeline:
   def span_bubble(self) -> float:
     """Idle share over the span: (span - max(busy)) / span."""
     return (self.span - max(self.busy)) / self.span if self.span else 0.0
+
+
+def _working_time(starts: tuple[float, ...], ends: tuple[float, ...]) -> float:
+  """From the first start to the last end of what takes time: a free gather is no beginning."""
+  work = [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
+  return work[-1][1] - work[0][0] if work else 0
 
 
 def simulate(
@@ -100,7 +106,11 @@ def simulate(
     raise ValueError(f"unknown execution {execution!r}; known: {', '.join(_MODELS)}")
   if slack < 0 or (slack and execution != "coupled"):
     raise ValueError(f"slack={slack} needs 0 or more ticks, and execution='coupled'")
+  if slack > sum(map(len, schedule.order)):
+    raise ValueError(f"slack={slack} is longer than the schedule; use a few ticks")
   costs = costs or Costs()
+  if costs.hop_occupies_link and execution != "free":
+    raise ValueError(f"execution={execution!r} has no links; use execution='free'")
   times = costs.all_durations(schedule)
   durations = [[costs.of(step, times) for step in row] for row in schedule.order]
   starts, ends = _MODELS[execution](schedule, costs, durations, slack)
@@ -186,8 +196,9 @@ def _barrier(
   for row, times in zip(at, durations, strict=True):
     for tick, time in zip(row, times, strict=True):
       lengths[tick] = max(lengths[tick], time)
-  for tick in {tick for tick, _, _ in transfers}:
-    lengths[tick] += costs.hop
+  if transfers:
+    # Every tick but the last exchanges, whether or not something is on its way.
+    lengths[:-1] = [length + costs.hop for length in lengths[:-1]]
   begins: list[float] = [0]
   for length in lengths:
     begins.append(begins[-1] + length)

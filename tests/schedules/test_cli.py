@@ -105,6 +105,28 @@ def test_order_reads_what_csv_wrote(tmp_path, capsys):
     (["compare", *SIZES, "--backward", "split"], "compare takes every schedule in its own way"),
     (["compare", *SIZES, "--format", "csv"], "a comparison is a table, not a csv"),
     (["compare", "--devices", "2"], "compare needs --microbatches"),
+    (
+      ["compare", *SIZES, "--slack", "1"],
+      "compare takes every schedule in its own way; drop --slack",
+    ),
+    (
+      ["1f1b", *SIZES, "--option", "devices=2"],
+      "devices is no option of a schedule; use --devices",
+    ),
+    (["hanayo", *SIZES, "--option", "waves=1", "--option", "waves=2"], "--option is given twice"),
+    (["skippipe", *SIZES, "--format", "csv"], "which a CSV cannot hold; write JSON"),
+    (
+      ["1f1b", *SIZES, "--recompute", "--memory", "1,0,-1,1", "--memory_limit", "2"],
+      "above memory_limit=2",
+    ),
+    (
+      ["1f1b", *SIZES, "--execution", "coupled", "--slack", "1000000000"],
+      "slack=1000000000 is longer than the schedule",
+    ),
+    (
+      ["1f1b", *SIZES, "--costs", "1,1,1,1,hop_occupies_link=1", "--execution", "barrier"],
+      "execution='barrier' has no links",
+    ),
     (["1f1b", *SIZES, "--sends", "rendezvous"], "exchange both ways in one call"),
     (["1f1b", *SIZES, "--slack", "1"], "slack=1 needs 0 or more ticks, and execution='coupled'"),
     (["1f1b", *SIZES, "--fillers", "0"], "fillers"),
@@ -198,7 +220,7 @@ def test_costs_by_name_and_execution(capsys):
   assert main([*arguments, "--costs", "1,1,1,0,head=10"]) == 0
   assert json.loads(capsys.readouterr().out)["makespan"] == 1 + 11 + 22 + 2
   assert main([*arguments, "--costs", "1,2,2,3", "--execution", "barrier"]) == 0
-  assert json.loads(capsys.readouterr().out)["makespan"] == 1 + 3 + 1 + 4 + 3 + 4
+  assert json.loads(capsys.readouterr().out)["makespan"] == 1 + 3 + 1 + 3 + 4 + 3 + 4
 
 
 def test_order_reads_json_with_paths(tmp_path, capsys):
@@ -206,3 +228,31 @@ def test_order_reads_json_with_paths(tmp_path, capsys):
   assert main(["skippipe", *SIZES, "--format", "json", "--out", str(path)]) == 0
   assert main(["--order", str(path), "--format", "json"]) == 0
   assert json.loads(capsys.readouterr().out) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ('{"order":5}', "is not a list of lists of tokens"),
+    ('{"order":[["0F0",1]]}', "is not a list of lists of tokens"),
+    ('{"order":[["0F0","0B0"]],"paths":7}', "is not a list of lists of stages"),
+    ('{"order":[["0F0","0B0"]],"name":"\\ud800"}', "is not a text"),
+    ('{"order":[["0F0","0B0"]],"vocabulary":9}', "is not 0, 1 or 2"),
+    ("[" * 100_000, "not JSON"),
+  ],
+)
+def test_malformed_json_is_one_line(text, message, tmp_path, capsys):
+  path = tmp_path / "x.json"
+  path.write_text(text)
+  assert main(["--order", str(path)]) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count("\n") == 1
+
+
+def test_order_reads_a_byte_order_mark_and_two_barriers(tmp_path, capsys):
+  path = tmp_path / "x.csv"
+  flags = ["--vocabulary", "2", "--format", "csv", "--out", str(path)]
+  assert main(["1f1b", *SIZES, *flags]) == 0
+  path.write_text("\ufeff" + path.read_text())
+  assert main(["--order", str(path), "--vocabulary", "2", "--format", "json"]) == 0
+  assert json.loads(capsys.readouterr().out)["vocabulary"] == 2

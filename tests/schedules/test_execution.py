@@ -25,9 +25,9 @@ def test_barrier_makes_every_tick_as_long_as_its_longest_action():
   # device 1:  - F   B(2)  F         B(2)  -
   assert timeline.start == ((0, 1, 4, 8), (1, 2, 4, 6))
   assert timeline.makespan == 10
-  # Ticks 0, 1, 2 and 4 end with a transfer.
+  # Every tick but the last ends with an exchange.
   late = simulate(schedule, Costs(1, 1, 1, hop=10), execution="barrier")
-  assert late.makespan == 10 + 4 * 10
+  assert late.makespan == 10 + 5 * 10
 
 
 def test_coupled_waits_for_those_it_exchanges_with_only():
