@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from absl import flags as absl_flags
 
+from jaxpipe.schedules import schedule_names
 from jaxpipe.training.config import Config
 from jaxpipe.training.errors import ConfigError
 from jaxpipe.training.flags import define_flags, parse_flags, read_config
@@ -56,7 +57,8 @@ ERRORS = [
   ),
   (
     {"schedule": "zigzag"},
-    "--schedule=zigzag --microbatches=4: unknown schedule 'zigzag'; known: gpipe, 1f1b",
+    "--schedule=zigzag --microbatches=4: unknown schedule 'zigzag'; known: "
+    + ", ".join(schedule_names()),
   ),
   (
     {"chunks": 2},
