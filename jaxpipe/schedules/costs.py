@@ -30,8 +30,9 @@ class Costs:
     hop: latency of sending between two devices.
     recompute: time of R; by default that of F.
     head: time of the output layer's forward; its input gradient and its weight gradient take as
-      long each. On the last stage it adds to F, I and W; sharded over P devices, S and T share
-      three P-ths of it: S two and T one with one barrier, S one and T two with two.
+      long each. On the last stage, S-1, it adds to F, I and W (paths that end elsewhere pay
+      none); sharded over P devices, S and T share three P-ths of it: S two and T one with one
+      barrier, S one and T two with two.
     gather: time of G on one stage; releasing takes none.
     filler: time of Y for one microbatch; a number, or a sequence by frozen layer.
     update: time of U.
@@ -85,10 +86,6 @@ class Costs:
     """Time of every action, by its kind and the number before the kind."""
     S, P = schedule.stages, schedule.devices
     times = self.durations(S)
-    if self.head and any(schedule.path(m)[-1] != S - 1 for m in range(schedule.microbatches)):
-      raise ValueError(
-        f"head={self.head} belongs to stage {S - 1}, at which not all paths end; use head=0"
-      )
     if self.head and not schedule.vocabulary:
       for kind, parts in ((Kind.F, 1), (Kind.I, 1), (Kind.W, 1), (Kind.B, 2)):
         times[kind] = (*times[kind][:-1], times[kind][-1] + parts * self.head)
