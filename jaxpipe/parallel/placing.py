@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.mesh import AXES, STAGE
+from jaxpipe.parallel.replicas import owned
 
 Tree = Any  # a pytree of arrays
 
@@ -40,8 +41,7 @@ def layers_per_stage(depth: int, schedule: Any) -> int:
 def layer_order(depth: int, schedule: Any) -> np.ndarray:
   """Canonical layer numbers in placement order: int32 [depth]."""
   each = layers_per_stage(depth, schedule)
-  placement = schedule.placement
-  stages = [placement.stage(d, v) for d in range(schedule.devices) for v in range(schedule.chunks)]
+  stages = [stage for row in owned(schedule.placement) for stage in row]
   return np.array([s * each + i for s in stages for i in range(each)], np.int32)
 
 

@@ -3,16 +3,16 @@
 Every device runs the same loop over the ticks of a `Program`, and does on each what its own column
 of the table says. One tick:
 
-    [1] F      x from the batch or the `activations` ring; y; what is kept goes to `residuals`
-    [2] head   last stage: loss, and dy into `gradients`
-    [3] B / I  dx from `residuals` and `gradients`; I leaves what W needs in `waiting`
-    [4] embed  first stage: dx into the embedding's gradient
-    [5] W      from `waiting`
-    [6] send   y or dx to the neighbours; what arrives goes into its slot
+    [1] F      y, from the stage's input; what is kept goes to its cells
+    [2] leave  at the last stage: loss, and dy into `gradients`
+    [3] R      what F dropped
+    [4] B / I  dx; I leaves what W waits for in cells that it may just have freed
+    [5] back   at the first stage: dx into the embedding's gradient
+    [6] W      from the cells
+    [7] send   y or dx to the neighbours; what arrives goes into its slot
 
 Rules that the shape of this loop follows; each was paid for:
-- A conditional returns only what it writes. A buffer that a branch both reads and returns is copied
-  whole, every tick, by the TPU compiler.
+- A conditional returns only what it writes.
 - `ppermute` stands outside every branch: inside one it waits for devices that took another.
 - The loop is never differentiated: F, I and W are explicit.
 - Parameters are cast to *varying* once, so that gradients stay local and are reduced once a step.
@@ -21,8 +21,9 @@ Rules that the shape of this loop follows; each was paid for:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,33 +31,18 @@ from jax import lax
 
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline import rings
-from jaxpipe.pipeline.program import CODE, Program
+from jaxpipe.pipeline.ends import WholeEnds
+from jaxpipe.pipeline.equations import lenient
+from jaxpipe.pipeline.local import Local, Now, State, Totals
+from jaxpipe.pipeline.program import Doing, Program
 from jaxpipe.pipeline.residuals import Residuals
-from jaxpipe.pipeline.rings import wide
-from jaxpipe.pipeline.split import float_leaves, is_float, with_float_leaves
+from jaxpipe.pipeline.rings import Tree, wide
+from jaxpipe.pipeline.split import float_leaves, with_float_leaves
 from jaxpipe.pipeline.stage import Call, Stage, cut_stack
+from jaxpipe.pipeline.storage import Storage
 from jaxpipe.schedules import Kind
 
-Tree = Any
-
-
-class Totals(NamedTuple):
-  """Sums over the microbatches that this device has finished."""
-
-  loss: jax.Array
-  weight: jax.Array
-  metrics: Tree
-
-
-class State(NamedTuple):
-  """What the loop carries: the rings, and the sums. `grads` is empty in evaluation."""
-
-  activations: Tree
-  gradients: Tree
-  residuals: Tree
-  waiting: Tree
-  grads: dict[str, Tree]
-  totals: Totals
+Leaves = list[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,28 +50,17 @@ class Device:
   """One device's side of the program; every method is traced inside `shard_map`.
 
   Attributes:
-    stack, program, axes, poison: see `pipeline_value_and_grad`.
-    params: this device's, varying over all axes; the head's with tied leaves.
-    batch: leaves [M, rows, ...]; key, rows: for dropout.
+    local: what it knows.
+    ends: embedding and head.
     stage: the actions of one stage.
-    layers: layers in a stage.
-    training: False where only forwards run.
-    x: stand-in of the activation that travels between stages; only its type is ever used.
+    lengths: cells of each pool.
     totals: zeros of the right types.
   """
 
-  stack: Any
-  program: Program
-  axes: tuple[str, ...]
-  poison: bool
-  params: Tree
-  batch: Tree
-  key: jax.Array | None
-  rows: jax.Array
+  local: Local
+  ends: WholeEnds
   stage: Stage
-  layers: int
-  training: bool
-  x: Tree
+  lengths: tuple[int, ...]
   totals: Totals
 
   @classmethod
@@ -101,197 +76,197 @@ class Device:
     batch: Tree,
     key: jax.Array | None,
     rows: jax.Array,
-  ) -> Device:
-    """Traces one layer, cuts it, and finds the types of all that travels."""
-    zeros = lambda tree: rings.vary(  # noqa: E731
-      jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), axes
-    )
+  ) -> tuple[Device, Any]:
+    """Traces one layer, cuts it, and finds the types of all that travels.
+
+    Returns:
+      The device, and the table of cells, int32 [ticks, P, values].
+    """
     one = rings.get(batch, 0)
-    with rings.explain_varying("embed"):
-      x = zeros(jax.eval_shape(stack.apply_embed, params["embed"], one))
-    with rings.explain_varying("head"):
-      loss, (weight, metrics) = jax.eval_shape(stack.apply_head, params["head"], x, one)
-    sums = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wide(leaf.dtype))  # noqa: E731
-    totals = Totals(*zeros(jax.tree.map(sums, (loss, weight, metrics))))
+    x = jax.eval_shape(lenient(stack.apply_embed), params["embed"], one)
     training = policy is not None
+    zeros = Local(stack, program, axes, poison, params, batch, key, rows, training, None).zeros
+    local = Local(stack, program, axes, poison, params, batch, key, rows, training, zeros(x))
+    sums = jax.eval_shape(lenient(stack.apply_head), params["head"], local.x, one)
+    totals = Totals(sums[0], *sums[1])
     inputs = dict(batch=one, key=key, layer=rows[0], microbatch=rows[0], rows=rows)
-    allocate = lambda shapes, slots: rings.allocate(shapes, slots, axes, poison)  # noqa: E731
     layer = rings.get(params["layers"], 0)
-    stage = cut_stack(stack, layer, inputs, x, layers, policy, allocate, axes)
-    return cls(
-      stack, program, axes, poison, params, batch, key, rows, stage, layers, training, x, totals
+
+    def allocate(shapes: Any, lengths: Any) -> list[jax.Array]:
+      return [
+        rings.allocate(shape, n, axes, poison) for shape, n in zip(shapes, lengths, strict=True)
+      ]
+
+    stage = cut_stack(
+      *(stack, layer, inputs, local.x, layers, policy, allocate),
+      recompute=Kind.R in program.kinds,
     )
+    cells, lengths = program.cells(stage.layout.values)
+    totals = zeros(jax.tree.map(_sum_type, totals))
+    return cls(local, WholeEnds(local), stage, lengths, totals), cells
 
   def start(self) -> State:
     """The loop's state before the first tick."""
-    ring = {
-      name: self.stage.allocate(shapes, self.program.length(name))
-      for name, shapes in self.stage.slots(jax.tree.leaves(self.x)).items()
-    }
-    zero = lambda p: jnp.zeros(p.shape, wide(p.dtype))  # noqa: E731
-    grads = rings.vary(jax.tree.map(zero, self.params), self.axes) if self.training else {}
-    return State(**ring, grads=grads, totals=self.totals)
+    local, length = self.local, self.local.program.length
+    x = jax.tree.leaves(local.x)
+    ring = lambda shapes, name: rings.allocate(  # noqa: E731
+      shapes, length(name), local.axes, local.poison
+    )
+    sums = local.zeros(jax.tree.map(_sum_type, local.params)) if local.training else {}
+    return State(
+      activations=ring(x, "activations"),
+      gradients=ring(float_leaves(x), "gradients"),
+      pools=self.stage.allocate(self.stage.layout.pools, self.lengths),
+      flight=local.idle(x) if local.program.slack else None,
+      grads=sums,
+      totals=self.totals,
+    )
 
-  def tick(self, state: State, row: dict[str, jax.Array]) -> tuple[State, None]:
+  def tick(self, state: State, row: dict[str, jax.Array], doing: Doing) -> State:
     """Does one tick; the numbers are those of the module's docstring."""
-    now = SimpleNamespace(**row)
+    now = Now(SimpleNamespace(**row), doing)
     y, state = self.forward(state, now)  # [1]
-    state = self.head(state, now, y)  # [2]
-    if self.training:
-      dx, state = self.backward(state, now)  # [3]
-      state = self.embed_grad(state, now, dx)  # [4]
-      state = self.weight_grad(state, now)  # [5]
+    state = self.ends.leave(state, now, y)  # [2]
+    if self.local.training:
+      state = self.recompute(state, now)  # [3]
+      dx, state = self.backward(state, now)  # [4]
+      state = self.ends.back_at_input(state, now, dx)  # [5]
+      state = self.weight_grad(state, now)  # [6]
       # y and dx are never sent on one tick, and a neighbour knows from its table which it gets.
-      dx = with_float_leaves(y, dx)
-      y = jax.tree.map(lambda a, b: jnp.where(self.doing(now, Kind.F), a, b), y, dx)
-    return self.send(state, now, y), None  # [6]
+      y = self.payload(now, y, dx)
+    return self.send(state, now, y)  # [7]
 
-  def forward(self, state: State, now: SimpleNamespace) -> tuple[Tree, State]:
+  def forward(self, state: State, now: Now) -> tuple[Leaves, State]:
     """F. Idle devices return something that nobody reads."""
 
-    def run(residuals: Tree) -> tuple[Tree, Tree]:
-      x = lax.cond(
-        now.stage == 0,
-        lambda: rings.vary(jax.tree.leaves(self.embed(self.params["embed"], now)), self.axes),
-        lambda: rings.get(state.activations, now.activations),
-      )
-      if not self.training:
-        return self.stage.primal(self.call(now), x), residuals
-      return self.stage.forward(self.call(now), x, residuals, now.residuals)
+    def run(storage: Storage) -> tuple[Leaves, Storage]:
+      x = self.ends.input(state, now)
+      if not self.local.training or self.stage.layout.pools_of(Kind.F) == []:
+        return self.stage.primal(self.call(now), x), storage
+      return self.stage.forward(self.call(now), x, storage)
 
-    y, residuals = lax.cond(
-      self.doing(now, Kind.F),
-      run,
-      lambda r: (self.idle(jax.tree.leaves(self.x)), r),
-      state.residuals,
-    )
-    y = jax.tree.unflatten(jax.tree.structure(self.x), y)
-    return y, state._replace(residuals=residuals)
+    return self.act(state, now, Kind.F, run, self.local.idle(jax.tree.leaves(self.local.x)))
 
-  def head(self, state: State, now: SimpleNamespace, y: Tree) -> State:
-    """The loss of a microbatch that has left the last stage, and where its backward begins."""
-    batch = rings.get(self.batch, now.microbatch)
-    last = self.doing(now, Kind.F) & (now.stage == self.program.stages - 1)
+  def recompute(self, state: State, now: Now) -> State:
+    """R: fills the cells that F left empty."""
 
-    def loss(params: Tree, floats: list[jax.Array]) -> Any:
-      with rings.explain_varying("head"):
-        return self.stack.apply_head(params, with_float_leaves(y, floats), batch)
+    def run(storage: Storage) -> tuple[Leaves, Storage]:
+      if self.local.program.keeps_input:
+        return [], self.stage.forward(self.call(now), self.ends.input(state, now), storage)[1]
+      return [], self.stage.recompute(self.call(now), storage)
 
-    def evaluate(totals: Totals) -> Totals:
-      return self.count(totals, *loss(self.params["head"], float_leaves(y)))
+    return self.act(state, now, Kind.R, run, [])[1]
 
-    def train(totals: Totals, grads: Tree, ring: Tree) -> tuple[Totals, Tree, Tree]:
-      (value, aux), (dp, dy) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-        self.params["head"], float_leaves(y)
-      )
-      grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, dp)
-      return self.count(totals, value, aux), grads, rings.put(ring, dy, now.gradients)
-
-    if not self.training:
-      return state._replace(totals=lax.cond(last, evaluate, lambda t: t, state.totals))
-    totals, grads, ring = lax.cond(
-      last, train, lambda *same: same, state.totals, state.grads["head"], state.gradients
-    )
-    return state._replace(totals=totals, gradients=ring, grads={**state.grads, "head": grads})
-
-  def backward(self, state: State, now: SimpleNamespace) -> tuple[list[jax.Array], State]:
+  def backward(self, state: State, now: Now) -> tuple[Leaves, State]:
     """B and I: the gradient of the stage's input. Idle devices return what nobody reads."""
-    dx = self.idle(float_leaves(self.x))
+    idle = self.local.idle(float_leaves(self.local.x))
     dy = lambda: rings.get(state.gradients, now.gradients)  # noqa: E731
-    if Kind.B in self.program.kinds:
-      dx, grads = lax.cond(
-        self.doing(now, Kind.B),
-        lambda _, g: self.stage.backward(self.call(now), state.residuals, now.residuals, dy(), g),
-        lambda *same: same,
-        *(dx, state.grads["layers"]),
-      )
-      state = state._replace(grads={**state.grads, "layers": grads})
-    if Kind.I in self.program.kinds:
-      dx, waiting = lax.cond(
-        self.doing(now, Kind.I),
-        lambda _, ring: self.stage.input_grad(
-          self.call(now), state.residuals, now.residuals, dy(), ring, now.waiting
-        ),
-        lambda *same: same,
-        *(dx, state.waiting),
-      )
-      state = state._replace(waiting=waiting)
-    return dx, state
+    x = lambda: self.ends.input(state, now) if self.stage.scratch else []  # noqa: E731
 
-  def weight_grad(self, state: State, now: SimpleNamespace) -> State:
+    def fused(_: Leaves, grads: Tree) -> tuple[Leaves, Tree]:
+      storage = Storage(self.stage.layout, state.pools, now.cells)
+      return self.stage.backward(self.call(now), storage, x(), dy(), grads)
+
+    dx, grads = now.when([Kind.B], fused, lambda *same: same, idle, state.grads["layers"])
+    state = state._replace(grads={**state.grads, "layers": grads})
+    waiting = self.stage.waiting
+    cells, lengths = waiting.one_each()
+
+    def split(_: Leaves, pools: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
+      storage = Storage(self.stage.layout, state.pools, now.cells)
+      made = Storage(waiting, pools, cells)
+      dx, made = self.stage.input_grad(self.call(now), storage, x(), dy(), made)
+      return dx, made.pools
+
+    made = self.stage.allocate(waiting.pools, lengths)
+    dx, made = now.when([Kind.I], split, lambda *same: same, dx, made)
+
+    # A branch of its own, which only writes.
+    def keep(storage: Storage) -> tuple[Leaves, Storage]:
+      return [], storage.take(Storage(waiting, made, cells))
+
+    return dx, self.act(state, now, Kind.I, keep, [])[1]
+
+  def weight_grad(self, state: State, now: Now) -> State:
     """W: the gradient of the stage's weights, from what I left."""
-    if Kind.W not in self.program.kinds:
-      return state
-    grads = lax.cond(
-      self.doing(now, Kind.W),
-      lambda g: self.stage.weight_grad(self.call(now), state.waiting, now.waiting, g),
-      lambda g: g,
-      state.grads["layers"],
-    )
-    return state._replace(grads={**state.grads, "layers": grads})
-
-  def embed_grad(self, state: State, now: SimpleNamespace, dx: list[jax.Array]) -> State:
-    """The embedding's gradient, where dx is that of the first stage's input."""
 
     def run(grads: Tree) -> Tree:
-      def outputs(params: Tree) -> list[jax.Array]:
-        # A leaf that does not depend on the parameters has a cotangent like every other.
-        return float_leaves(rings.vary(self.embed(params, now), self.axes))
+      storage = Storage(self.stage.layout, state.pools, now.cells)
+      return self.stage.weight_grad(self.call(now), storage, grads)
 
-      _, back = jax.vjp(outputs, self.params["embed"])
-      return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, back(dx)[0])
+    grads = now.when([Kind.W], run, lambda same: same, state.grads["layers"])
+    return state._replace(grads={**state.grads, "layers": grads})
 
-    at_input = self.doing(now, Kind.B, Kind.I) & (now.stage == 0)
-    grads = lax.cond(at_input, run, lambda g: g, state.grads["embed"])
-    return state._replace(grads={**state.grads, "embed": grads})
+  def act(
+    self,
+    state: State,
+    now: Now,
+    kind: Kind,
+    run: Callable[[Storage], tuple[Leaves, Storage]],
+    idle: Leaves,
+  ) -> tuple[Leaves, State]:
+    """Does `run(storage)` where the tick is of this kind; the branch returns what it writes."""
+    written = self.stage.layout.pools_of(kind)
 
-  def send(self, state: State, now: SimpleNamespace, payload: Tree) -> State:
-    """Sends `payload` along every route and stores what arrives; "nowhere" is a slot of its own."""
+    def go(leaves: Leaves, pools: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
+      all_pools = _replaced(state.pools, written, pools)
+      leaves, storage = run(Storage(self.stage.layout, all_pools, now.cells))
+      return leaves, [storage.pools[p] for p in written]
+
+    mine = [state.pools[p] for p in written]
+    leaves, pools = now.when([kind], go, lambda *same: same, idle, mine)
+    return leaves, state._replace(pools=_replaced(state.pools, written, pools))
+
+  def payload(self, now: Now, y: Leaves, dx: Leaves) -> Leaves:
+    """What this tick sends: y, or dx in its place."""
+    gradient = with_float_leaves(y, dx)
+    return [
+      jnp.where(now.does(Kind.F), a, b) if a is not b else a
+      for a, b in zip(y, gradient, strict=True)
+    ]
+
+  def send(self, state: State, now: Now, payload: Leaves) -> State:
+    """Sends along every route and stores what arrives; "nowhere" is a slot of its own.
+
+    With slack, what leaves now is what the tick before made: nothing of this tick waits for it.
+    """
     activations, gradients = state.activations, state.gradients
-    for r, route in enumerate(self.program.routes):
+    for r, route in enumerate(self.local.program.routes):
+      pairs = sorted(now.doing.pairs[r])
+      if not pairs:
+        continue
       here = payload
       if route.offset:
-        here = lax.ppermute(payload, STAGE, route.pairs)
+        away = payload if state.flight is None else state.flight
+        here = lax.ppermute(away, STAGE, pairs)
       if route.activations:
-        slot = getattr(now, f"arriving_activation_{r}")
-        activations = rings.put(activations, jax.tree.leaves(here), slot)
+        activations = rings.put(activations, here, getattr(now, f"arriving_activation_{r}"))
       if route.gradients:
         slot = getattr(now, f"arriving_gradient_{r}")
         gradients = rings.put(gradients, float_leaves(here), slot)
-    return state._replace(activations=activations, gradients=gradients)
+    flight = None if state.flight is None else payload
+    return state._replace(activations=activations, gradients=gradients, flight=flight)
 
-  def doing(self, now: SimpleNamespace, *kinds: Kind) -> jax.Array:
-    """Whether this device's action on this tick is one of `kinds`."""
-    found = [now.kind == CODE[kind] for kind in kinds if kind in self.program.kinds]
-    return jnp.stack(found).any() if found else rings.vary(jnp.array(False), self.axes)
-
-  def embed(self, params: Tree, now: SimpleNamespace) -> Tree:
-    """The stack's input for this tick's microbatch."""
-    with rings.explain_varying("embed"):
-      return self.stack.apply_embed(params, rings.get(self.batch, now.microbatch))
-
-  def call(self, now: SimpleNamespace) -> Call:
+  def call(self, now: Now) -> Call:
     """Arguments of this tick's action on the stage's layers."""
-    first = now.stage * self.layers
-    batch = rings.get(self.batch, now.microbatch)
+    local, layers = self.local, self.stage.layers
+    first = now.stage * layers
+    batch = local.microbatch(now.microbatch)
 
     def inputs(i: rings.Index) -> Tree:
       return dict(
-        batch=batch, key=self.key, layer=first + i, microbatch=now.microbatch, rows=self.rows
+        batch=batch, key=local.key, layer=first + i, microbatch=now.microbatch, rows=local.rows
       )
 
-    return Call(self.params["layers"], now.chunk * self.layers, inputs)
+    return Call(local.params["layers"], now.chunk * layers, inputs)
 
-  def count(self, totals: Totals, loss: jax.Array, aux: tuple[jax.Array, Tree]) -> Totals:
-    """Adds one microbatch's sums."""
-    new = (loss, *aux)
-    return Totals(*jax.tree.map(lambda a, b: a + b.astype(a.dtype), tuple(totals), new))
 
-  def idle(self, like: list[jax.Array]) -> list[jax.Array]:
-    """What a device that does nothing sends: zeros, or NaN under `poison`."""
-    fill = jnp.nan if self.poison else 0
+def _sum_type(leaf: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, wide(leaf.dtype))
 
-    def blank(leaf: jax.Array) -> jax.Array:
-      return jnp.full(leaf.shape, fill if is_float(leaf) else 0, leaf.dtype)
 
-    return rings.vary([blank(leaf) for leaf in like], self.axes)
+def _replaced(pools: list[jax.Array], which: list[int], new: list[jax.Array]) -> list[jax.Array]:
+  pools = list(pools)
+  for p, pool in zip(which, new, strict=True):
+    pools[p] = pool
+  return pools

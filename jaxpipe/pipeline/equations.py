@@ -2,6 +2,16 @@
 
 JAX has dead-code elimination of its own, but not as a public name, and it keeps or drops whole
 outputs; cutting a backward pass in two needs the question "what is left once these are known?".
+
+Where the jaxpr comes from stands here too. Inside `shard_map` a fresh `jnp.zeros` does not vary
+over the mesh and what is added to it does, so that JAX refuses many an ordinary layer: a loop whose
+carry starts from zeros, a branch or a backward rule that returns them. Such a function is traced
+twice:
+
+    function ──[1] trace over the mesh ───────────────────────────────▶ jaxpr
+                    │ refused                                             ▲
+                    ▼                                                     │
+               [2] trace off the mesh ──▶ [3] run over it, types mended ──┘
 """
 
 from __future__ import annotations
@@ -10,33 +20,51 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
 
-Var = core.Var
-Equation = core.JaxprEqn
-
-# Equations that only call another jaxpr. Left whole, a rematerialized layer's entire backward pass
-# would be one equation, all of it would be needed for dx, and nothing would remain for W.
-_CALLS = {
-  "jit",
-  "pjit",
-  "closed_call",
-  "core_call",
-  "checkpoint",
-  "remat2",
-  "custom_jvp_call",
-  "custom_vjp_call",
-  "custom_vjp_call_jaxpr",
-  "custom_lin",
-  "vjp_node",
-}
+from jaxpipe.pipeline.interpret import Equation, Var, bind, read, run
+from jaxpipe.pipeline.varying import axes_of, bind_varying, collectives, unvarying, vary
 
 
 def trace(function: Callable[..., Any], *args: Any) -> Any:
-  """Returns the closed jaxpr of `function(*args)` with every call-like equation expanded."""
-  closed = jax.make_jaxpr(function)(*args)
-  flat = lambda *leaves: _run_expanded(_open(closed), _consts(closed), leaves)  # noqa: E731
+  """Returns the closed jaxpr of `function(*args)` with every call-like equation expanded.
+
+  Args:
+    function: of trees of arrays. It differentiates, if anything does: custom derivative rules are
+      expanded in the result. Whatever varies over the mesh comes in as an argument, never by a
+      closure.
+    args: trees of arrays or stand-ins, varying over the mesh as the jaxpr's inputs will.
+
+  Raises:
+    ValueError: a loop or branch starts from a constant in a function that also communicates.
+  """
+  closed, over_mesh = _trace_anywhere(function, args)
+
+  def flat(*leaves: Any) -> list[Any]:
+    if over_mesh:
+      return run(closed, leaves)
+    return vary(run(closed, leaves, bind_varying), axes_of(leaves))  # [3]
+
   return jax.make_jaxpr(flat)(*jax.tree.leaves(args))
+
+
+def lenient(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `function`, to be called inside `shard_map`, traced as `trace` does.
+
+  Differentiate inside `function`, never outside; whatever varies over the mesh is an argument.
+  """
+
+  def call(*args: Any) -> Any:
+    structures: list[Any] = []
+
+    def leaves_of(*args: Any) -> list[Any]:
+      leaves, structure = jax.tree.flatten(function(*args))
+      structures.append(structure)
+      return leaves
+
+    closed = trace(leaves_of, *args)
+    return jax.tree.unflatten(structures[-1], run(closed, jax.tree.leaves(args)))
+
+  return call
 
 
 def needed(
@@ -67,9 +95,9 @@ def evaluate(
   """Runs `equations` on the values of their inputs and returns those of `outputs`."""
   values = dict(values)
   for equation in equations:
-    args = [_read(values, v) for v in equation.invars]
-    values.update(zip(equation.outvars, _bind(equation, args), strict=True))
-  return [_read(values, v) for v in outputs]
+    args = [read(values, v) for v in equation.invars]
+    values.update(zip(equation.outvars, bind(equation, args), strict=True))
+  return [read(values, v) for v in outputs]
 
 
 def used(equations: Sequence[Equation], outputs: Iterable[Any] = ()) -> list[Var]:
@@ -78,41 +106,21 @@ def used(equations: Sequence[Equation], outputs: Iterable[Any] = ()) -> list[Var
   return list(dict.fromkeys(v for v in reads if isinstance(v, Var)))
 
 
-def _read(values: dict[Var, Any], v: Any) -> Any:
-  return values[v] if isinstance(v, Var) else v.val
-
-
-def _bind(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
-  params = equation.primitive.get_bind_params(equation.params)
-  with equation.ctx.manager:
-    out = equation.primitive.bind(*args, **params)
-  return out if equation.primitive.multiple_results else [out]
-
-
-def _run_expanded(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-  values = dict(zip(jaxpr.constvars, consts, strict=True))
-  values.update(zip(jaxpr.invars, args, strict=True))
-  for equation in jaxpr.eqns:
-    ins = [_read(values, v) for v in equation.invars]
-    inner = _called(equation)
-    outs = (
-      _bind(equation, ins) if inner is None else _run_expanded(_open(inner), _consts(inner), ins)
-    )
-    values.update(zip(equation.outvars, outs, strict=True))
-  return [_read(values, v) for v in jaxpr.outvars]
-
-
-def _called(equation: Equation) -> Any:
-  """The jaxpr that a call-like equation calls, or None."""
-  if equation.primitive.name not in _CALLS:
-    return None
-  return next((equation.params[k] for k in ("jaxpr", "call_jaxpr") if k in equation.params), None)
-
-
-# jax 0.12 has one class for open and closed jaxprs, jax 0.10 two.
-def _open(jaxpr: Any) -> Any:
-  return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def _consts(jaxpr: Any) -> Sequence[Any]:
-  return getattr(jaxpr, "consts", ())
+def _trace_anywhere(function: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, bool]:
+  """The function's jaxpr, and whether it was traced over the mesh."""
+  # [1] Over the mesh wherever that works: what a layer reduces over an axis is differentiated
+  # rightly only by its types (the transpose of a sum depends on what varies).
+  try:
+    return jax.make_jaxpr(function)(*args), True
+  except (TypeError, ValueError) as error:
+    refused = error
+  # [2] Derivatives are taken here too, while custom rules still stand. An error that has nothing to
+  # do with the mesh is raised once more.
+  closed = jax.make_jaxpr(function)(*jax.tree.map(unvarying, args))
+  if names := sorted({*collectives(closed)}):
+    raise ValueError(
+      "a loop or a branch starts from a constant, but becomes something that differs between"
+      f" devices, and there is {', '.join(names)} beside it: start it from the data, such as"
+      " jnp.zeros_like(x) or 0 * x.sum()"
+    ) from refused
+  return closed, False

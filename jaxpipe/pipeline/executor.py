@@ -16,12 +16,14 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
+from jaxpipe.parallel import replicas
 from jaxpipe.parallel.mesh import DATA, STAGE
 from jaxpipe.parallel.placing import check_mesh, check_placed, layers_per_stage, param_specs
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.batch import microbatches
-from jaxpipe.pipeline.device import Device, State, Totals
-from jaxpipe.pipeline.program import Program, lower
+from jaxpipe.pipeline.device import Device
+from jaxpipe.pipeline.local import State, Totals
+from jaxpipe.pipeline.program import Doing, Program, lower
 from jaxpipe.pipeline.residuals import Residuals, residual_policy
 from jaxpipe.schedules import Schedule
 
@@ -34,16 +36,20 @@ def pipeline_value_and_grad(
   mesh: Mesh,
   *,
   residuals: str = "dots",
+  slack: int = 0,
   poison: bool = False,
 ) -> Callable[..., tuple[tuple[jax.Array, Tree], Tree]]:
   """Returns the pipelined counterpart of `jax.value_and_grad` of a stack's mean loss.
 
   Args:
     stack: a `LayerStack`.
-    schedule: any legal schedule whose kinds are F, B, I and W.
+    schedule: any legal schedule of F, R, B, I and W, over any placement; stages with replicas add
+      their gradients. Weights lie whole on their devices, so that G and X have nothing to do.
     mesh: has an axis `stage` of `schedule.devices`, and may have an axis `data`.
     residuals: what F keeps: `dots` (matmuls with weights, never attention scores), `all`, or `full`
       (the stage's input alone).
+    slack: ticks that a transfer may take beyond the one that sends it: with 1, it runs beside the
+      next tick's work, and is used the tick after.
     poison: fill with NaN whatever no action has written; for tests.
 
   Returns:
@@ -60,8 +66,9 @@ def pipeline_value_and_grad(
       that do not divide, parameters that were not placed.
     ScheduleError: a schedule that is not legal, or an action kind that cannot be executed.
   """
-  program = lower(schedule.check())
-  return _compile(stack, program, mesh, schedule, residual_policy(residuals), poison)
+  policy = residual_policy(residuals)
+  program = lower(schedule.check(), keeps_input=policy.stage_input, slack=slack)
+  return _compile(stack, program, mesh, schedule, policy, poison)
 
 
 def pipeline_forward(
@@ -96,29 +103,39 @@ def _compile(
   shards = dict(mesh.shape).get(DATA, 1)
   specs = param_specs({"embed": 0, "layers": 0, "head": 0})
 
-  def local(table: dict[str, jax.Array], params: Tree, batch: Tree, key: Any) -> Any:
-    params = rings.vary({**params, "head": stack.head_params(params)}, axes)
+  def local(params: Tree, batch: Tree, key: Any) -> Any:
+    params = {**params, "head": stack.head_params(params)}
+    params["layers"] = replicas.gather(params["layers"], schedule.placement, each)
+    params = rings.vary(params, axes)
     rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
     if shards > 1:
       rows += lax.axis_index(DATA) * len(rows)
-    column = {name: rows_P[:, 0] for name, rows_P in table.items()}
-    batch, key, rows, column = rings.vary((batch, key, rows, column), axes)
-    device = Device.build(stack, program, each, policy, poison, axes, params, batch, key, rows)
-    state, _ = lax.scan(device.tick, device.start(), column)
+    batch, key, rows = rings.vary((batch, key, rows), axes)
+    device, cells = Device.build(
+      stack, program, each, policy, poison, axes, params, batch, key, rows
+    )
+    mine = lambda column: jnp.asarray(column)[:, lax.axis_index(STAGE)]  # noqa: E731
+    table = rings.vary({k: mine(v) for k, v in {**program.table, "cells": cells}.items()}, axes)
+    always = Doing.any_of(program.doing)
+    state, _ = lax.scan(
+      lambda state, row: (device.tick(state, row, always), None), device.start(), table
+    )
+    if policy:
+      summed = replicas.reduce(state.grads["layers"], schedule.placement, each)
+      state = state._replace(grads={**state.grads, "layers": summed})
     return _reduce(stack, state, axes, policy is not None)
 
   data = DATA if shards > 1 else None
   sharded = jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(Spec(None, STAGE), specs, Spec(None, data), Spec()),
+    in_specs=(specs, Spec(None, data), Spec()),
     out_specs=((Spec(), Spec()), specs if policy else {}),
   )
 
   @jax.jit
   def run(params: Tree, batch: Tree, key: jax.Array | None) -> Any:
-    table = {name: jnp.asarray(column) for name, column in program.table.items()}
-    return sharded(table, params, microbatches(batch, program.microbatches, shards), key)
+    return sharded(params, microbatches(batch, schedule.microbatches, shards), key)
 
   def step(params: Tree, batch: Tree, key: jax.Array | None = None) -> Any:
     check_placed(params, mesh)

@@ -1,35 +1,49 @@
 """Lowers a schedule to the integer table that the executor walks, one row a tick.
 
 On each tick every device does at most one action, then everything that was sent arrives. The table
-says, for every tick and device, what to do, which slot of which ring to read and write, and where
-to put what arrives. A slot is occupied from the tick that fills it to the tick that last reads it,
-and slots are handed out by interval colouring, so that the rings are exactly as long as the
-schedule needs: memory is the schedule's memory.
+says, for every tick and device, what to do, which slot of which buffer to read and write, and where
+to put what arrives. A pair of a forward and a backward is two ticks; gathers and releases of
+weights are none, where no mesh axis shards the weights.
 
-    ring         filled by                        read by
-    activations  arrival of stage s-1's output    F
-    residuals    F                                I or B
-    gradients    the head, or arrival of dx       I or B
-    waiting      I                                W
+    buffer       filled by                                   read by
+    activations  arrival of the output before, or embedding  F (and, where F keeps it, R or I or B)
+    gradients    the head, or arrival of dx                  I or B
+    pools        F, R, I: the saved values, cell by cell     R, I, B, W
 """
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from jaxpipe.pipeline.slots import Stay, colour
 from jaxpipe.schedules import Action, Kind, Schedule, ScheduleError
 from jaxpipe.schedules.ticks import ticks
 
 # What a device does on a tick, as the table's integers.
 IDLE = 0
-CODE = {Kind.F: 1, Kind.B: 2, Kind.I: 3, Kind.W: 4}
+CODE = {kind: code for code, kind in enumerate((Kind.F, Kind.R, Kind.B, Kind.I, Kind.W), 1)}
+# Weights lie whole on their devices: there is nothing to gather and nothing to release.
+_NOTHING_TO_DO = (Kind.G, Kind.X)
 
-RINGS = ("activations", "residuals", "gradients", "waiting")
-ARRIVALS = ("activations", "gradients")  # those that neighbours fill
+RINGS = ("activations", "gradients")
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+  """A saved value, as the program sees it.
+
+  Attributes:
+    pool: number of the pool that has cells of its size.
+    made: the action that leaves it: F, R or I.
+    last: the last that reads it: R, I or W; where one B does the work of I and W, it is that B.
+  """
+
+  pool: int
+  made: Kind
+  last: Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +52,40 @@ class Route:
 
   Attributes:
     offset: receiver minus sender, modulo P; 0 is a copy within the device.
-    pairs: the (sender, receiver) pairs that ever send.
     activations: whether outputs ever travel it.
     gradients: whether input gradients ever do.
   """
 
   offset: int
-  pairs: tuple[tuple[int, int], ...]
   activations: bool
   gradients: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Doing:
+  """What happens on one tick, or on any of several, over all devices.
+
+  Attributes:
+    kinds: codes of what devices do, `IDLE` included.
+    first, last: codes of what they do at the first and at the last stage of a microbatch's path.
+    pairs: for every route, the (sender, receiver) pairs that carry something.
+  """
+
+  kinds: frozenset[int]
+  first: frozenset[int]
+  last: frozenset[int]
+  pairs: tuple[frozenset[tuple[int, int]], ...]
+
+  @classmethod
+  def any_of(cls, ticks: Sequence[Doing]) -> Doing:
+    """All that happens on any of the ticks."""
+    union = lambda sets: frozenset().union(*sets)  # noqa: E731
+    return cls(
+      kinds=union(tick.kinds for tick in ticks),
+      first=union(tick.first for tick in ticks),
+      last=union(tick.last for tick in ticks),
+      pairs=tuple(map(union, zip(*(tick.pairs for tick in ticks), strict=True))),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,215 +93,300 @@ class Program:
   """The tick table of a schedule.
 
   Attributes:
-    name: the schedule's.
-    devices, chunks, stages, microbatches: P, V, S, M.
-    ticks: number of rows.
-    kinds: the kinds that occur.
+    schedule: what it runs.
+    at: device and tick of every action.
+    slack: ticks that a transfer takes beyond the one that sends it.
+    keeps_input: whether a stage's input stays in `activations` until its backward.
     slots: length of each ring, the largest need of any device.
     routes: who sends to whom.
-    table: int32 [ticks, P] each: `kind`, `chunk`, `stage`, `microbatch`; the slot in each ring,
-      under the ring's name; and for route r, `arriving_activation_r` and `arriving_gradient_r`.
-      `slots[ring]` itself, one past the end, stands for "nowhere".
+    doing: what happens on each tick.
+    table: int32 [ticks, P] each: `kind`, `chunk`, `stage`, `microbatch`; `first` and `last`, 1 at
+      an end of the microbatch's path; the slot in each ring, under the ring's name; and for route
+      r, `arriving_activation_r` and `arriving_gradient_r`, where `slots[ring]` itself, one past the
+      end, stands for "nowhere".
   """
 
-  name: str
-  devices: int
-  chunks: int
-  stages: int
-  microbatches: int
-  ticks: int
-  kinds: frozenset[Kind]
+  schedule: Schedule
+  at: Mapping[Action, tuple[int, int]]
+  slack: int
+  keeps_input: bool
   slots: Mapping[str, int]
   routes: tuple[Route, ...]
+  doing: tuple[Doing, ...]
   table: Mapping[str, np.ndarray]
 
+  @property
+  def ticks(self) -> int:
+    """Number of rows."""
+    return len(self.doing)
+
+  @property
+  def kinds(self) -> frozenset[Kind]:
+    """The kinds that occur."""
+    return frozenset(action.kind for action in self.at)
+
   def length(self, ring: str) -> int:
-    """Slots to allocate: where neighbours write there is one more, which stands for "nowhere".
+    """Slots to allocate: one more than are used, which stands for "nowhere".
 
     What arrives on a tick that nobody sends is written there, in place of a conditional round
     every write.
     """
-    return self.slots[ring] + (ring in ARRIVALS)
+    return self.slots[ring] + 1
+
+  def cells(self, values: Sequence[Value]) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Gives every saved value of every stage and microbatch a cell of its pool.
+
+    Values of one size share a pool whatever they are: what W waits for takes the cells of what I
+    has consumed.
+
+    Args:
+      values: what the actions of one stage leave for one another.
+
+    Returns:
+      int32 [ticks, P, values], the cells that the tick's action reads and writes; and how many
+      cells each pool has.
+    """
+    stays = list(self._stays_of(values))
+    pools = [str(n) for n in range(1 + max((value.pool for value in values), default=-1))]
+    cell, lengths = colour(stays, pools)
+    table = np.zeros((self.ticks, self.schedule.devices, len(values)), np.int32)
+    for action, (d, tick) in self.at.items():
+      s, m = action.stage, action.microbatch
+      for n, value in enumerate(values):
+        table[tick, d, n] = cell.get((str(value.pool), d, (s, m, n)), 0)
+    return table, tuple(lengths[pool] for pool in pools)
+
+  def _stays_of(self, values: Sequence[Value]) -> Iterator[Stay]:
+    for action, (d, tick) in self.at.items():
+      if action.kind not in (Kind.F, Kind.R, Kind.I):
+        continue
+      s, m = action.stage, action.microbatch
+      for n, value in enumerate(values):
+        end = _find(self.at, value.last, s, m)
+        if value.made is action.kind and end is not None:
+          yield Stay(str(value.pool), d, tick, end[1], (s, m, n))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stay:
-  """One value's stay in a ring: filled at the end of tick `start`, last read in tick `end`."""
-
-  ring: str
-  device: int
-  start: int
-  end: int
-  stage: int
-  microbatch: int
-
-
-def lower(schedule: Schedule) -> Program:
+def lower(schedule: Schedule, *, keeps_input: bool = False, slack: int = 0) -> Program:
   """Returns the program of a legal schedule.
 
+  Args:
+    schedule: a legal one, or the forward-only part of one.
+    keeps_input: keep a stage's input until its R, or else its backward.
+    slack: ticks that a transfer may take beyond the one that sends it, 0 or 1.
+
   Raises:
-    ScheduleError: the schedule dead-locks, or holds a kind that the executor does not run.
+    ScheduleError: the schedule dead-locks, or has actions that the executor does not run.
+    ValueError: another slack.
   """
+  if slack not in (0, 1):
+    raise ValueError(f"slack={slack} ticks cannot be executed; use 0 or 1")
+  schedule = _without_pairs(schedule)
   _refuse_strange(schedule)
-  at = _at(schedule)
-  stays = _stays(schedule, at)
-  slot, slots = _colour(stays)
-  routes = _routes(schedule)
-  ticks = 1 + max(at.values())
-  columns = ["kind", "chunk", "stage", "microbatch", *RINGS]
-  table = {name: np.zeros((ticks, schedule.devices), np.int32) for name in columns}
-  for ring in RINGS:
-    table[ring][:] = slots[ring]
-  for r in range(len(routes)):
-    table[f"arriving_activation_{r}"] = np.full_like(table["kind"], slots["activations"])
-    table[f"arriving_gradient_{r}"] = np.full_like(table["kind"], slots["gradients"])
-  _fill(schedule, at, slot, routes, table)
+  at = _at(schedule, slack)
+  sends = list(_sends(schedule, at))
+  stays = list(_stays(at, sends, keeps_input, slack))
+  slot, slots = colour(stays, RINGS)
+  routes = _routes(schedule.devices, sends)
+  shape = (1 + max(tick for _, tick in at.values()) + slack, schedule.devices)
+  table = _actions(schedule, at, slot, np.zeros(shape, np.int32), slots)
+  table |= _arrivals(sends, slot, routes, np.zeros(shape, np.int32), slots, slack)
   return Program(
-    name=schedule.name,
-    devices=schedule.devices,
-    chunks=schedule.chunks,
-    stages=schedule.stages,
-    microbatches=schedule.microbatches,
-    ticks=ticks,
-    kinds=frozenset(a.kind for a in at),
+    schedule=schedule,
+    at=at,
+    slack=slack,
+    keeps_input=keeps_input,
     slots=slots,
     routes=routes,
+    doing=_doing(table, sends, routes, slack),
     table=table,
   )
 
 
+def _without_pairs(schedule: Schedule) -> Schedule:
+  """Overlapped pairs as their parts, one after the other, and no gathers of what is whole.
+
+  One device runs one stream: a pair gains nothing beyond the transfers, and those run beside the
+  next tick anyway. Two short ticks couple neighbours less than one long one.
+  """
+  order = tuple(
+    tuple(a for step in row for a in step.parts if a.kind not in _NOTHING_TO_DO)
+    for row in schedule.order
+  )
+  return dataclasses.replace(schedule, order=order)
+
+
 def _refuse_strange(schedule: Schedule) -> None:
   """Raises ScheduleError for what the executor does not run."""
-  steps = [step for row in schedule.order for step in row]
-  kinds = sorted({a.kind.value for step in steps for a in step.parts} - {k.value for k in CODE})
+  actions = [a for row in schedule.order for step in row for a in step.parts]
+  kinds = sorted({a.kind.value for a in actions} - {k.value for k in CODE})
   if kinds:
     raise ScheduleError(
       f"schedule {schedule.name} has actions of kind {', '.join(kinds)}, which the"
-      f" executor does not run; it runs {', '.join(CODE)}"
+      f" executor does not run; it runs {', '.join([*CODE, *_NOTHING_TO_DO])}"
     )
-  pair = next((step for step in steps if len(step.parts) > 1), None)
-  if pair is not None:
+  if schedule.paths is not None:
     raise ScheduleError(
-      f"schedule {schedule.name} overlaps {pair}, which the executor does not run; write its parts"
-      " one after the other"
+      f"schedule {schedule.name} has paths that skip stages, which the executor does not run"
     )
-  if schedule.placement.replicated or schedule.paths is not None:
-    what = "stages with replicas" if schedule.placement.replicated else "paths that skip stages"
-    raise ScheduleError(f"schedule {schedule.name} has {what}, which the executor does not run")
+  again = sum(a.kind is Kind.R for a in actions)
+  forwards = sum(a.kind is Kind.F for a in actions)
+  if again not in (0, forwards):
+    raise ScheduleError(
+      f"schedule {schedule.name} recomputes {again} of {forwards} forwards; give every F an R or"
+      " none"
+    )
 
 
-def _at(schedule: Schedule) -> dict[Action, int]:
-  """The tick of each action."""
+def _at(schedule: Schedule, slack: int) -> dict[Action, tuple[int, int]]:
+  """Device and tick of each action."""
   return {
-    action: tick
-    for row, row_ticks in zip(schedule.order, ticks(schedule), strict=True)
+    action: (d, tick)
+    for d, (row, row_ticks) in enumerate(zip(schedule.order, ticks(schedule, slack), strict=True))
     for step, tick in zip(row, row_ticks, strict=True)
     for action in step.parts
   }
 
 
-def _stays(schedule: Schedule, at: Mapping[Action, int]) -> list[_Stay]:
-  home, S = schedule.placement.device, schedule.stages
-  stays = []
-
-  def stay(ring: str, stage: int, m: int, start: int, end: int) -> None:
-    stays.append(_Stay(ring, home(stage), start, end, stage, m))
-
-  for action, tick in at.items():
-    s, m = action.stage, action.microbatch
-    if action.kind is Kind.F and s > 0:
-      stay("activations", s, m, at[Action(s - 1, Kind.F, m)], tick)
-    if action.kind in (Kind.I, Kind.B):
-      stay("residuals", s, m, at[Action(s, Kind.F, m)], tick)
-      source = at[Action(s, Kind.F, m)] if s == S - 1 else _back(at, s + 1, m)
-      stay("gradients", s, m, source, tick)
-    if action.kind is Kind.W:
-      stay("waiting", s, m, at[Action(s, Kind.I, m)], tick)
-  return stays
+def _find(
+  at: Mapping[Action, tuple[int, int]], kind: Kind, stage: int, m: int
+) -> tuple[int, int] | None:
+  """Device and tick of an action, fused or not; None where the schedule has no such action."""
+  found = at.get(Action(stage, kind, m))
+  if found is None and kind in (Kind.I, Kind.W):
+    return at.get(Action(stage, Kind.B, m))
+  return found
 
 
-def _back(at: Mapping[Action, int], stage: int, m: int) -> int:
-  """Tick of a stage's input gradient, fused or not."""
-  fused = at.get(Action(stage, Kind.B, m))
-  return at[Action(stage, Kind.I, m)] if fused is None else fused
+@dataclasses.dataclass(frozen=True)
+class _Send:
+  """An output or an input gradient on its way to the next stage.
 
-
-def _colour(stays: Iterable[_Stay]) -> tuple[dict[tuple[str, int, int], int], dict[str, int]]:
-  """Gives every stay a slot; two on one device and ring share a slot only one after the other.
-
-  Returns:
-    `(ring, stage, microbatch) -> slot`, and the number of slots of each ring.
+  Attributes:
+    gradient: whether it is a gradient.
+    tick: at whose end it leaves.
+    source, target: devices.
+    stage, microbatch: of the action that it is for.
   """
-  slot = {}
-  slots = dict.fromkeys(RINGS, 0)
-  free: dict[tuple[str, int], list[int]] = {}
-  busy: dict[tuple[str, int], list[tuple[int, int]]] = {}
-  for stay in sorted(stays, key=lambda stay: (stay.start, stay.end, stay.stage, stay.microbatch)):
-    where = (stay.ring, stay.device)
-    idle, running = free.setdefault(where, []), busy.setdefault(where, [])
-    # A tick reads before it writes, so a slot last read in tick t may be filled at the end of t.
-    while running and running[0][0] <= stay.start:
-      heapq.heappush(idle, heapq.heappop(running)[1])
-    number = heapq.heappop(idle) if idle else len(running)
-    heapq.heappush(running, (stay.end, number))
-    slot[stay.ring, stay.stage, stay.microbatch] = number
-    slots[stay.ring] = max(slots[stay.ring], number + 1)
-  return slot, slots
+
+  gradient: bool
+  tick: int
+  source: int
+  target: int
+  stage: int
+  microbatch: int
+
+  def arrives(self, slack: int) -> int:
+    """The tick at whose end it is in its slot; within a device nothing travels."""
+    return self.tick + (slack if self.source != self.target else 0)
 
 
-def _neighbours(schedule: Schedule) -> Iterable[tuple[Kind, int, int]]:
-  """Every edge between stages: what travels, from which stage, to which."""
-  backward = any(
-    a.kind in (Kind.I, Kind.B) for row in schedule.order for step in row for a in step.parts
-  )
-  for s in range(schedule.stages - 1):
-    yield Kind.F, s, s + 1
-    if backward:
-      yield Kind.I, s + 1, s
+def _sends(schedule: Schedule, at: Mapping[Action, tuple[int, int]]) -> Iterator[_Send]:
+  for action, (d, tick) in at.items():
+    s, m = action.stage, action.microbatch
+    gradient = action.kind in (Kind.I, Kind.B)
+    if action.kind is not Kind.F and not gradient:
+      continue
+    path = schedule.path(m)
+    i = path.index(s) + (-1 if gradient else 1)
+    if 0 <= i < len(path):
+      target = _find(at, Kind.I if gradient else Kind.F, path[i], m)
+      assert target is not None  # a legal schedule passes every stage of the path
+      yield _Send(gradient, tick, d, target[0], path[i], m)
 
 
-def _routes(schedule: Schedule) -> tuple[Route, ...]:
-  home, P = schedule.placement.device, schedule.devices
-  travels: dict[int, set[tuple[Kind, int, int]]] = {}
-  for kind, source, target in _neighbours(schedule):
-    a, b = home(source), home(target)
-    travels.setdefault((b - a) % P, set()).add((kind, a, b))
+def _stays(
+  at: Mapping[Action, tuple[int, int]], sends: Sequence[_Send], keeps_input: bool, slack: int
+) -> Iterator[Stay]:
+  """What the rings hold: the saved values have cells of their own."""
+  arrival = {(send.gradient, send.stage, send.microbatch): send.arrives(slack) for send in sends}
+  for action, (d, tick) in at.items():
+    s, m, kind = action.stage, action.microbatch, action.kind
+    if kind is Kind.F:
+      start = arrival.get((False, s, m))
+      if start is not None:  # the first stage embeds
+        again = _find(at, Kind.R, s, m) or _find(at, Kind.I, s, m)
+        end = again[1] if keeps_input and again else tick
+        yield Stay("activations", d, start, end, (s, m))
+    if kind in (Kind.I, Kind.B):
+      # At the last stage, F ends with the head, which leaves dy.
+      start = arrival.get((True, s, m), at[Action(s, Kind.F, m)][1])
+      yield Stay("gradients", d, start, tick, (s, m))
+
+
+def _routes(devices: int, sends: Iterable[_Send]) -> tuple[Route, ...]:
+  travels: dict[int, set[bool]] = {}
+  for send in sends:
+    travels.setdefault((send.target - send.source) % devices, set()).add(send.gradient)
   return tuple(
-    Route(
-      offset,
-      tuple(sorted({(a, b) for _, a, b in edges})),
-      any(kind is Kind.F for kind, _, _ in edges),
-      any(kind is Kind.I for kind, _, _ in edges),
-    )
-    for offset, edges in sorted(travels.items())
+    Route(offset, activations=False in what, gradients=True in what)
+    for offset, what in sorted(travels.items())
   )
 
 
-def _fill(
+def _actions(
   schedule: Schedule,
-  at: Mapping[Action, int],
-  slot: Mapping[tuple[str, int, int], int],
-  routes: tuple[Route, ...],
-  table: Mapping[str, np.ndarray],
-) -> None:
-  home, P, S = schedule.placement.device, schedule.devices, schedule.stages
-  number = {route.offset: r for r, route in enumerate(routes)}
-
-  def send(what: str, ring: str, tick: int, source: int, target: int, m: int) -> None:
-    a, b = home(source), home(target)
-    table[f"arriving_{what}_{number[(b - a) % P]}"][tick, b] = slot[ring, target, m]
-
-  for action, tick in at.items():
-    s, m, d = action.stage, action.microbatch, home(action.stage)
-    cell = (tick, d)
+  at: Mapping[Action, tuple[int, int]],
+  slot: Mapping[Hashable, int],
+  zeros: np.ndarray,
+  slots: Mapping[str, int],
+) -> dict[str, np.ndarray]:
+  columns = ("kind", "chunk", "stage", "microbatch", "first", "last")
+  table = {name: zeros.copy() for name in columns}
+  table |= {ring: np.full_like(zeros, slots[ring]) for ring in RINGS}
+  for action, (d, tick) in at.items():
+    s, m, cell = action.stage, action.microbatch, (tick, d)
     table["kind"][cell] = CODE[action.kind]
-    table["chunk"][cell] = schedule.placement.chunk(d, s)
-    table["stage"][cell] = s
     table["microbatch"][cell] = m
     for ring in RINGS:
-      if (ring, s, m) in slot:
-        table[ring][cell] = slot[ring, s, m]
-    if action.kind is Kind.F and s < S - 1:
-      send("activation", "activations", tick, s, s + 1, m)
-    if action.kind in (Kind.I, Kind.B) and s > 0:
-      send("gradient", "gradients", tick, s, s - 1, m)
+      table[ring][cell] = slot.get((ring, d, (s, m)), slots[ring])
+    path = schedule.path(m)
+    table["stage"][cell] = s
+    table["chunk"][cell] = schedule.placement.chunk(d, s)
+    table["first"][cell] = s == path[0]
+    table["last"][cell] = s == path[-1]
+  return table
+
+
+def _arrivals(
+  sends: Iterable[_Send],
+  slot: Mapping[Hashable, int],
+  routes: tuple[Route, ...],
+  zeros: np.ndarray,
+  slots: Mapping[str, int],
+  slack: int,
+) -> dict[str, np.ndarray]:
+  table = {}
+  for r in range(len(routes)):
+    table[f"arriving_activation_{r}"] = np.full_like(zeros, slots["activations"])
+    table[f"arriving_gradient_{r}"] = np.full_like(zeros, slots["gradients"])
+  number = {route.offset: r for r, route in enumerate(routes)}
+  for send in sends:
+    r = number[(send.target - send.source) % zeros.shape[1]]
+    what, ring = ("gradient", "gradients") if send.gradient else ("activation", "activations")
+    cell = (send.arrives(slack), send.target)
+    table[f"arriving_{what}_{r}"][cell] = slot[ring, send.target, (send.stage, send.microbatch)]
+  return table
+
+
+def _doing(
+  table: Mapping[str, np.ndarray],
+  sends: Iterable[_Send],
+  routes: tuple[Route, ...],
+  slack: int,
+) -> tuple[Doing, ...]:
+  number = {route.offset: r for r, route in enumerate(routes)}
+  ticks, P = table["kind"].shape
+  pairs: list[list[set[tuple[int, int]]]] = [[set() for _ in routes] for _ in range(ticks)]
+  for send in sends:
+    r = number[(send.target - send.source) % P]
+    pairs[send.arrives(slack)][r].add((send.source, send.target))
+  return tuple(
+    Doing(
+      kinds=frozenset(table["kind"][t].tolist()),
+      first=frozenset(table["kind"][t][table["first"][t] > 0].tolist()),
+      last=frozenset(table["kind"][t][table["last"][t] > 0].tolist()),
+      pairs=tuple(map(frozenset, pairs[t])),
+    )
+    for t in range(ticks)
+  )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ Tree = Any
 Index = int | jax.Array
 
 
-def vary(tree: Tree, axes: Sequence[str]) -> Tree:
+def vary(tree: Tree, axes: Collection[str]) -> Tree:
   """Marks every leaf as differing along the mesh `axes`.
 
   Done once, before the loop: a parameter that stayed *invariant* along `data` would have its
@@ -26,24 +25,6 @@ def vary(tree: Tree, axes: Sequence[str]) -> Tree:
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
   return jax.tree.map(mark, tree)
-
-
-@contextlib.contextmanager
-def explain_varying(part: str) -> Iterator[None]:
-  """Says what to do where user code mixes a constant with values that vary over the mesh.
-
-  JAX wants a loop's carry, or a conditional's branches, to vary over the same axes before and
-  after; a fresh `jnp.zeros` does not vary, what is added to it does.
-  """
-  try:
-    yield
-  except TypeError as error:
-    if "varying" not in str(error) and "manual" not in str(error):
-      raise
-    raise ValueError(
-      f"{part}: a loop's carry or a branch starts from a constant, but becomes something that"
-      " differs between devices; start it from the data, such as jnp.zeros_like(x) or 0 * x.sum()"
-    ) from error
 
 
 def allocate(shapes: Tree, slots: int, axes: Sequence[str], poison: bool) -> Tree:

@@ -1,7 +1,11 @@
 """One stage: the layers of a chunk, run in a loop over the slices of one layer.
 
-Nothing is stacked and then copied: what a layer keeps goes straight into its place in the ring,
-[slot, layer], and its gradient is added straight into the accumulator, [layer].
+Nothing is stacked and then copied: what a layer leaves for a later action goes straight into its
+cell, [cell, layer], and its gradient is added straight into the accumulator, [layer].
+
+What F keeps is the residual policy's choice. Under a policy that keeps the stage's input alone, R
+runs the stage's forward again and fills the cells that F would have filled; where the schedule has
+no R, each backward does so in cells that live only inside it.
 """
 
 from __future__ import annotations
@@ -16,7 +20,10 @@ from jax import lax
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.residuals import Residuals
 from jaxpipe.pipeline.rings import Index, Tree
-from jaxpipe.pipeline.split import LayerSplit, float_leaves, split
+from jaxpipe.pipeline.split import LayerSplit, Saved, split
+from jaxpipe.pipeline.storage import Layout, Pools, Storage
+from jaxpipe.pipeline.varying import axes_of
+from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
 # inputs(i) are the further inputs of the chunk's i-th layer.
@@ -43,90 +50,125 @@ class Stage:
   Attributes:
     split: slices of one layer.
     layers: layers in a stage.
-    recompute: keep the stage's input alone and run the forward again before the backward.
-    allocate: allocates a ring, given the shapes of a slot and their number.
+    layout: where saved values lie between actions.
+    scratch: where they lie inside a backward that runs the forward again; None where none does.
+    waiting: where I puts what it makes, before it goes to its cells.
+    allocate: allocates pools, given the shapes of their cells and their lengths.
   """
 
   split: LayerSplit
   layers: int
-  recompute: bool
-  allocate: Callable[[Tree, int], Tree]
-
-  def slots(self, x: Leaves) -> dict[str, list[jax.ShapeDtypeStruct]]:
-    """Shapes and dtypes of one slot of each ring, given the leaves of the stage's input."""
-    inputs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in x]
-    return {
-      "activations": inputs,
-      "gradients": float_leaves(inputs),
-      "residuals": inputs if self.recompute else self._of_layers(self.split.kept),
-      "waiting": self._of_layers(self.split.waiting),
-    }
+  layout: Layout
+  scratch: Layout | None
+  waiting: Layout
+  allocate: Callable[[Sequence[jax.ShapeDtypeStruct], Sequence[int]], Pools]
 
   def primal(self, call: Call, x: Leaves) -> Leaves:
     """Runs the layers, keeping nothing."""
     return lax.fori_loop(0, self.layers, lambda i, x: self.split.primal(*call.given(i), *x), x)
 
-  def forward(self, call: Call, x: Leaves, ring: Tree, slot: Index) -> tuple[Leaves, Tree]:
-    """F: runs the layers and keeps in `ring`, at `slot`, what the backward pass wants."""
-    if self.recompute:
-      return self.primal(call, x), rings.put(ring, x, slot)
-    return self._forward(call, x, ring, slot)
+  def forward(self, call: Call, x: Leaves, storage: Storage) -> tuple[Leaves, Storage]:
+    """Runs the layers and keeps what the backward pass wants: F, or R of a stage's input."""
+    forward = self.split.forward
+
+    def layer(i: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
+      x, storage = carry
+      out = forward(*call.given(i), *x)
+      y, saved = out[: self.split.x_count], out[self.split.x_count :]
+      return y, storage.write(forward.makes, i, saved)
+
+    return _loop(self.layers, layer, (x, storage))
+
+  def recompute(self, call: Call, storage: Storage) -> Storage:
+    """R, where F kept something of every layer."""
+    again = self.split.recompute
+    if again is None:
+      return storage
+
+    def layer(i: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
+      storage = carry[1]
+      made = again(*call.given(i), *storage.read(again.reads, i))
+      return [], storage.write(again.makes, i, made)
+
+    return _loop(self.layers, layer, ([], storage))[1]
 
   def backward(
-    self, call: Call, ring: Tree, slot: Index, dy: Leaves, grads: Tree
+    self, call: Call, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
   ) -> tuple[Leaves, Tree]:
-    """B: returns dx, and `grads` with this microbatch's added at the chunk's layers."""
-    ring, slot = self._kept(call, ring, slot)
+    """B: returns dx, and `grads` with this microbatch's added at the chunk's layers.
+
+    Args:
+      call: the action's arguments.
+      storage: with what F or R left; only read.
+      x: the stage's input, where it is all that F kept and there is no R; else unused.
+      dy: cotangents of the stage's output.
+      grads: sums over microbatches.
+    """
+    kept = self._kept(call, storage, x)
 
     def layer(j: Index, carry: tuple[Leaves, Tree]) -> tuple[Leaves, Tree]:
       (dy, grads), i = carry, self.layers - 1 - j
-      out = self.split.backward(*call.given(i), *rings.get(ring, slot, i), *dy)
+      out = self.split.backward(*call.given(i), *kept.read(self.split.backward.reads, i), *dy)
       dx, dp = out[: self.split.dx_count], out[self.split.dx_count :]
       return dx, _add(grads, dp, call.first_layer + i)
 
     return lax.fori_loop(0, self.layers, layer, (dy, grads))
 
   def input_grad(
-    self, call: Call, ring: Tree, slot: Index, dy: Leaves, waiting: Tree, waiting_slot: Index
-  ) -> tuple[Leaves, Tree]:
-    """I: returns dx, and `waiting` with what W needs written at `waiting_slot`."""
-    ring, slot = self._kept(call, ring, slot)
+    self, call: Call, storage: Storage, x: Leaves, dy: Leaves, made: Storage
+  ) -> tuple[Leaves, Storage]:
+    """I: returns dx, and `made` with what W waits for; arguments as for B.
 
-    def layer(j: Index, carry: tuple[Leaves, Tree]) -> tuple[Leaves, Tree]:
-      (dy, waiting), i = carry, self.layers - 1 - j
-      out = self.split.input_grad(*call.given(i), *rings.get(ring, slot, i), *dy)
-      dx, wait = out[: self.split.dx_count], out[self.split.dx_count :]
-      return dx, rings.put(waiting, wait, waiting_slot, i)
+    It does not write to the pools that it reads: XLA would copy them whole. `made` has a cell of
+    its own for every value, and `Storage.take` moves them.
+    """
+    slice_ = self.split.input_grad
+    kept = self._kept(call, storage, x)
+    # What F would have kept for W lives in the scratch only; here it begins to wait.
+    staying = [n for n in made.layout.position if n not in slice_.makes]
 
-    return lax.fori_loop(0, self.layers, layer, (dy, waiting))
+    def layer(j: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
+      (dy, made), i = carry, self.layers - 1 - j
+      out = slice_(*call.given(i), *kept.read(slice_.reads, i), *dy)
+      dx, new = out[: self.split.dx_count], out[self.split.dx_count :]
+      made = made.write(slice_.makes, i, new)
+      return dx, made.write(staying, i, kept.read(staying, i))
 
-  def weight_grad(self, call: Call, waiting: Tree, slot: Index, grads: Tree) -> Tree:
+    return _loop(self.layers, layer, (dy, made))
+
+  def weight_grad(self, call: Call, storage: Storage, grads: Tree) -> Tree:
     """W: returns `grads` with this microbatch's added at the chunk's layers."""
+    slice_ = self.split.weight_grad
 
     def layer(i: Index, grads: Tree) -> Tree:
-      dp = self.split.weight_grad(*call.given(i), *rings.get(waiting, slot, i))
+      dp = slice_(*call.given(i), *storage.read(slice_.reads, i))
       return _add(grads, dp, call.first_layer + i)
 
     return lax.fori_loop(0, self.layers, layer, grads)
 
-  def _forward(self, call: Call, x: Leaves, ring: Tree, slot: Index) -> tuple[Leaves, Tree]:
-    def layer(i: Index, carry: tuple[Leaves, Tree]) -> tuple[Leaves, Tree]:
-      x, ring = carry
-      out = self.split.forward(*call.given(i), *x)
-      y, kept = out[: self.split.x_count], out[self.split.x_count :]
-      return y, rings.put(ring, kept, slot, i)
+  def _kept(self, call: Call, storage: Storage, x: Leaves) -> Storage:
+    """What F would have kept: from the forward run again, or from the pools."""
+    if self.scratch is None:
+      return storage
+    cells, lengths = self.scratch.one_each()
+    pools = self.allocate(self.scratch.pools, lengths)
+    return self.forward(call, x, Storage(self.scratch, pools, cells))[1]
 
-    return lax.fori_loop(0, self.layers, layer, (x, ring))
 
-  def _kept(self, call: Call, ring: Tree, slot: Index) -> tuple[Tree, Index]:
-    """The ring and slot where the layers' residuals lie, recomputed first if they must be."""
-    if not self.recompute:
-      return ring, slot
-    scratch = self.allocate(self._of_layers(self.split.kept), 1)
-    return self._forward(call, rings.get(ring, slot), scratch, 0)[1], 0
+def _loop(
+  layers: int,
+  body: Callable[[Index, tuple[Leaves, Storage]], tuple[Leaves, Storage]],
+  start: tuple[Leaves, Storage],
+) -> tuple[Leaves, Storage]:
+  """Runs `body(i, (leaves, storage))` for every layer; only pools that it writes are carried."""
+  storage = start[1]
 
-  def _of_layers(self, shapes: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct((self.layers, *s.shape), s.dtype) for s in shapes]
+  def run(i: Index, carry: tuple[Leaves, Pools]) -> tuple[Leaves, Pools]:
+    leaves, after = body(i, (carry[0], dataclasses.replace(storage, pools=carry[1])))
+    return leaves, after.pools
+
+  leaves, pools = lax.fori_loop(0, layers, run, (start[0], storage.pools))
+  return leaves, dataclasses.replace(storage, pools=pools)
 
 
 def cut_stack(
@@ -136,8 +178,9 @@ def cut_stack(
   x: Tree,
   layers: int,
   policy: Residuals | None,
-  allocate: Callable[[Tree, int], Tree],
-  axes: Sequence[str] = (),
+  allocate: Callable[[Sequence[jax.ShapeDtypeStruct], Sequence[int]], Pools],
+  *,
+  recompute: bool = False,
 ) -> Stage:
   """Cuts one layer of a stack and returns the stage that runs `layers` of it.
 
@@ -147,19 +190,36 @@ def cut_stack(
     layers: layers in a stage.
     policy: what F keeps; None where only forwards run.
     allocate: see `Stage`.
-    axes: mesh axes over which activations vary.
+    recompute: whether the schedule has R.
 
   Raises:
     ValueError: the layer has a loop or branch that cannot be traced over a mesh.
   """
   training = policy is not None
+  keeps_input = bool(policy and policy.stage_input)
 
   def layer(params: Tree, inputs: Tree, x: Tree) -> Tree:
-    with rings.explain_varying("layers[0]"):
-      return rings.vary(stack.apply_layer(params, x, training, inputs), axes)
+    # Like x, whichever way the layer is traced: a leaf of y that depends on nothing has a cotangent
+    # like every other.
+    y = stack.apply_layer(params, x, training, inputs)
+    return rings.vary(y, axes_of(jax.tree.leaves(x)))
 
-  one = split(layer, params, inputs, x, policy.layer if policy else None)
-  return Stage(one, layers, bool(policy and policy.stage_input), allocate)
+  keep = policy.layer if policy else None
+  one = split(layer, params, inputs, x, keep, recompute=recompute and not keeps_input)
+  saved = dict(enumerate(one.saved)) if training else {}
+  scratch = None
+  if keeps_input and recompute:
+    saved = {n: _made_by(Kind.R, value) for n, value in saved.items()}
+  elif keeps_input:
+    scratch = Layout.of({n: v for n, v in saved.items() if v.made is Kind.F}, layers)
+    saved = {n: _made_by(Kind.I, v) for n, v in saved.items() if v.last is Kind.W}
+  waiting = Layout.of({n: v for n, v in saved.items() if v.made is Kind.I}, layers)
+  return Stage(one, layers, Layout.of(saved, layers), scratch, waiting, allocate)
+
+
+def _made_by(kind: Kind, value: Saved) -> Saved:
+  """A value that F would have made is made by another action; what I makes stays I's."""
+  return value if value.made is Kind.I else dataclasses.replace(value, made=kind)
 
 
 def _add(grads: Tree, leaves: Sequence[jax.Array], layer: Index) -> Tree:

@@ -12,6 +12,8 @@ import tiny
 
 import jaxpipe
 from jaxpipe.pipeline.check import leaf_errors
+from jaxpipe.schedules import schedule_names
+from jaxpipe.schedules.transforms.recompute import with_recompute
 
 TOLERANCE = 1e-12
 
@@ -51,6 +53,55 @@ def test_gradients_are_those_of_the_unpipelined_model(
   assert got_metrics == metrics
   errors = leaf_errors(jaxpipe.unplace(got, stack, schedule), grads)
   assert len(errors) == 11 and max(errors.values()) <= TOLERANCE, errors
+
+
+NAMES = [name for name in schedule_names() if name != "skippipe"]  # its paths skip stages
+EVERY = [
+  (name, P, M, slack, residuals)
+  for name, P in itertools.product(NAMES, (1, 2, 3, 4, 8))
+  for M in sorted({1, 2, P - 1, P, P + 1, 2 * P, 3 * P + 1} - {0})
+  for slack, residuals in itertools.product((0, 1), ("full", "dots", "all"))
+]
+
+
+@pytest.mark.sampled("name, P, M, slack, residuals", EVERY, 16)
+def test_every_registered_schedule_is_exact(float64, name, P, M, slack, residuals):
+  try:
+    schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M)
+  except ValueError as error:
+    pytest.skip(str(error))  # says which sizes the family has
+  stack, batch, key = tiny.stack(schedule.stages), tiny.batch(M), jax.random.key(7)
+  mesh = jaxpipe.make_mesh(f"stage:{P}")
+  params = stack.init(jax.random.key(1), batch)
+  step = jaxpipe.pipeline_value_and_grad(
+    stack, schedule, mesh, residuals=residuals, slack=slack, poison=True
+  )
+  (loss, _), got = step(jaxpipe.place(params, stack, schedule, mesh), batch, key)
+  (want, _), grads = jaxpipe.reference_value_and_grad(stack, M)(params, batch, key)
+  np.testing.assert_allclose(loss, want, rtol=TOLERANCE)
+  errors = leaf_errors(jaxpipe.unplace(got, stack, schedule), grads)
+  assert len(errors) == 11 and max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("residuals", ["full", "dots", "all"])
+@pytest.mark.parametrize("name", ["gpipe", "zb-v", "chimera"])
+def test_recompute_as_an_action_of_its_own_is_exact(float64, name, residuals):
+  schedule = with_recompute(jaxpipe.make_schedule(name, devices=2, microbatches=4))
+  stack = tiny.stack(schedule.stages)
+  report = jaxpipe.check(
+    stack, schedule, jaxpipe.make_mesh("stage:2,data:2"), tiny.batch(8), residuals=residuals
+  )
+  assert report.ok, str(report)
+
+
+def test_replicas_of_a_stage_are_stored_once():
+  """Counted twice, a weight would count twice in the gradient's norm, and clipping with it."""
+  schedule = jaxpipe.make_schedule("chimera", devices=4, microbatches=4)
+  stack = tiny.stack(8)
+  params = stack.init(jax.random.key(1), tiny.batch(4))
+  placed = jaxpipe.place(params, stack, schedule, jaxpipe.make_mesh("stage:4"))
+  same = [a.shape == b.shape for a, b in zip(*map(jax.tree.leaves, (params, placed)), strict=True)]
+  assert all(same)
 
 
 ORDERS = {

@@ -19,7 +19,7 @@ def measure(name, backward, residuals, M):
   step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=residuals)
   compiled = jax.jit(step).lower(params, batch).compile()
   expected = jaxpipe.expected_memory(stack, schedule, mesh, batch, residuals=residuals)
-  rings = sum(expected[k] for k in ("activations", "residuals", "gradient_ring", "waiting"))
+  rings = sum(expected[k] for k in ("activations", "gradient_ring", "saved"))
   return (
     compiled.memory_analysis().temp_size_in_bytes,
     rings,

@@ -8,6 +8,7 @@ import tiny
 
 from jaxpipe.pipeline.residuals import POLICIES
 from jaxpipe.pipeline.split import split
+from jaxpipe.schedules import Kind
 
 POLICY = {name: policy.layer for name, policy in POLICIES.items()} | {
   "nothing": jax.checkpoint_policies.nothing_saveable
@@ -59,27 +60,47 @@ def example():
 
 
 def run(cut, params, inputs, x, dy):
-  """y, dx, dparams by F, I, W and again by F, B."""
+  """y, dx, dparams by F, R, I, W and again by F, R, B."""
   given = jax.tree.leaves((params, inputs))
-  y, *kept = cut.forward(*given, x)
-  dx, *waiting = cut.input_grad(*given, *kept, dy)
-  dparams = cut.weight_grad(*given, *waiting)
-  (same,) = cut.primal(*given, x)
+  saved = {}
+
+  def act(slice_, *args):
+    out = slice_(*given, *(saved[n] for n in slice_.reads), *args)
+    wanted = len(out) - len(slice_.makes)
+    for n, value in zip(slice_.makes, out[wanted:], strict=True):
+      assert (value.shape, value.dtype) == (cut.saved[n].shape, cut.saved[n].dtype)
+      saved[n] = value
+    return out[:wanted]
+
+  (y,) = act(cut.forward, x)
+  (same,) = act(cut.primal, x)
   assert (same == y).all()
-  assert [(k.shape, k.dtype) for k in kept] == [(k.shape, k.dtype) for k in cut.kept]
-  assert [(k.shape, k.dtype) for k in waiting] == [(k.shape, k.dtype) for k in cut.waiting]
-  return [y, dx, *dparams], [y, *cut.backward(*given, *kept, dy)]
+  if cut.recompute is not None:
+    act(cut.recompute)
+  fused = [y, *act(cut.backward, dy)]
+  (dx,) = act(cut.input_grad, dy)
+  return [y, dx, *act(cut.weight_grad)], fused
+
+
+def shapes(cut, made, last=(Kind.R, Kind.I, Kind.W)):
+  """Shapes of the values that actions of kind `made` leave for those of kinds `last`."""
+  return [value.shape for value in cut.saved if value.made is made and value.last in last]
+
+
+def reads(cut, slice_):
+  return [jnp.zeros(cut.saved[n].shape, cut.saved[n].dtype) for n in slice_.reads]
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
 @pytest.mark.parametrize("policy", POLICY)
-def test_the_parts_give_what_vjp_gives(float64, layer, policy):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_parts_give_what_vjp_gives(float64, layer, policy, recompute):
   params, inputs, x, dy = example()
   y, back = jax.vjp(lambda params, x: layer(params, inputs, x), params, x)
   dparams, dx = back(dy)
   want = [y, dx, *jax.tree.leaves(dparams)]
-  cut = split(layer, params, inputs, x, POLICY[policy])
+  cut = split(layer, params, inputs, x, POLICY[policy], recompute=recompute)
   for got in run(cut, params, inputs, x, dy):
     for g, w in zip(got, want, strict=True):
       np.testing.assert_allclose(g, w, rtol=1e-14, atol=1e-14)
@@ -106,10 +127,9 @@ def test_under_rematerialization_w_still_holds_the_weight_gradients(float64, pol
   layer, params, inputs, x = block()
   cut = split(layer, params, inputs, x, POLICY[policy])
   given = jax.tree.leaves((params, inputs))
-  zeros = lambda shapes: [jnp.zeros(s.shape, s.dtype) for s in shapes]  # noqa: E731
-  i = flops(cut.input_grad, *given, *zeros(cut.kept), x)
-  w = flops(cut.weight_grad, *given, *zeros(cut.waiting))
-  b = flops(cut.backward, *given, *zeros(cut.kept), x)
+  i = flops(cut.input_grad, *given, *reads(cut, cut.input_grad), x)
+  w = flops(cut.weight_grad, *given, *reads(cut, cut.weight_grad))
+  b = flops(cut.backward, *given, *reads(cut, cut.backward), x)
   matmuls = sum(2 * 64 * np.prod(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
   assert matmuls <= w <= 1.1 * matmuls
   assert abs(i + w - b) <= 0.03 * b
@@ -117,14 +137,30 @@ def test_under_rematerialization_w_still_holds_the_weight_gradients(float64, pol
 
 def test_scores_are_never_kept_nor_waited_for_by_default(float64):
   layer, params, inputs, x = block()
-  cut = split(layer, params, inputs, x, POLICY["dots"])
-  scores = lambda shapes: [s.shape for s in shapes if s.shape[-2:] == (32, 32)]  # noqa: E731
-  assert not scores(cut.kept) and not scores(cut.waiting)
-  assert scores(split(layer, params, inputs, x, POLICY["all"]).kept)  # so the test can see them
+  scores = lambda cut: [v.shape for v in cut.saved if v.shape[-2:] == (32, 32)]  # noqa: E731
+  assert not scores(split(layer, params, inputs, x, POLICY["dots"]))
+  assert scores(split(layer, params, inputs, x, POLICY["all"]))  # so the test can see them
+
+
+def test_with_a_recompute_of_its_own_the_backward_repeats_nothing(float64):
+  """Under full rematerialization I and W then cost what they cost where everything was kept."""
+  layer, params, inputs, x = block()
+  given = jax.tree.leaves((params, inputs))
+  cost = {}
+  for name, policy in (("all", None), ("nothing", POLICY["nothing"])):
+    cut = split(layer, params, inputs, x, policy, recompute=True)
+    cost[name] = [
+      flops(cut.input_grad, *given, *reads(cut, cut.input_grad), x),
+      flops(cut.weight_grad, *given, *reads(cut, cut.weight_grad)),
+    ]
+    assert shapes(cut, Kind.F) == [x.shape] or name == "all"
+    assert (cut.recompute is None) == (name == "all")
+  np.testing.assert_allclose(cost["nothing"], cost["all"], rtol=0.03)
 
 
 def test_what_depends_on_parameters_or_keys_alone_is_not_kept(float64):
   params, inputs, x, _ = example()
   cut = split(with_inputs, params, inputs, x, None)
-  rows_of_x = [k.shape[0] == x.shape[0] and k.dtype == x.dtype for k in cut.kept]
+  kept = [value for value in cut.saved if value.made is Kind.F]
+  rows_of_x = [k.shape[0] == x.shape[0] and k.dtype == x.dtype for k in kept]
   assert all(rows_of_x)  # no mask, no weight

@@ -1,0 +1,101 @@
+"""Embedding and head, whole: on the devices of the first and of the last stage.
+
+The head's loss and gradient are taken at the end of the last stage's F, so that logits live inside
+one action. The embedding's gradient is added when dx of the first stage's input appears, from a
+second embedding forward: nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxpipe.pipeline import rings
+from jaxpipe.pipeline.equations import lenient
+from jaxpipe.pipeline.local import Local, Now, State, Totals, accumulate
+from jaxpipe.pipeline.rings import Tree
+from jaxpipe.pipeline.split import float_leaves, with_float_leaves
+from jaxpipe.pipeline.varying import axes_of
+from jaxpipe.schedules import Kind
+
+Leaves = list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeEnds:
+  """Both ends, replicated over the stages and used on one each.
+
+  Attributes:
+    local: the device.
+  """
+
+  local: Local
+
+  def input(self, state: State, now: Now) -> Leaves:
+    """The stage's input: embedded at the first stage, else what arrived."""
+
+    def embed(ring: Tree) -> Leaves:
+      batch = self.local.microbatch(now.microbatch)
+      x = lenient(self.local.stack.apply_embed)(self.local.params["embed"], batch)
+      return jax.tree.leaves(self.local.vary(x))
+
+    arrived = lambda ring: rings.get(ring, now.activations)  # noqa: E731
+    kinds = (Kind.F, Kind.R, Kind.B, Kind.I)
+    leaves: Leaves = now.at_end("first", kinds, embed, arrived, state.activations)
+    return leaves
+
+  def leave(self, state: State, now: Now, y: Leaves) -> State:
+    """After F: the loss of a microbatch that has left the last stage, and dy of its backward."""
+    # Whatever varies over the mesh is an argument: see `lenient`.
+    x = jax.tree.unflatten(jax.tree.structure(self.local.x), y)
+    batch = self.local.microbatch(now.microbatch)
+    args = self.local.params["head"], float_leaves(y), x, batch
+    if not self.local.training:
+      evaluate = lambda totals: count(totals, *lenient(self.loss)(*args))  # noqa: E731
+      totals = now.at_end("last", [Kind.F], evaluate, lambda same: same, state.totals)
+      return state._replace(totals=totals)
+
+    def train(totals: Totals, grads: Tree, ring: Tree) -> tuple[Totals, Tree, Tree]:
+      value_and_grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
+      (value, aux), (dp, dy) = lenient(value_and_grad)(*args)
+      return count(totals, value, aux), accumulate(grads, dp), rings.put(ring, dy, now.gradients)
+
+    totals, grads, ring = now.at_end(
+      "last",
+      [Kind.F],
+      train,
+      lambda *same: same,
+      *(state.totals, state.grads["head"], state.gradients),
+    )
+    return state._replace(totals=totals, gradients=ring, grads={**state.grads, "head": grads})
+
+  def back_at_input(self, state: State, now: Now, dx: Leaves) -> State:
+    """After B or I: the embedding's gradient, where dx is that of the first stage's input."""
+
+    def gradient(params: Tree, batch: Tree, dx: Leaves) -> Tree:
+      def outputs(params: Tree) -> Leaves:
+        # A leaf that does not depend on the parameters has a cotangent like every other.
+        x = float_leaves(self.local.stack.apply_embed(params, batch))
+        leaves: Leaves = rings.vary(x, axes_of(dx))
+        return leaves
+
+      return jax.vjp(outputs, params)[1](dx)[0]
+
+    def run(grads: Tree) -> Tree:
+      batch = self.local.microbatch(now.microbatch)
+      return accumulate(grads, lenient(gradient)(self.local.params["embed"], batch, dx))
+
+    kinds = (Kind.B, Kind.I)
+    grads = now.at_end("first", kinds, run, lambda g: g, state.grads["embed"])
+    return state._replace(grads={**state.grads, "embed": grads})
+
+  def loss(self, params: Tree, floats: Leaves, x: Tree, batch: Tree) -> Any:
+    """The head's `loss_sum, (weight, metrics)`."""
+    return self.local.stack.apply_head(params, with_float_leaves(x, floats), batch)
+
+
+def count(totals: Totals, loss: jax.Array, aux: tuple[jax.Array, Tree]) -> Totals:
+  """Adds one microbatch's sums."""
+  return Totals(*accumulate(tuple(totals), (loss, *aux)))

@@ -1,0 +1,67 @@
+"""Runs a jaxpr one equation at a time, by whatever rule the caller has for an equation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.extend import core
+
+Var = core.Var
+Equation = core.JaxprEqn
+# How one equation gives its outputs, given the values of its inputs.
+Rule = Callable[[Equation, Sequence[Any]], Sequence[Any]]
+
+# Equations that only call another jaxpr. Left whole, a rematerialized layer's entire backward pass
+# would be one equation, all of it would be needed for dx, and nothing would remain for W.
+_CALLS = {
+  "jit",
+  "pjit",
+  "closed_call",
+  "core_call",
+  "checkpoint",
+  "remat2",
+  "custom_jvp_call",
+  "custom_vjp_call",
+  "custom_vjp_call_jaxpr",
+  "custom_lin",
+  "vjp_node",
+}
+
+
+def bind(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
+  """The rule that changes nothing."""
+  params = equation.primitive.get_bind_params(equation.params)
+  with equation.ctx.manager:
+    out = equation.primitive.bind(*args, **params)
+  return out if equation.primitive.multiple_results else [out]
+
+
+def run(jaxpr: Any, args: Sequence[Any], rule: Rule = bind) -> list[Any]:
+  """Runs a closed jaxpr; the equations of a call are run in the place of the call."""
+  consts = getattr(jaxpr, "consts", ())
+  jaxpr = opened(jaxpr)
+  values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+  for equation in jaxpr.eqns:
+    ins = [read(values, v) for v in equation.invars]
+    inner = _called(equation)
+    outs = rule(equation, ins) if inner is None else run(inner, ins, rule)
+    values.update(zip(equation.outvars, outs, strict=True))
+  return [read(values, v) for v in jaxpr.outvars]
+
+
+def read(values: dict[Var, Any], v: Any) -> Any:
+  """The value of a variable or literal."""
+  return values[v] if isinstance(v, Var) else v.val
+
+
+def opened(jaxpr: Any) -> Any:
+  """The jaxpr without its constants; jax 0.12 has one class for both kinds, jax 0.10 two."""
+  return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _called(equation: Equation) -> Any:
+  """The jaxpr that a call-like equation calls, or None."""
+  if equation.primitive.name not in _CALLS:
+    return None
+  return next((equation.params[k] for k in ("jaxpr", "call_jaxpr") if k in equation.params), None)
