@@ -94,7 +94,7 @@ def test_recompute_as_an_action_of_its_own_is_exact(float64, name, residuals):
   assert report.ok, str(report)
 
 
-def test_replicas_of_a_stage_are_stored_once():
+def test_replicas_of_a_stage_are_stored_once(float64):
   """Counted twice, a weight would count twice in the gradient's norm, and clipping with it."""
   schedule = jaxpipe.make_schedule("chimera", devices=4, microbatches=4)
   stack = tiny.stack(8)
