@@ -1,25 +1,44 @@
-"""What does a pipelined step cost beside plain gradient accumulation on one device?
+"""What does a pipelined step cost beside one device, and beside the usual ways to write it?
 
     ./launch/local.sh experiments/bench_step.py
+    ./launch/local.sh experiments/bench_step.py --speedup --stages=2
 
-Takes about two minutes. Prints, for one device and for every schedule, user CPU seconds and wall
-seconds of a training step (minimum and median over interleaved rounds), their ratio to the
-one-device row with the same rematerialization, and the compiler's temporary memory per device.
-Expect user CPU ratios of at most 1.1.
+The first takes about ten minutes. It compares, in interleaved rounds in one process, with the same
+weights, batch and rematerialization: gradient accumulation on one device, the two pipelines of
+`baselines.py`, and every schedule of the registry (a refused one is listed with the reason). A
+ratio is the median of the ratios round by round. Memory is what the compiled step allocates beside
+its arguments and results. "vmap+roll blind" is what the usual remat policy makes of `vmap`: it
+keeps layer inputs alone and computes all the rest twice. Targets: user CPU at most 1.05 of one
+device, wall time at most 0.6 of vmap+roll, fused gpipe and 1f1b at most 0.6 of its memory.
+
+The second takes about three minutes. It runs one process a device, each bound to a processor of its
+own (see `one_thread`), and compares the speed-up over one device so bound with the simulator's,
+whose F, I, W and head are timed in the first process. "threads", CPU seconds over wall seconds of
+the first process, must be 1 for one device: less means that others use the processor as well.
+Target: at least 0.95 of what is predicted.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import baselines
 import jax
 import numpy as np
+import one_thread
 from absl import app, flags
 
 import jaxpipe
 from jaxpipe.models.transformer import TransformerConfig, transformer
+from jaxpipe.schedules import schedule_names
 
 _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the transformer.")
 _WIDTH = flags.DEFINE_integer("width", 256, "Its width.")
@@ -28,83 +47,188 @@ _BATCH = flags.DEFINE_integer("batch_size", 16, "Rows in a batch.")
 _DEVICES = flags.DEFINE_integer("stages", 4, "Pipeline devices, P.")
 _MICROBATCHES = flags.DEFINE_integer("microbatches", 8, "Microbatches, M.")
 _RESIDUALS = flags.DEFINE_enum("residuals", "dots", ["dots", "all", "full"], "What F keeps.")
-_SCHEDULES = flags.DEFINE_list("schedules", "gpipe,1f1b", "Schedules, fused and split each.")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Interleaved rounds.")
-_STEPS = flags.DEFINE_integer("steps", 3, "Steps per variant and round.")
+_SCHEDULES = flags.DEFINE_list("schedules", [], "Schedules to run; none: all of them.")
+_BACKWARD = flags.DEFINE_multi_enum(
+  "backward", [], ["fused", "split", "deferred"], "Builds each schedule so; repeat it for several."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.")
+_STEPS = flags.DEFINE_integer("steps", 2, "Steps per variant and round, after one to warm up.")
+_SPEEDUP = flags.DEFINE_bool("speedup", False, "One thread a device: measured against predicted.")
+_SLACK = flags.DEFINE_integer("slack", 0, "Ticks between send and use, for the prediction.")
+_FORMAT = flags.DEFINE_enum("format", "text", ["text", "json"], "What to print.")
+_OUT = flags.DEFINE_string("out", "", "Writes it to this file as well.")
+
+_PROCESS = flags.DEFINE_integer("process", -1, "Set by --speedup: number of this process.")
+_PORT = flags.DEFINE_integer("port", 0, "Set by --speedup: where the processes meet.")
+
+ONE, ROLL = "one device", "vmap+roll"
+
+
+@dataclasses.dataclass
+class Variant:
+  """A way to run the step: its call, MiB it allocates on a device, and what each round measured."""
+
+  run: Callable[[], Any]
+  temporary: float = 0.0
+  predicted: float = 1.0
+  user: list[float] = dataclasses.field(default_factory=list)
+  wall: list[float] = dataclasses.field(default_factory=list)
+  threads: list[float] = dataclasses.field(default_factory=list)
+
+  def measure(self, steps: int) -> None:
+    """Adds a round: user CPU and wall seconds of one step, and threads kept busy."""
+    jax.block_until_ready(self.run())
+    before, wall = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    for _ in range(steps):
+      jax.block_until_ready(self.run())
+    wall = time.perf_counter() - wall
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+    self.user.append(user / steps)
+    self.wall.append(wall / steps)
+    self.threads.append((user + system) / wall)
 
 
 def main(_: Any) -> None:
+  if _SPEEDUP.value and _PROCESS.value < 0:
+    sys.exit(one_thread.start_processes(_DEVICES.value))
+  if _SPEEDUP.value:
+    one_thread.join(_PROCESS.value, _DEVICES.value, _PORT.value)
   config = TransformerConfig(
     vocabulary_size=256, layers=_LAYERS.value, width=_WIDTH.value, heads=4, kv_heads=4
   )
-  stack = transformer(config)
-  shape = (_BATCH.value, _SEQUENCE.value)
+  stack, shape = transformer(config), (_BATCH.value, _SEQUENCE.value)
   tokens = np.random.default_rng(0).integers(0, 256, shape, np.int32)
   batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(shape, np.float32)}
-  variants = {"one device": one_device(stack, batch)}
-  for name in _SCHEDULES.value or []:
-    for backward in ("fused", "split"):
-      variants[f"{name} {backward}"] = pipelined(stack, batch, name, backward)
-  times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-  for _ in range(_ROUNDS.value):
-    for name, (run, _) in variants.items():
-      times[name].append(measure(run))
-  report(times, {name: memory for name, (_, memory) in variants.items()})
-
-
-def one_device(stack: Any, batch: Any) -> tuple[Callable[[], Any], float]:
-  """Gradient accumulation over the same microbatches, by `jax.grad`, on the first device."""
-  params = stack.init(jax.random.key(0), batch)
-  step = jaxpipe.reference_value_and_grad(stack, _MICROBATCHES.value, residuals=_RESIDUALS.value)
-  compiled = jax.jit(step).lower(params, batch).compile()
-  return lambda: compiled(params, batch), temporary(compiled)
-
-
-def pipelined(stack: Any, batch: Any, name: str, backward: str) -> tuple[Callable[[], Any], float]:
-  """The same step over the pipeline."""
-  schedule = jaxpipe.make_schedule(
-    name, devices=_DEVICES.value, microbatches=_MICROBATCHES.value, backward=backward
-  )
   mesh = jaxpipe.make_mesh(f"stage:{_DEVICES.value}")
+  variants: dict[str, Variant] = {}
+  costs = None
+  if _PROCESS.value <= 0:
+    variants, costs = one_device(stack, batch)
+  if not _SPEEDUP.value:
+    variants |= usual(stack, mesh, batch)
+  pipelined, refused = registered(stack, mesh, batch, costs)
+  variants |= pipelined
+  for _ in range(_ROUNDS.value):
+    for variant in variants.values():
+      variant.measure(_STEPS.value)
+  if _PROCESS.value <= 0:
+    write([row(name, v, variants) for name, v in variants.items()], refused)
+
+
+def one_device(stack: Any, batch: Any) -> tuple[dict[str, Variant], one_thread.Costs | None]:
+  """Gradient accumulation by `jax.grad`; and what its parts take, for a prediction."""
+  params = stack.init(jax.random.key(0), batch)
+  M, residuals = _MICROBATCHES.value, _RESIDUALS.value
+  step = jaxpipe.reference_value_and_grad(stack, M, residuals=residuals)
+  costs = None
+  if _SPEEDUP.value:
+    costs = one_thread.timed_costs(stack, params, batch, M, residuals, seconds)
+  return {ONE: compiled(step, params, batch)}, costs
+
+
+def usual(stack: Any, mesh: Any, batch: Any) -> dict[str, Variant]:
+  """The baselines, compiled."""
+  shape = (stack, _DEVICES.value, _MICROBATCHES.value, mesh, _RESIDUALS.value)
+  schedule = jaxpipe.make_schedule("gpipe", devices=shape[1], microbatches=shape[2])
   params = stack.init(jax.random.key(0), batch, schedule, mesh)
-  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=_RESIDUALS.value)
-  compiled = jax.jit(step).lower(params, batch).compile()
-  return lambda: compiled(params, batch), temporary(compiled)
+  steps = {
+    ROLL: baselines.vmap_roll_value_and_grad(*shape),
+    f"{ROLL} blind": baselines.vmap_roll_value_and_grad(*shape, blind_policy=True),
+    "scan gpipe": baselines.scan_gpipe_value_and_grad(*shape),
+  }
+  return {name: compiled(step, params, batch) for name, step in steps.items()}
 
 
-def temporary(compiled: Any) -> float:
-  """MiB per device that the compiled step allocates for itself."""
-  return compiled.memory_analysis().temp_size_in_bytes / 2**20
+def registered(
+  stack: Any, mesh: Any, batch: Any, costs: one_thread.Costs | None
+) -> tuple[dict[str, Variant], dict[str, str]]:
+  """The schedules, compiled; and those that were refused, with the reason."""
+  variants, refused = {}, {}
+  for label, options in requests():
+    try:
+      schedule = jaxpipe.make_schedule(
+        devices=_DEVICES.value, microbatches=_MICROBATCHES.value, **options
+      )
+      step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=_RESIDUALS.value)
+      params = stack.init(jax.random.key(0), batch, schedule, mesh)
+      variants[label] = compiled(step, params, batch)
+    except ValueError as error:
+      refused[label] = str(error)
+      continue
+    if costs:
+      times, work = costs(schedule.stages)
+      timeline = jaxpipe.simulate(schedule, times, execution="coupled", slack=_SLACK.value)
+      variants[label].predicted = _MICROBATCHES.value * work / timeline.makespan
+  return variants, refused
 
 
-def measure(run: Callable[[], Any]) -> tuple[float, float]:
-  """User CPU seconds and wall seconds of one step."""
-  jax.block_until_ready(run())
-  cpu, wall = resource.getrusage(resource.RUSAGE_SELF).ru_utime, time.perf_counter()
-  for _ in range(_STEPS.value):
-    jax.block_until_ready(run())
-  wall = time.perf_counter() - wall
-  cpu = resource.getrusage(resource.RUSAGE_SELF).ru_utime - cpu
-  return cpu / _STEPS.value, wall / _STEPS.value
+def requests() -> Iterator[tuple[str, dict[str, Any]]]:
+  """Label and options of every schedule that was asked for."""
+  for name in _SCHEDULES.value or schedule_names():
+    if not _BACKWARD.value:
+      yield name, {"name": name}
+    for backward in _BACKWARD.value:
+      yield f"{name} {backward}", {"name": name, "backward": backward}
 
 
-def report(times: dict[str, list[tuple[float, float]]], memory: dict[str, float]) -> None:
-  """Prints a row a variant; ratios are medians of the ratios round by round."""
-  print(
-    f"jax {jax.__version__}, {jax.devices()[0].platform}, P={_DEVICES.value}"
-    f" M={_MICROBATCHES.value}, residuals={_RESIDUALS.value}, float32"
-  )
-  head = ("", "user CPU s min/median", "ratio", "wall s min/median", "ratio", "MiB/device")
-  row = "{:16} {:>24} {:>7} {:>20} {:>7} {:>11}"
-  print(row.format(*head))
-  base = next(iter(times.values()))
-  for name, rounds in times.items():
-    cells = []
-    for i in (0, 1):
-      mine = [r[i] for r in rounds]
-      ratio = statistics.median(m / b[i] for m, b in zip(mine, base, strict=True))
-      cells += [f"{min(mine):.3f} / {statistics.median(mine):.3f}", f"{ratio:.2f}"]
-    print(row.format(name, *cells, f"{memory[name]:.1f}"))
+def compiled(step: Any, *arguments: Any) -> Variant:
+  """The step, compiled for these arguments."""
+  program = jax.jit(step).lower(*arguments).compile()
+  analysis = program.memory_analysis()  # not every platform has one
+  temporary = analysis.temp_size_in_bytes / 2**20 if analysis else float("nan")
+  return Variant(lambda: program(*arguments), temporary)
+
+
+def seconds(*programs: tuple[Any, ...]) -> list[float]:
+  """Median wall seconds of each `(function, *arguments)`, in interleaved rounds."""
+  variants = [compiled(*program) for program in programs]
+  for _ in range(2 * _ROUNDS.value):
+    for variant in variants:
+      variant.measure(2 * _STEPS.value)
+  return [statistics.median(variant.wall) for variant in variants]
+
+
+def row(name: str, v: Variant, variants: dict[str, Variant]) -> dict[str, Any]:
+  """One line of the table."""
+  one, roll = variants[ONE], variants.get(ROLL)
+  cells = {"": name, "wall_s_min": min(v.wall), "wall_s_median": statistics.median(v.wall)}
+  if _SPEEDUP.value:
+    speedup = ratio(one.wall, v.wall)
+    threads = statistics.median(v.threads)
+    measured = {"threads": threads, "speedup": speedup, "predicted": v.predicted}
+    return cells | measured | {"of_predicted": speedup / v.predicted}
+  cells |= {"wall/one": ratio(v.wall, one.wall)}
+  cells |= {"user_s_min": min(v.user), "user_s_median": statistics.median(v.user)}
+  cells |= {"user/one": ratio(v.user, one.user), "MiB": v.temporary}
+  if roll:
+    cells |= {"wall/roll": ratio(v.wall, roll.wall), "MiB/roll": v.temporary / roll.temporary}
+  return cells
+
+
+def ratio(mine: Sequence[float], base: Sequence[float]) -> float:
+  """Median of the ratios round by round."""
+  return statistics.median(m / b for m, b in zip(mine, base, strict=True))
+
+
+def write(rows: list[dict[str, Any]], refused: dict[str, str]) -> None:
+  """Prints the table, and writes it where `--out` says."""
+  names = ("layers", "width", "sequence_length", "batch_size", "stages", "microbatches")
+  setting = {name: flags.FLAGS[name].value for name in (*names, "residuals", "rounds", "steps")}
+  setting |= {"jax": jax.__version__, "platform": jax.devices()[0].platform}
+  if _FORMAT.value == "json":
+    text = json.dumps({"setting": setting, "rows": rows, "refused": refused}, indent=2)
+  else:
+    wide = max(len(r[""]) for r in rows)
+    lines = [", ".join(f"{name}={value}" for name, value in setting.items())]
+    lines.append(f"{'':{wide}}" + "".join(f"{key:>15}" for key in rows[0] if key))
+    for r in rows:
+      cells = (f"{value:15.3f}" for key, value in r.items() if key)
+      lines.append(f"{r['']:{wide}}" + "".join(cells))
+    text = "\n".join([*lines, *(f"{name}: refused: {why}" for name, why in refused.items())])
+  print(text)
+  if _OUT.value:
+    pathlib.Path(_OUT.value).write_text(text + "\n")
 
 
 if __name__ == "__main__":

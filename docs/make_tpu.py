@@ -1,0 +1,119 @@
+"""Writes docs/tpu.md: training steps compiled for TPUs that are not there.
+
+    pip install 'jax[tpu]'
+    python docs/make_tpu.py [NAME ...]
+
+Runs experiments/compile_tpu.py once a row (or once for each row named; the others are then left
+out), about half a minute each, at most 2 GB of memory, and puts what it reports into a table.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+OUT = ROOT / "docs" / "tpu.md"
+
+SMALL = (
+  "--topology=v5p:2x2x1 --mesh=stage:4 --layers=16 --width=1024 --heads=8 --kv_heads=8"
+  " --mlp_width=0 --vocabulary_size=8192 --sequence_length=1024 --dtype=bfloat16"
+)
+MIDDLE = "--model=gpipe-6b --topology=v5p:2x2x4 --mesh=stage:16 --microbatches=64 --batch_size=256"
+LARGE = (
+  "--model=gpt3-175b --topology=v5p:4x4x3 --mesh=stage:48 --microbatches=192 --batch_size=192"
+  " --residuals=full"
+)
+ROWS = {
+  "0.2B 1f1b": f"{SMALL} --schedule=1f1b",
+  "0.2B zb-h1": f"{SMALL} --schedule=zb-h1",
+  "6.6B 1f1b": f"{MIDDLE} --schedule=1f1b",
+  "6.6B zb-h1": f"{MIDDLE} --schedule=zb-h1",
+  "175B 1f1b": f"{LARGE} --schedule=1f1b",
+}
+
+TEXT = """# Training steps compiled for TPUs
+
+No TPU was used: libtpu compiles the very training step for a topology on a machine that has only
+CPUs (`experiments/compile_tpu.py`), and the figures are read from the compiled program. jax {jax},
+libtpu {libtpu}. Written by `python docs/make_tpu.py`.
+
+{table}
+
+- GB of one device. *Predicted* is parameters, optimizer, gradient sums and rings, known from the
+  schedule before compiling; *compiler* is what the compiled program holds altogether; the chip has
+  {chip}.
+- *Ring copies* inside a loop or branch must be 0; *moves* are small rings that the compiler takes
+  into vector memory and back.
+- *Transfers*: asynchronous of all, and how many of them inside a conditional.
+- *Hidden*: estimated cycles of what runs between the start and the end of a transfer, the least of
+  all transfers, on a device that does the dearest of it.
+- *F*, *B*, *I*, *W*: million cycles of one action of one stage, and *step* and *MFU* what they
+  imply, by the compiler's estimates alone: the clock is the documented peak over the documented
+  matrix units, devices wait for their neighbours every tick, and a transfer takes no time. Branches
+  that belong to no action are not in them. No step was measured.
+
+The rows:
+
+{commands}
+"""
+HEAD = (
+  *("", "parameters", "P", "M", "compile s", "predicted", "compiler", "ring copies", "moves"),
+  *("transfers", "hidden", "F", "B", "I", "W", "step s", "MFU"),
+)
+
+
+def main() -> None:
+  """Compiles every row, and writes the page."""
+  chosen = sys.argv[1:] or list(ROWS)
+  reports = {name: compile_row(ROWS[name]) for name in chosen}
+  table = [HEAD, ("---",) * len(HEAD), *(cells(name, r) for name, r in reports.items())]
+  commands = [f"    {name:11} {' '.join(ROWS[name].split())}" for name in chosen]
+  text = TEXT.format(
+    jax=importlib.metadata.version("jax"),
+    libtpu=importlib.metadata.version("libtpu"),
+    chip=", ".join(sorted({f"{r['memory']['chip'] / 1e9:g}" for r in reports.values()})),
+    table="\n".join(f"| {' | '.join(row)} |" for row in table),
+    commands="\n".join(commands),
+  )
+  OUT.write_text(text)
+
+
+def compile_row(flags: str) -> dict[str, Any]:
+  """The report of one command."""
+  script = str(ROOT / "experiments" / "compile_tpu.py")
+  command = [sys.executable, script, *flags.split(), "--format=json"]
+  report: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=-1).stdout)
+  return report
+
+
+def cells(name: str, report: dict[str, Any]) -> tuple[str, ...]:
+  """One row of the table."""
+  memory, permutes = report["memory"], report["permutes"]
+  moves = sum(copy["moved"] for copy in report["ring_copies"])
+  inside = sum(permute["conditional"] is not None for permute in permutes)
+  hidden = min((permute["hidden_cycles"][1] for permute in permutes), default=0)
+  cycles = {kind: cost["most"] / 1e6 for kind, cost in report["cycles"].items()}
+  estimate = report["estimate"]
+  return (
+    name,
+    f"{report['parameters'] / 1e9:.2f}B",
+    report["mesh"].removeprefix("stage:"),
+    str(report["microbatches"]),
+    f"{report['compile_seconds']:.0f}",
+    f"{sum(memory['predicted'].values()) / 1e9:.2f}",
+    f"{memory['compiler']['total'] / 1e9:.2f}",
+    str(len(report["ring_copies"]) - moves),
+    str(moves),
+    f"{sum(p['asynchronous'] for p in permutes)} of {len(permutes)}, {inside} inside",
+    f"{hidden:,}",
+    *(f"{cycles[kind]:.2f}" if kind in cycles else "" for kind in "FBIW"),
+    f"{estimate['step_seconds']:.3g}" if estimate else "",
+    f"{estimate['mfu']:.1%}" if estimate else "",
+  )
+
+
+if __name__ == "__main__":
+  main()

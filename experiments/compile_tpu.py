@@ -1,0 +1,244 @@
+"""Compiles the training step for a TPU without having one, and reads the compiled program.
+
+    pip install 'jax[tpu]'
+    python experiments/compile_tpu.py --topology=v5p:2x2x1 --mesh=stage:4 --schedule=1f1b
+
+Takes 10 to 100 seconds and holds no parameters: the state is shapes, so that a model of any size
+compiles on a laptop. Prints the memory of one device by kind beside the compiler's own analysis,
+copies of whole rings (there must be none), each transfer between devices and what runs under it,
+and the compiler's estimate of cycles for each action with the step time that they imply.
+`--platform=cuda` compiles for the GPUs of this machine; the report then has no cycles.
+`--model` presets: tiny; gpipe-6b, a Transformer of 128 layers and 6.6B parameters; gpt3-175b.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+import jaxpipe
+from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
+from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.parallel.placing import layers_per_stage
+from jaxpipe.pipeline.compiled import read_compiled
+from jaxpipe.training.aot import (
+  SCOPES,
+  Device,
+  batch_shapes,
+  local_bytes,
+  placed_shapes,
+  ring_shapes,
+)
+from jaxpipe.training.aot_report import describe, describe_estimate, lines
+from jaxpipe.training.config import Config
+from jaxpipe.training.errors import ConfigError, naming
+from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags, read_config
+from jaxpipe.training.optimizer import learning_rate, make_optimizer
+from jaxpipe.training.state import state_shapes
+from jaxpipe.training.step import make_train_step
+
+Tree = Any
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "TPU topology, such as v5p:4x4x4.")
+_PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "What to compile for.")
+_MODEL = flags.DEFINE_enum("model", "", ["", "tiny", "gpipe-6b", "gpt3-175b"], "Preset.")
+_VOCABULARY = flags.DEFINE_integer("vocabulary_size", 256, "Tokens of the vocabulary.")
+_FORMAT = flags.DEFINE_enum("format", "text", ["text", "json"], "Of the report.")
+_OUT = flags.DEFINE_string("out", "", "File of the report; default: printed.")
+_HLO = flags.DEFINE_string("hlo", "", "File for the optimized program's text.")
+
+# libtpu, loaded when it is first asked, else looks for the TPU that it believes to be on.
+_LIBTPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is touched, so nothing needs its lock
+  "TPU_ACCELERATOR_TYPE": "v5p-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+# Flags that a preset sets, unless they are given.
+_PRESETS: dict[str, dict[str, Any]] = {
+  "": {},
+  "tiny": dict(layers=4, width=64, heads=2, kv_heads=2, mlp_width=256, sequence_length=128),
+  # Of the size of GPipe's 128-layer Transformer (arXiv 1811.06965): 50.3M parameters a layer.
+  "gpipe-6b": dict(
+    **dict(layers=128, width=2048, heads=16, kv_heads=16, mlp="gelu", mlp_width=8192),
+    **dict(vocabulary_size=32768, sequence_length=1024, dtype="bfloat16"),
+  ),
+  # GPT-3 (arXiv 2005.14165, table 2.1); its 50,257 tokens padded to a multiple of 128.
+  "gpt3-175b": dict(
+    **dict(layers=96, width=12288, heads=96, kv_heads=96, mlp="gelu", mlp_width=49152),
+    **dict(vocabulary_size=50304, sequence_length=2048, dtype="bfloat16", tied=True),
+  ),
+}
+
+
+def main(_: Sequence[str]) -> None:
+  try:
+    report = compile_and_read(prepare(preset(read_config())))
+    text = json.dumps(report, indent=2) if _FORMAT.value == "json" else "\n".join(lines(report))
+    with naming(f"--out={_OUT.value}"):
+      pathlib.Path(_OUT.value or os.devnull).write_text(text + "\n")
+  except ConfigError as error:
+    exit_with_error(error)
+  if not _OUT.value:
+    print(text)
+
+
+def preset(config: Config) -> Config:
+  """The configuration with the preset's values wherever no flag was given."""
+  values = {k: v for k, v in _PRESETS[_MODEL.value].items() if not flags.FLAGS[k].present}
+  flags.FLAGS.vocabulary_size = values.pop("vocabulary_size", _VOCABULARY.value)
+  return dataclasses.replace(config, **values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """A step, traced and not yet compiled.
+
+  Attributes:
+    config, device, mesh, schedule, model: what was asked for.
+    parameters: their number.
+    predicted: bytes of one device by kind.
+    step: the traced step.
+  """
+
+  config: Config
+  device: Device
+  mesh: Mesh
+  schedule: jaxpipe.Schedule
+  model: TransformerConfig
+  parameters: int
+  predicted: dict[str, int]
+  step: Any
+
+
+def prepare(config: Config) -> Job:
+  """Checks what was asked for, and traces the training step over shapes.
+
+  Raises:
+    ConfigError: whatever does not fit; names the flags.
+  """
+  devices = find_devices()
+  with naming(config.flag("mesh")):
+    mesh = jaxpipe.make_mesh(config.mesh, devices)
+  schedule = build_schedule(config, mesh)
+  model = config.model(_VOCABULARY.value)
+  stack = transformer(model)
+  optimizer = make_optimizer(config)
+  state = placed_shapes(state_shapes(stack, optimizer), mesh)
+  batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
+  with naming(*config.flags("schedule", "batch_size", "microbatches", "residuals")):
+    run = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=config.residuals)
+    known = predicted_memory(stack, schedule, mesh, batch, config.residuals)
+    step = make_train_step(run, optimizer, learning_rate(config), config.seed, state, mesh)
+    traced = step.trace(state, batch)
+  return Job(
+    config=config,
+    device=Device.of(devices),
+    mesh=mesh,
+    schedule=schedule,
+    model=model,
+    parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(state.params)),
+    predicted={"optimizer": local_bytes(state.opt_state), **known},
+    step=traced,
+  )
+
+
+def build_schedule(config: Config, mesh: Mesh) -> jaxpipe.Schedule:
+  """The schedule that the flags name, over the mesh's stages."""
+  with naming(*config.flags("schedule", "microbatches", "layers", "mesh")):
+    schedule = jaxpipe.make_schedule(
+      config.schedule,
+      devices=mesh.shape[STAGE],
+      microbatches=config.microbatches,
+      chunks=config.chunks or None,
+      backward=config.backward or None,
+    )
+    layers_per_stage(config.layers, schedule)
+  return schedule
+
+
+def compile_and_read(job: Job) -> dict[str, Any]:
+  """Compiles, and returns all that is found, as JSON holds it.
+
+  Raises:
+    ConfigError: the compiler refuses, such as a program that the chip cannot hold.
+  """
+  began = time.perf_counter()
+  try:
+    program = job.step.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    raise ConfigError(f"the compiler refuses: {str(error)[:400]}") from error
+  seconds = time.perf_counter() - began
+  if _HLO.value:
+    with naming(f"--hlo={_HLO.value}"):
+      pathlib.Path(_HLO.value).write_text(program.as_text())
+  found = read_compiled(program, list(ring_shapes(job.step.jaxpr)), SCOPES)
+  config, names = job.config, ("batch_size", "microbatches", "sequence_length", "residuals")
+  tokens = config.batch_size * config.sequence_length
+  flops = tokens * flops_per_token(job.model, config.sequence_length)
+  return {
+    "jax": jax.__version__,
+    "device": job.device.kind,
+    **({"topology": _TOPOLOGY.value} if _PLATFORM.value == "tpu" else {}),
+    **{name: getattr(config, name) for name in ("mesh", *names)},
+    "schedule": job.schedule.name,
+    "parameters": job.parameters,
+    "compile_seconds": round(seconds, 1),
+    **describe(found, job.predicted, job.device),
+    "estimate": describe_estimate(found, job.schedule, job.device, flops, job.mesh.size),
+  }
+
+
+def find_devices() -> list[Any]:
+  """The devices to compile for: those of a topology that is not here, or this machine's GPUs.
+
+  Raises:
+    ConfigError: there are none.
+  """
+  for name, value in _LIBTPU.items():
+    os.environ.setdefault(name, value)
+  if _PLATFORM.value == "cuda":
+    try:
+      return list(jax.devices("cuda"))
+    except RuntimeError as error:
+      raise ConfigError(f"--platform=cuda: {str(error).splitlines()[0]}") from error
+  if importlib.util.find_spec("libtpu") is None:
+    raise ConfigError("--platform=tpu: libtpu is not installed; pip install 'jax[tpu]'")
+  jax.config.update("jax_platforms", "cpu")  # the TPU is compiled for, never run on
+  try:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value)
+  except jax.errors.JaxRuntimeError as error:
+    message = str(error).splitlines()[0]
+    raise ConfigError(f"--topology={_TOPOLOGY.value}: {message}; use one like v5p:2x2x1") from error
+  return list(topology.devices)
+
+
+def predicted_memory(
+  stack: Any, schedule: Any, mesh: Mesh, batch: Tree, residuals: str
+) -> dict[str, int]:
+  """Bytes per device by kind, known from the schedule alone."""
+  return jaxpipe.expected_memory(stack, schedule, mesh, batch, residuals=residuals)
+
+
+def parse(arguments: Sequence[str]) -> list[str]:
+  try:
+    return parse_flags(arguments)
+  except ValueError as error:
+    exit_with_error(error)
+
+
+if __name__ == "__main__":
+  define_flags(Config(mesh="stage:4", microbatches=8))
+  sys.exit(app.run(main, flags_parser=parse))

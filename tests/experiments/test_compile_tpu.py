@@ -1,0 +1,71 @@
+"""The training step compiled for a TPU that is not there: the script, from outside."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed; pip install 'jax[tpu]'",
+)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, str(ROOT / "experiments" / "compile_tpu.py"), *words]
+  path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+  environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""}
+  return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_tiny_model_compiles_and_is_described(tmp_path: pathlib.Path) -> None:
+  done = run("--model=tiny", "--schedule=zb-h1", "--format=json", f"--out={tmp_path}/r.json")
+  assert done.returncode == 0, done.stderr
+  report = json.loads((tmp_path / "r.json").read_text())
+  assert report["device"] == "TPU v5" and report["parameters"] == 295488
+  memory = report["memory"]
+  assert memory["fits"] and memory["workspace"] >= 0
+  # Parameters and the two moments, the batch, and what tiles of 128 add to small arrays.
+  held = memory["predicted"]["parameters"] + memory["predicted"]["optimizer"]
+  assert held <= memory["compiler"]["arguments"] <= 1.5 * held
+  assert len(report["permutes"]) >= 2
+  for permute in report["permutes"]:
+    assert permute["asynchronous"] and permute["conditional"] is None
+  assert report["cycles"]["every_tick"]["most"] > 0
+
+
+@needs_libtpu
+def test_an_unknown_topology_exits_2_with_one_line() -> None:
+  done = run("--topology=v99:2x2")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.count("\n") == 1 and "--topology=v99:2x2" in done.stderr
+
+
+@needs_libtpu
+def test_layers_that_do_not_fill_the_stages_exit_2_with_one_line() -> None:
+  done = run("--model=tiny", "--layers=6")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "--layers=6 --mesh=stage:4: 6 layers cannot fill 4 stages evenly" in done.stderr
+
+
+def test_without_libtpu_it_says_what_to_install(tmp_path: pathlib.Path) -> None:
+  # An empty name in sys.modules is how Python is told that a module is not there.
+  code = "import sys, runpy; sys.modules['libtpu'] = None; sys.argv = sys.argv[1:]\n"
+  code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+  command = [sys.executable, "-c", code, str(ROOT / "experiments" / "compile_tpu.py")]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+  assert done.returncode == 2 and "pip install 'jax[tpu]'" in done.stderr
+
+
+def test_an_unknown_flag_exits_2_with_one_line() -> None:
+  done = run("--topologie=v5p:2x2x1")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "did you mean --topology?" in done.stderr
