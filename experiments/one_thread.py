@@ -29,7 +29,7 @@ Costs = Callable[[int], tuple[jaxpipe.Costs, float]]
 def start_processes(devices: int) -> int:
   """Runs this very command once for each device and returns the worst exit code."""
   if len(os.sched_getaffinity(0)) < devices:
-    sys.exit(f"--speedup wants a processor for each of {devices} devices; use fewer --stages")
+    sys.exit(f"{devices} devices want a processor each, which are not there; use fewer --stages")
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]

@@ -34,6 +34,7 @@ from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.ends import WholeEnds
 from jaxpipe.pipeline.equations import lenient
 from jaxpipe.pipeline.local import Local, Now, State, Totals
+from jaxpipe.pipeline.probe import END, START, Probe
 from jaxpipe.pipeline.program import Doing, Program
 from jaxpipe.pipeline.residuals import Residuals
 from jaxpipe.pipeline.rings import Tree, wide
@@ -76,6 +77,7 @@ class Device:
     batch: Tree,
     key: jax.Array | None,
     rows: jax.Array,
+    probe: Probe | None = None,
   ) -> tuple[Device, Any]:
     """Traces one layer, cuts it, and finds the types of all that travels.
 
@@ -86,7 +88,9 @@ class Device:
     x = jax.eval_shape(lenient(stack.apply_embed), params["embed"], one)
     training = policy is not None
     zeros = Local(stack, program, axes, poison, params, batch, key, rows, training, None).zeros
-    local = Local(stack, program, axes, poison, params, batch, key, rows, training, zeros(x))
+    local = Local(
+      stack, program, axes, poison, params, batch, key, rows, training, zeros(x), probe
+    )
     sums = jax.eval_shape(lenient(stack.apply_head), params["head"], local.x, one)
     totals = Totals(sums[0], *sums[1])
     inputs = dict(batch=one, key=key, layer=rows[0], microbatch=rows[0], rows=rows)
@@ -124,6 +128,8 @@ class Device:
 
   def tick(self, state: State, row: dict[str, jax.Array], doing: Doing) -> State:
     """Does one tick; the numbers are those of the module's docstring."""
+    if self.local.probe:
+      row = self.local.probe(START, state, row)
     now = Now(SimpleNamespace(**row), doing)
     y, state = self.forward(state, now)  # [1]
     state = self.ends.leave(state, now, y)  # [2]
@@ -134,6 +140,8 @@ class Device:
       state = self.weight_grad(state, now)  # [6]
       # y and dx are never sent on one tick, and a neighbour knows from its table which it gets.
       y = self.payload(now, y, dx)
+    if self.local.probe:
+      y = self.local.probe(END, (state, y), y)
     return self.send(state, now, y)  # [7]
 
   def forward(self, state: State, now: Now) -> tuple[Leaves, State]:

@@ -23,6 +23,7 @@ from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.local import State, Totals
+from jaxpipe.pipeline.probe import Probe
 from jaxpipe.pipeline.program import Doing, Program, lower
 from jaxpipe.pipeline.residuals import Residuals, residual_policy
 from jaxpipe.schedules import Schedule
@@ -38,6 +39,7 @@ def pipeline_value_and_grad(
   residuals: str = "dots",
   slack: int = 0,
   poison: bool = False,
+  probe: Probe | None = None,
 ) -> Callable[..., tuple[tuple[jax.Array, Tree], Tree]]:
   """Returns the pipelined counterpart of `jax.value_and_grad` of a stack's mean loss.
 
@@ -51,6 +53,7 @@ def pipeline_value_and_grad(
     slack: ticks that a transfer may take beyond the one that sends it: with 1, it runs beside the
       next tick's work, and is used the tick after.
     poison: fill with NaN whatever no action has written; for tests.
+    probe: reads the clock round every action; see `timeline`.
 
   Returns:
     `step(params, batch, key=None) -> ((loss, metrics), grads)`, compiled at its first call; it may
@@ -68,7 +71,7 @@ def pipeline_value_and_grad(
   """
   policy = residual_policy(residuals)
   program = lower(schedule.check(), keeps_input=policy.stage_input, slack=slack)
-  return _compile(stack, program, mesh, schedule, policy, poison)
+  return _compile(stack, program, mesh, schedule, policy, poison, probe)
 
 
 def pipeline_forward(
@@ -96,6 +99,7 @@ def _compile(
   schedule: Schedule,
   policy: Residuals | None,
   poison: bool,
+  probe: Probe | None = None,
 ) -> Callable[..., Any]:
   check_mesh(schedule, mesh)
   each = layers_per_stage(stack.depth, schedule)
@@ -112,7 +116,7 @@ def _compile(
       rows += lax.axis_index(DATA) * len(rows)
     batch, key, rows = rings.vary((batch, key, rows), axes)
     device, cells = Device.build(
-      stack, program, each, policy, poison, axes, params, batch, key, rows
+      stack, program, each, policy, poison, axes, params, batch, key, rows, probe
     )
     mine = lambda column: jnp.asarray(column)[:, lax.axis_index(STAGE)]  # noqa: E731
     table = rings.vary({k: mine(v) for k, v in {**program.table, "cells": cells}.items()}, axes)

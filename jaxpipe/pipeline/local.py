@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.pipeline import rings
+from jaxpipe.pipeline.probe import Probe
 from jaxpipe.pipeline.program import CODE, Doing, Program
 from jaxpipe.pipeline.rings import Tree
 from jaxpipe.pipeline.split import is_float
@@ -106,6 +107,7 @@ class Local:
     batch: leaves [M, rows, ...]; key, rows: for dropout.
     training: False where only forwards run.
     x: stand-in of the activation that travels between stages; only its type is ever used.
+    probe: reads the clock round every action; None for a program that reads none.
   """
 
   stack: Any
@@ -118,6 +120,7 @@ class Local:
   rows: jax.Array
   training: bool
   x: Tree
+  probe: Probe | None = None
 
   def microbatch(self, m: jax.Array) -> Tree:
     """A microbatch's own inputs."""

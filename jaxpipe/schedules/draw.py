@@ -4,7 +4,7 @@ The text is to scale: an action's place and width are its start and its duration
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from jaxpipe.schedules.actions import STAGE_KINDS, Action, Kind, Step
 from jaxpipe.schedules.schedule import Schedule
@@ -84,20 +84,31 @@ def draw_perfetto(timeline: Timeline) -> str:
   Returns:
     JSON in the Trace Event Format, which https://ui.perfetto.dev opens.
   """
-  schedule = timeline.schedule
-  events: list[dict[str, object]] = [
-    {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": schedule.name}}
+  return draw_traces({timeline.schedule.name: timeline})
+
+
+def draw_traces(timelines: Mapping[str, Timeline]) -> str:
+  """Writes several timelines into one trace, a process each, under their names; else as above."""
+  events = [
+    event
+    for process, (name, timeline) in enumerate(timelines.items())
+    for event in _events(timeline, process, name)
   ]
+  return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
+
+
+def _events(timeline: Timeline, process: int, name: str) -> Iterator[dict[str, object]]:
+  schedule = timeline.schedule
+  yield {"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}}
   for d in range(schedule.devices):
     # Tracks are sorted by their ids, so device 0 comes out on top.
-    track = {"pid": 0, "tid": d}
-    events.append({"name": "thread_name", "ph": "M", **track, "args": {"name": f"device {d}"}})
+    track = {"pid": process, "tid": d}
+    yield {"name": "thread_name", "ph": "M", **track, "args": {"name": f"device {d}"}}
     for step, start, end in cells(timeline, d):
       # The format counts microseconds.
       time = {"ts": start * 1000, "dur": (end - start) * 1000}
       # The parts of a pair take the same time and are shown one below the other.
-      events += ({**_slice(action, d, schedule), **track, **time} for action in step.parts)
-  return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
+      yield from ({**_slice(action, d, schedule), **track, **time} for action in step.parts)
 
 
 def _slice(action: Action, d: int, schedule: Schedule) -> dict[str, object]:

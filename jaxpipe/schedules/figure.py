@@ -78,9 +78,9 @@ def draw_figure(timeline: Timeline, path: str | os.PathLike[str], form: str = "p
   axes = figure.add_subplot()
   scale = inches / (timeline.makespan or 1)
   for d in range(P):
-    _draw_device(axes, timeline, d, scale)
+    draw_device(axes, timeline, d, scale)
   _draw_frame(axes, timeline, points)
-  kinds, handles = _legend(timeline)
+  kinds, handles = legend(timeline)
   # One column per kind, its chunks below each other.
   columns = kinds if timeline.schedule.chunks > 1 else len(handles)
   figure.legend(
@@ -106,7 +106,7 @@ def _width(timeline: Timeline) -> float:
   return min(max(6.0, timeline.makespan / shortest * wanted), _MOST_INCHES)
 
 
-def _draw_device(axes: "Axes", timeline: Timeline, d: int, scale: float) -> None:
+def draw_device(axes: "Axes", timeline: Timeline, d: int, scale: float) -> None:
   """One row of boxes, each with its microbatch."""
   for step, start, end in cells(timeline, d):
     # The parts of an overlapped pair share a box, one above the other.
@@ -168,7 +168,7 @@ def _draw_frame(axes: "Axes", timeline: Timeline, points: float) -> None:
   axes.text(1.0, -0.6, caption, transform=right, va="bottom", fontsize=points)
 
 
-def _legend(timeline: Timeline) -> tuple[int, list["Patch"]]:
+def legend(timeline: Timeline) -> tuple[int, list["Patch"]]:
   """How many kinds there are, and one handle per kind and chunk."""
   from matplotlib.patches import Patch
 

@@ -15,7 +15,7 @@ between the first start and the last end, which a jitted step with its barrier p
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxpipe.schedules.costs import Costs, Memory
 from jaxpipe.schedules.peaks import peaks
@@ -84,6 +84,7 @@ def simulate(
   *,
   execution: str = "free",
   slack: int = 0,
+  durations: Sequence[Sequence[float]] | None = None,
 ) -> Timeline:
   """Runs a schedule on paper.
 
@@ -94,6 +95,7 @@ def simulate(
       sequence by stage. A fused B changes it by I + W at once.
     execution: `free`, `barrier` or `coupled`.
     slack: for `coupled`, the ticks that a transfer may take beyond the one that sends it.
+    durations: what every step of every device's list takes, in place of its cost.
 
   Returns:
     The timeline, in the units of `costs` and `memory`.
@@ -112,14 +114,15 @@ def simulate(
   if costs.hop_occupies_link and execution != "free":
     raise ValueError(f"execution={execution!r} has no links; use execution='free'")
   times = costs.all_durations(schedule)
-  durations = [[costs.of(step, times) for step in row] for row in schedule.order]
-  starts, ends = _MODELS[execution](schedule, costs, durations, slack)
+  lengths = durations or [[costs.of(step, times) for step in row] for row in schedule.order]
+  rows = [list(row) for row in lengths]
+  starts, ends = _MODELS[execution](schedule, costs, rows, slack)
   held = peaks(schedule, memory)
   return Timeline(
     schedule=schedule,
     start=tuple(map(tuple, starts)),
     end=tuple(map(tuple, ends)),
-    busy=tuple(map(sum, durations)),
+    busy=tuple(map(sum, rows)),
     peak_activations=held.activations,
     peak_pending_weight_grads=held.pending_weight_grads,
     peak_memory=held.memory,

@@ -1,0 +1,216 @@
+"""What a step of the real program did when, and what the simulator makes of its durations.
+
+Both are a `Timeline` of one schedule, in seconds: the one that the program's own clock readings
+give (`probe`), and the one that the simulator plans from the mean duration of every action on
+every stage. Where they part, either the program waits for something that the plan does not know
+of, or an action does not always take equally long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.pipeline.executor import pipeline_value_and_grad
+from jaxpipe.pipeline.probe import Clock
+from jaxpipe.pipeline.program import IDLE, Program, lower
+from jaxpipe.schedules import Costs, Kind, Schedule, Timeline, simulate
+from jaxpipe.schedules.peaks import peaks
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+  """A measured step; all times are in seconds, each the median of several steps.
+
+  Attributes:
+    timeline: when each action ran, counted from the first start. Its schedule is what the program
+      runs: of overlapped pairs the parts, one after the other.
+    hop: from the moment at which the last of the devices that exchange has made what it sends to
+      the start of the next tick.
+    outside: what a step takes before its first action and after its last.
+    step: a step without clock readings.
+    slack: ticks that a transfer may take beyond the one that sends it.
+  """
+
+  timeline: Timeline
+  hop: float
+  outside: float
+  step: float
+  slack: int
+
+  @property
+  def costs(self) -> Costs:
+    """Mean durations by stage.
+
+    Embedding and head are part of the actions of the first and the last stage. A fused B stands as
+    an I of its length beside a W that takes nothing.
+    """
+    return mean_costs(self.timeline, self.hop)
+
+  def planned(self, execution: str = "coupled") -> Timeline:
+    """The simulator's timeline at these costs; by default as one program runs it."""
+    slack = self.slack if execution == "coupled" else 0
+    return simulate(self.timeline.schedule, self.costs, execution=execution, slack=slack)
+
+  def replayed(self) -> Timeline:
+    """The same from every action's own duration: what is still wrong is not in the durations."""
+    rows = zip(self.timeline.start, self.timeline.end, strict=True)
+    durations = [[end - start for start, end in zip(*row, strict=True)] for row in rows]
+    hop = Costs(hop=self.hop)
+    return simulate(
+      *(self.timeline.schedule, hop), execution="coupled", slack=self.slack, durations=durations
+    )
+
+  @property
+  def predicted_step(self) -> float:
+    """What the simulator says `step` is."""
+    return self.planned().makespan + self.outside
+
+
+def measure(
+  stack: Any,
+  schedule: Schedule,
+  mesh: Mesh,
+  params: Tree,
+  batch: Tree,
+  key: jax.Array | None = None,
+  *,
+  steps: int = 5,
+  slack: int = 0,
+  **options: Any,
+) -> Measured:
+  """Runs a step several times, with clock readings round every action and without.
+
+  Where several processes run the program, their clocks must be one, as on one machine.
+
+  Args:
+    stack, schedule, mesh, slack: as for `pipeline_value_and_grad`.
+    params, batch, key: as for the step that it returns.
+    steps: how many of each are timed, after one of each that is not.
+    **options: further ones of `pipeline_value_and_grad`.
+
+  Raises:
+    ValueError: fewer than one step, and what `pipeline_value_and_grad` raises.
+  """
+  if steps < 1:
+    raise ValueError(f"steps={steps} measure nothing; use 1 or more")
+  program = lower(schedule.check(), slack=slack)
+  clock = Clock(mesh.axis_names)
+  build = lambda **more: pipeline_value_and_grad(  # noqa: E731
+    stack, schedule, mesh, slack=slack, **options, **more
+  )
+  plain, probed = build(), build(probe=clock)
+  seconds, times = [], []
+  for _ in range(1 + steps):
+    # In turn, so that whatever else the machine does meets both alike.
+    pair = [_seconds(run, params, batch, key) for run in (plain, probed)]
+    seconds.append(pair)
+    times.append(_times(clock, program, mesh))
+    clock.readings.clear()
+  step, step_probed = np.median(seconds[1:], axis=0)
+  # Devices that have nothing to do yet read the clock as well.
+  acting = program.table["kind"] != IDLE
+  # Medians keep the order: what came first in every step still does.
+  ticks = np.median([t - t[acting].min() for t in times[1:]], axis=0)
+  timeline = _timeline(program, ticks)
+  return Measured(
+    timeline=timeline,
+    hop=_hop(program, ticks),
+    outside=float(step_probed) - timeline.makespan,
+    step=float(step),
+    slack=slack,
+  )
+
+
+def _seconds(run: Callable[..., Any], *arguments: Any) -> float:
+  begin = time.perf_counter()
+  jax.block_until_ready(run(*arguments))
+  seconds = time.perf_counter() - begin
+  # The last readings need not be noted when the results are there.
+  jax.effects_barrier()
+  return seconds
+
+
+def _times(clock: Clock, program: Program, mesh: Mesh) -> np.ndarray:
+  """Seconds [ticks, P, 2] of one step's readings, from all processes."""
+  P = mesh.shape[STAGE]
+  nanoseconds = np.zeros((P, 2, program.ticks), np.int64)
+  for d in {device for device, _, _ in clock.readings}:
+    for point in (0, 1):
+      row = [when for device, at, when in clock.readings if (device, at) == (d, point)]
+      if len(row) != program.ticks:
+        raise RuntimeError(f"device {d}: {len(row)} readings of {program.ticks} ticks")
+      nanoseconds[d, point] = row
+  if jax.process_count() > 1:
+    # As halves: without double precision JAX would cut them to 32 bits. Who has not a device has
+    # zeros for it.
+    halves = multihost_utils.process_allgather(nanoseconds.view(np.int32))
+    nanoseconds = np.ascontiguousarray(halves).view(np.int64).max(axis=0)
+  return nanoseconds.transpose(2, 0, 1) / 1e9
+
+
+def _timeline(program: Program, ticks: np.ndarray) -> Timeline:
+  rows = [
+    [ticks[program.at[action][1], d].tolist() for step in row for action in step.parts]
+    for d, row in enumerate(program.schedule.order)
+  ]
+  held = peaks(program.schedule)
+  return Timeline(
+    schedule=program.schedule,
+    start=tuple(tuple(start for start, _ in row) for row in rows),
+    end=tuple(tuple(end for _, end in row) for row in rows),
+    busy=tuple(sum(end - start for start, end in row) for row in rows),
+    peak_activations=held.activations,
+    peak_pending_weight_grads=held.pending_weight_grads,
+    peak_memory=held.memory,
+  )
+
+
+def _hop(program: Program, ticks: np.ndarray) -> float:
+  """Median over devices and ticks, each beside all that it ever exchanges with."""
+  peers = [{d} for d in range(program.schedule.devices)]
+  for doing in program.doing:
+    for sender, receiver in frozenset().union(*doing.pairs):
+      peers[sender].add(receiver)
+      peers[receiver].add(sender)
+  gaps = [
+    ticks[tick + 1, d, 0] - ticks[tick, sorted(others), 1].max()
+    for tick in range(program.ticks - 1)
+    for d, others in enumerate(peers)
+  ]
+  return max(0.0, float(np.median(gaps))) if gaps else 0.0
+
+
+def mean_costs(timeline: Timeline, hop: float = 0.0) -> Costs:
+  """Costs under which every stage does in all the work that it did in a timeline.
+
+  Args:
+    timeline: of F, R, I, W and B.
+    hop: latency between devices.
+  """
+  S = timeline.schedule.stages
+  total = {kind: np.zeros(S) for kind in Kind}
+  count = {kind: np.zeros(S) for kind in Kind}
+  for row in zip(timeline.schedule.order, timeline.start, timeline.end, strict=True):
+    for step, start, end in zip(*row, strict=True):
+      for action in step.parts:
+        total[action.kind][action.stage] += end - start
+        count[action.kind][action.stage] += 1
+  mean = lambda kind: total[kind] / np.maximum(count[kind], 1)  # noqa: E731
+  W = mean(Kind.W)
+  # Where B is fused for some microbatches only, it takes I + W by the definition of `Costs`.
+  I = total[Kind.I] + total[Kind.B] - count[Kind.B] * W
+  I = np.maximum(I, 0) / np.maximum(count[Kind.I] + count[Kind.B], 1)
+  return Costs(
+    mean(Kind.F).tolist(), I.tolist(), W.tolist(), hop, recompute=mean(Kind.R).tolist()
+  )
