@@ -82,24 +82,28 @@ def run() -> Measured:
   )
   mesh = jaxpipe.make_mesh(f"stage:{_DEVICES.value}")
   params = stack.init(jax.random.key(0), batch, schedule, mesh)
-  options = dict(steps=_STEPS.value, slack=_SLACK.value, residuals=_RESIDUALS.value)
-  return measure(stack, schedule, mesh, params, batch, **options)
+  return measure(
+    *(stack, schedule, mesh, params, batch),
+    steps=_STEPS.value,
+    slack=_SLACK.value,
+    residuals=_RESIDUALS.value,
+  )
 
 
 def table(m: Measured) -> str:
   """Durations by stage, and the step: what was planned beside what was measured."""
-  costs = m.costs
-  rows = [
-    ("F", costs.forward),
-    ("R", costs.recompute),
-    ("B" if not np.any(costs.weight_grad) else "I", costs.input_grad),
-    ("W", costs.weight_grad),
-  ]
+  schedule = m.timeline.schedule
+  kinds = {action.kind for row in schedule.order for step in row for action in step.parts}
+  durations = m.costs.durations(schedule.stages)
   lines = [
-    f"{m.timeline.schedule.name}, {jax.default_backend()}, jax {jax.__version__};"
+    f"{schedule.name}, {jax.default_backend()}, jax {jax.__version__};"
     f" times in ms, medians of {_STEPS.value} steps",
     "mean duration by stage",
-    *(f"  {kind}  " + " ".join(f"{1e3 * x:8.2f}" for x in row) for kind, row in rows if any(row)),
+    *(
+      f"  {kind}  " + " ".join(f"{1e3 * x:8.2f}" for x in row)
+      for kind, row in durations.items()
+      if kind in kinds
+    ),
     f"  exchange with the neighbours {1e3 * m.hop:.2f}",
     f"{'':22}{'predicted':>12}{'measured':>12}{'ratio':>8}",
     line("ticks, from the means", m.planned().makespan, m.timeline.makespan),

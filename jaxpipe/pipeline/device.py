@@ -88,9 +88,7 @@ class Device:
     x = jax.eval_shape(lenient(stack.apply_embed), params["embed"], one)
     training = policy is not None
     zeros = Local(stack, program, axes, poison, params, batch, key, rows, training, None).zeros
-    local = Local(
-      stack, program, axes, poison, params, batch, key, rows, training, zeros(x), probe
-    )
+    local = Local(stack, program, axes, poison, params, batch, key, rows, training, zeros(x), probe)
     sums = jax.eval_shape(lenient(stack.apply_head), params["head"], local.x, one)
     totals = Totals(sums[0], *sums[1])
     inputs = dict(batch=one, key=key, layer=rows[0], microbatch=rows[0], rows=rows)

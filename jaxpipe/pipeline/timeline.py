@@ -195,7 +195,7 @@ def mean_costs(timeline: Timeline, hop: float = 0.0) -> Costs:
   """Costs under which every stage does in all the work that it did in a timeline.
 
   Args:
-    timeline: of F, R, I, W and B.
+    timeline: of F, R, I, W and B, no two of them at once on one device.
     hop: latency between devices.
   """
   S = timeline.schedule.stages
@@ -207,10 +207,16 @@ def mean_costs(timeline: Timeline, hop: float = 0.0) -> Costs:
         total[action.kind][action.stage] += end - start
         count[action.kind][action.stage] += 1
   mean = lambda kind: total[kind] / np.maximum(count[kind], 1)  # noqa: E731
-  W = mean(Kind.W)
-  # Where B is fused for some microbatches only, it takes I + W by the definition of `Costs`.
-  I = total[Kind.I] + total[Kind.B] - count[Kind.B] * W
-  I = np.maximum(I, 0) / np.maximum(count[Kind.I] + count[Kind.B], 1)
+  # What B takes is shared as I and W share it where they are apart.
+  apart = mean(Kind.I) + mean(Kind.W)
+  share = np.where(apart > 0, mean(Kind.W) / np.where(apart > 0, apart, 1), 0)
+  I = total[Kind.I] + total[Kind.B] * (1 - share)
+  W = total[Kind.W] + total[Kind.B] * share
+  each = np.maximum(count[Kind.I] + count[Kind.B], 1)
   return Costs(
-    mean(Kind.F).tolist(), I.tolist(), W.tolist(), hop, recompute=mean(Kind.R).tolist()
+    mean(Kind.F).tolist(),
+    (I / each).tolist(),
+    (W / each).tolist(),
+    hop,
+    recompute=mean(Kind.R).tolist(),
   )

@@ -58,9 +58,7 @@ def draw_panels(
   panels[-1].xaxis.label.set_size(_POINTS)
   figure.suptitle(title(any_of_them), x=0.01, ha="left", fontsize=_POINTS + 2)
   _, handles = legend(any_of_them)
-  figure.legend(
-    handles=handles, loc="outside lower left", ncols=6, frameon=False, fontsize=_POINTS
-  )
+  figure.legend(handles=handles, loc="outside lower left", ncols=6, frameon=False, fontsize=_POINTS)
   figure.savefig(path, dpi=120, format=form)
 
 

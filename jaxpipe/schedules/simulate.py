@@ -114,8 +114,10 @@ def simulate(
   if costs.hop_occupies_link and execution != "free":
     raise ValueError(f"execution={execution!r} has no links; use execution='free'")
   times = costs.all_durations(schedule)
-  lengths = durations or [[costs.of(step, times) for step in row] for row in schedule.order]
-  rows = [list(row) for row in lengths]
+  rows = [[costs.of(step, times) for step in row] for row in schedule.order]
+  if durations is not None:
+    _check_lengths(durations, rows)
+    rows = [list(row) for row in durations]
   starts, ends = _MODELS[execution](schedule, costs, rows, slack)
   held = peaks(schedule, memory)
   return Timeline(
@@ -127,6 +129,12 @@ def simulate(
     peak_pending_weight_grads=held.pending_weight_grads,
     peak_memory=held.memory,
   )
+
+
+def _check_lengths(durations: Sequence[Sequence[float]], rows: _Times) -> None:
+  given, wanted = (list(map(len, table)) for table in (durations, rows))
+  if given != wanted:
+    raise ValueError(f"durations of {given} steps, the schedule has {wanted}; give one per step")
 
 
 def _free(schedule: Schedule, costs: Costs, durations: _Times, slack: int) -> tuple[_Times, _Times]:

@@ -1,0 +1,171 @@
+"""What the clock readings may not contradict, that they change no result, and costs from them."""
+
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import jaxpipe
+from jaxpipe.pipeline import timeline
+from jaxpipe.pipeline.probe import Clock
+from jaxpipe.pipeline.timeline import Measured, mean_costs, measure
+from jaxpipe.schedules import Costs, Kind, simulate
+from jaxpipe.schedules.draw import draw_traces
+
+F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32, attention=jax.nn.dot_product_attention)
+# name -> axes beside two stages, and what goes to the step: fused backwards and a second device per
+# stage; I and W, and transfers that take a tick; a V, and pairs that become two actions.
+CASES = {
+  "1f1b": (",data:2", {"residuals": "full"}),
+  "zb-h1": ("", {"slack": 1}),
+  "dualpipe-v": ("", {}),
+}
+
+
+def build(name):
+  schedule = jaxpipe.make_schedule(name, devices=2, microbatches=4)
+  mesh = jaxpipe.make_mesh(f"stage:2{CASES[name][0]}")
+  stack = tiny.stack(layers=schedule.stages, dropout=0.0, **F32)
+  batch = tiny.batch(8)
+  return (stack, schedule, mesh), stack.init(jax.random.key(0), batch, schedule, mesh), batch
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(request):
+  """A measured step; and what the two programs returned, without a probe and with one."""
+  where, params, batch = build(request.param)
+  returned = {}
+
+  def noting(*args, probe=None, **options):
+    step = jaxpipe.pipeline_value_and_grad(*args, probe=probe, **options)
+
+    def call(*args):
+      returned[probe is not None] = step(*args)
+      return returned[probe is not None]
+
+    return call
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(timeline, "pipeline_value_and_grad", noting)
+    return measure(*where, params, batch, steps=1, **CASES[request.param][1]), returned
+
+
+@pytest.fixture
+def measured(run):
+  return run[0]
+
+
+def when(times):
+  """Action -> device, start and end."""
+  return {
+    action: (d, start, end)
+    for d, row in enumerate(times.schedule.order)
+    for action, start, end in zip(row, times.start[d], times.end[d], strict=True)
+  }
+
+
+def needs(action, at, last):
+  """The actions whose products an action waits for."""
+  s, m = action.stage, action.microbatch
+  made = lambda kind, s: [  # noqa: E731
+    a for k in (kind, Kind.B) if (a := jaxpipe.Action(s, k, m)) in at
+  ]
+  if action.kind is Kind.F:
+    return made(Kind.F, s - 1)[:1] if s else []
+  if action.kind is Kind.W:
+    return made(Kind.I, s)
+  return made(Kind.F, s)[:1] + (made(Kind.I, s + 1) if s < last else [])
+
+
+def test_every_action_once_and_none_before_what_it_waits_for(measured):
+  at = when(measured.timeline)
+  schedule = measured.timeline.schedule
+  asked = jaxpipe.make_schedule(schedule.name, devices=schedule.devices, microbatches=4)
+  assert sorted(map(str, at)) == sorted(str(a) for r in asked.order for x in r for a in x.parts)
+  assert min(start for _, start, _ in at.values()) == 0
+  for action, (_, start, end) in at.items():
+    assert end > start
+    for other in needs(action, at, schedule.stages - 1):
+      assert at[other][2] < start, f"{action} began before {other} had ended"
+
+
+def test_a_device_does_one_thing_at_a_time(measured):
+  for starts, ends in zip(measured.timeline.start, measured.timeline.end, strict=True):
+    assert len(starts) > 1
+    assert all(end < start for end, start in zip(ends, starts[1:], strict=False))
+
+
+def test_what_follows_from_the_times(measured):
+  times, costs = measured.timeline, measured.costs
+  work = sum(map(sum, costs.durations(times.schedule.stages).values()))
+  assert 0 < measured.hop < times.makespan and work > 0 and measured.outside > 0
+  # All the work is in the plan, however its parts were averaged.
+  assert sum(measured.planned().busy) == pytest.approx(sum(times.busy))
+  assert measured.replayed().busy == pytest.approx(times.busy)
+  assert measured.predicted_step == measured.planned().makespan + measured.outside
+
+
+def test_the_trace_holds_both(measured):
+  timelines = {"planned": measured.planned(), "measured": measured.timeline}
+  events = json.loads(draw_traces(timelines))["traceEvents"]
+  names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+  assert names == {0: "planned", 1: "measured"}
+  actions = when(measured.timeline)
+  for process in names:
+    slices = [e for e in events if e["ph"] == "X" and e["pid"] == process]
+    assert sorted(e["name"] for e in slices) == sorted(map(str, actions))
+    for event in slices:
+      assert event["tid"] == actions[jaxpipe.Action.parse(event["name"])][0]
+
+
+def test_the_clock_changes_no_result(run):
+  _, returned = run
+  assert set(returned) == {False, True}
+  jax.tree.map(np.testing.assert_array_equal, returned[False], returned[True])
+
+
+def test_without_a_probe_the_program_never_calls_the_host():
+  where, params, batch = build("1f1b")
+  step = jaxpipe.pipeline_value_and_grad(*where)
+  assert "callback" not in str(jax.make_jaxpr(step)(params, batch))
+  probed = jaxpipe.pipeline_value_and_grad(*where, probe=Clock(("stage",)))
+  assert "io_callback" in str(jax.make_jaxpr(probed)(params, batch))
+
+
+def test_no_steps():
+  where, params, batch = build("1f1b")
+  with pytest.raises(ValueError, match="steps=0 measure nothing; use 1 or more"):
+    measure(*where, params, batch, steps=0)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-v", "hanayo"])
+def test_costs_come_back_from_a_simulated_timeline(name):
+  schedule = jaxpipe.make_schedule(name, devices=3, microbatches=5)
+  rng = random.Random(name)
+  F, I, W = ([rng.uniform(1, 9) for _ in range(schedule.stages)] for _ in range(3))
+  costs = mean_costs(simulate(schedule, Costs(F, I, W)), hop=2.5)
+  split = any(a.kind is Kind.W for row in schedule.order for a in row)
+  assert costs.forward == pytest.approx(F) and costs.hop == 2.5
+  assert np.add(costs.input_grad, costs.weight_grad) == pytest.approx(np.add(I, W))
+  assert costs.weight_grad == (pytest.approx(W) if split else [0.0] * schedule.stages)
+
+
+def test_stages_that_fuse_some_microbatches_only():
+  schedule = jaxpipe.Schedule.from_tokens([["0F0", "0F1", "0B0", "0I1", "0W1"]])
+  assert mean_costs(simulate(schedule, Costs(2, 3, 4))) == Costs([2], [3], [4], 0, recompute=[0])
+
+
+@pytest.mark.parametrize("slack", [0, 1])
+def test_replaying_a_coupled_timeline_gives_it_back(slack):
+  schedule = jaxpipe.make_schedule("zb-h1", devices=3, microbatches=6)
+  costs = Costs([1, 4, 2], [3, 2, 5], [2, 1, 3], 0.5)
+  times = simulate(schedule, costs, execution="coupled", slack=slack)
+  m = Measured(timeline=times, hop=0.5, outside=7, step=1, slack=slack)
+  for again in (m.planned(), m.replayed()):
+    assert again.makespan == pytest.approx(times.makespan)
+    assert np.allclose(np.concatenate(again.start), np.concatenate(times.start))
+  assert m.predicted_step == pytest.approx(times.makespan + 7)
