@@ -86,7 +86,8 @@ def test_every_action_once_and_none_before_what_it_waits_for(measured):
   schedule = measured.timeline.schedule
   asked = jaxpipe.make_schedule(schedule.name, devices=schedule.devices, microbatches=4)
   assert sorted(map(str, at)) == sorted(str(a) for r in asked.order for x in r for a in x.parts)
-  assert min(start for _, start, _ in at.values()) == 0
+  starts = [start for _, start, _ in at.values()]
+  assert min(starts) == 0 and len(set(starts)) == len(starts)  # no device shows another's readings
   for action, (_, start, end) in at.items():
     assert end > start
     for other in needs(action, at, schedule.stages - 1):
@@ -134,6 +135,19 @@ def test_without_a_probe_the_program_never_calls_the_host():
   assert "callback" not in str(jax.make_jaxpr(step)(params, batch))
   probed = jaxpipe.pipeline_value_and_grad(*where, probe=Clock(("stage",)))
   assert "io_callback" in str(jax.make_jaxpr(probed)(params, batch))
+
+
+def test_a_reading_waits_for_all_that_an_action_leaves():
+  """What it is given is what the tick ends with, gradients and pools too, not only what is sent."""
+  where, params, batch = build("zb-h1")
+  made = {}
+  probe = lambda point, given, held: made.update({point: given}) or held  # noqa: E731
+  jax.make_jaxpr(jaxpipe.pipeline_value_and_grad(*where, probe=probe))(params, batch)
+  before, (after, _) = made[0], made[1]
+  pairs = [(before.grads["layers"], after.grads["layers"]), (before.pools, after.pools)]
+  for old, new in pairs:
+    leaves = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
+    assert leaves and all(a is not b for a, b in leaves)
 
 
 def test_no_steps():
