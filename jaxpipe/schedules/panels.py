@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _INCHES = 14.0
 _ROW_INCHES = 0.45
 _POINTS = 11.0
+_IDLE = "#efefef"
 
 
 def draw_panels(
@@ -39,6 +40,7 @@ def draw_panels(
   # Imported here, as in `figure`.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
+  from matplotlib.patches import Patch
 
   any_of_them = next(iter(timelines.values()))
   P = any_of_them.schedule.devices
@@ -46,30 +48,36 @@ def draw_panels(
   figure = Figure(figsize=(_INCHES, height))
   figure.set_layout_engine("constrained")
   FigureCanvasAgg(figure)
-  longest = max(timeline.makespan for timeline in timelines.values()) or 1
+  longest = max(timeline.makespan for timeline in timelines.values())
   panels = figure.subplots(len(timelines), sharex=True, squeeze=False)[:, 0]
   for axes, (name, timeline) in zip(panels, timelines.items(), strict=True):
     # The rows' names and the frame take about an inch.
-    scale = (_INCHES - 1) / longest
+    scale = (_INCHES - 1) / (longest or 1)
     for d in range(P):
       draw_device(axes, timeline, d, scale)
     _frame(axes, timeline, name, longest, unit)
-  panels[-1].set_xlabel(f"time, {unit}; a box is one action, its number the microbatch")
+  panels[-1].set_xlabel(
+    f"time, {unit}; a box is one action, its number the microbatch; dotted: the end"
+  )
   panels[-1].xaxis.label.set_size(_POINTS)
   figure.suptitle(title(any_of_them), x=0.01, ha="left", fontsize=_POINTS + 2)
   _, handles = legend(any_of_them)
-  figure.legend(handles=handles, loc="outside lower left", ncols=6, frameon=False, fontsize=_POINTS)
+  idle = Patch(facecolor=_IDLE, edgecolor="silver", label="idle")
+  figure.legend(
+    handles=[*handles, idle], loc="outside lower left", ncols=7, frameon=False, fontsize=_POINTS
+  )
   figure.savefig(path, dpi=120, format=form)
 
 
 def _frame(axes: Axes, timeline: Timeline, name: str, longest: float, unit: str) -> None:
   P = timeline.schedule.devices
-  axes.set_xlim(0, longest)
+  # Beyond the end, so that the line there is seen whole.
+  axes.set_xlim(0, 1.01 * longest or 1)
   axes.set_ylim(P - 0.5, -0.5)
   axes.set_yticks(range(P), [f"device {d}" for d in range(P)])
   axes.tick_params(axis="y", length=0)
   axes.tick_params(labelsize=_POINTS)
-  axes.set_facecolor("#efefef")
+  axes.set_facecolor(_IDLE)
   axes.spines[:].set_visible(False)
   # The bubble is what the eye should look for: the grey between boxes.
   idle = f"{timeline.bubble:.1%}".replace("%", " %")

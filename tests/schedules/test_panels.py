@@ -15,7 +15,7 @@ def test_panels_share_a_time_axis_and_hold_every_action(tmp_path, monkeypatch):
   draw_panels(timelines, tmp_path / "x.png")
   longest = timelines["run"].makespan
   for axes, (name, timeline) in zip(seen, timelines.items(), strict=True):
-    assert axes.get_xlim() == (0, longest)
+    assert axes.get_xlim() == (0, 1.01 * longest)
     assert axes.get_title("left").startswith(f"{name}: {timeline.makespan} ms, ")
     boxes = [(box.get_x(), box.get_x() + box.get_width()) for box in axes.patches]
     flat = [pair for row in zip(timeline.start, timeline.end) for pair in zip(*row)]  # noqa: B905
