@@ -44,6 +44,9 @@ _SEQUENCE = flags.DEFINE_integer("sequence_length", 128, "Tokens in a row.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Rows in a batch.")
 _RESIDUALS = flags.DEFINE_enum("residuals", "dots", ["dots", "all", "full"], "What F keeps.")
 _SLACK = flags.DEFINE_integer("slack", 0, "Ticks between send and use.")
+_UNROLL = flags.DEFINE_enum(
+  "unroll", "auto", ["auto", "none", "ends", "all"], "Shape of the program."
+)
 _STEPS = flags.DEFINE_integer("steps", 5, "Steps that are timed; every figure is a median of them.")
 _ONE_THREAD = flags.DEFINE_bool("one_thread", False, "A process and a processor for each device.")
 _OUT = flags.DEFINE_string("out", "runs/timeline", "Folder to write to.")
@@ -86,6 +89,7 @@ def run() -> Measured:
     *(stack, schedule, mesh, params, batch),
     steps=_STEPS.value,
     slack=_SLACK.value,
+    unroll=_UNROLL.value,
     residuals=_RESIDUALS.value,
   )
 
@@ -111,8 +115,8 @@ def table(m: Measured) -> str:
     line("step, clock read", m.predicted_step, ticks + m.outside),
     line("step, clock not read", m.predicted_step, m.step),
     f"  of the step, {1e3 * m.outside:.2f} before the first action and after the last;",
-    f"  without waiting for neighbours that send nothing, the ticks would take"
-    f" {1e3 * m.planned('free').makespan:.2f}",
+    f"  were no tick to wait for a neighbour that sends it nothing, the ticks would take"
+    f" {1e3 * m.free().makespan:.2f}",
   ]
   return "\n".join(lines)
 

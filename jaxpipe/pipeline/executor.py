@@ -1,12 +1,13 @@
 """Executes any schedule over any stack, as one SPMD program.
 
-A schedule is lowered to a table of ticks (`program`), and one `lax.scan` over its rows runs inside
-one `shard_map`, manual over every mesh axis: each device (`device`) walks its own column. What was
-summed on the way is reduced over the mesh once, after the last tick.
+A schedule is lowered to a table of ticks (`program`), whose rows are walked, in loops and straight
+lines (`unroll`), inside one `shard_map`, manual over every mesh axis: each device (`device`) walks
+its own column. What was summed on the way is reduced over the mesh once, after the last tick.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,9 @@ from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.local import State, Totals
 from jaxpipe.pipeline.probe import Probe
-from jaxpipe.pipeline.program import Doing, Program, lower
+from jaxpipe.pipeline.program import Program, lower
 from jaxpipe.pipeline.residuals import Residuals, residual_policy
+from jaxpipe.pipeline.unroll import Segment, cut
 from jaxpipe.schedules import Schedule
 
 Tree = Any
@@ -38,6 +40,7 @@ def pipeline_value_and_grad(
   *,
   residuals: str = "dots",
   slack: int = 0,
+  unroll: str = "auto",
   poison: bool = False,
   probe: Probe | None = None,
 ) -> Callable[..., tuple[tuple[jax.Array, Tree], Tree]]:
@@ -52,6 +55,9 @@ def pipeline_value_and_grad(
       (the stage's input alone).
     slack: ticks that a transfer may take beyond the one that sends it: with 1, it runs beside the
       next tick's work, and is used the tick after.
+    unroll: `none`, one loop over all ticks; `ends`, loops over what is periodic and straight lines
+      elsewhere, with no exchange but where something is sent; `all`, one straight line; `auto`, by
+      estimated cost.
     poison: fill with NaN whatever no action has written; for tests.
     probe: reads the clock round every action; see `timeline`.
 
@@ -71,7 +77,7 @@ def pipeline_value_and_grad(
   """
   policy = residual_policy(residuals)
   program = lower(schedule.check(), keeps_input=policy.stage_input, slack=slack)
-  return _compile(stack, program, mesh, schedule, policy, poison, probe)
+  return _compile(stack, program, mesh, schedule, policy, poison, unroll, probe)
 
 
 def pipeline_forward(
@@ -88,7 +94,7 @@ def pipeline_forward(
     threads: wait for the result of one call before making many more, or XLA may run out of them.
   """
   program = lower(schedule.check().forward_only())
-  run = _compile(stack, program, mesh, schedule, None, poison)
+  run = _compile(stack, program, mesh, schedule, None, poison, "none")
   return lambda params, batch: run(params, batch)[0]
 
 
@@ -99,8 +105,10 @@ def _compile(
   schedule: Schedule,
   policy: Residuals | None,
   poison: bool,
+  unroll: str,
   probe: Probe | None = None,
 ) -> Callable[..., Any]:
+  segments = cut(program, unroll)
   check_mesh(schedule, mesh)
   each = layers_per_stage(stack.depth, schedule)
   axes = tuple(mesh.axis_names)
@@ -120,10 +128,9 @@ def _compile(
     )
     mine = lambda column: jnp.asarray(column)[:, lax.axis_index(STAGE)]  # noqa: E731
     table = rings.vary({k: mine(v) for k, v in {**program.table, "cells": cells}.items()}, axes)
-    always = Doing.any_of(program.doing)
-    state, _ = lax.scan(
-      lambda state, row: (device.tick(state, row, always), None), device.start(), table
-    )
+    state = device.start()
+    for segment in segments:
+      state = _run(device, state, segment, table)
     if policy:
       summed = replicas.reduce(state.grads["layers"], schedule.placement, each)
       state = state._replace(grads={**state.grads, "layers": summed})
@@ -146,6 +153,37 @@ def _compile(
     return run(params, batch, key)
 
   return step
+
+
+def _run(device: Device, state: State, segment: Segment, table: dict[str, jax.Array]) -> State:
+  """Runs the ticks of one segment."""
+  bodies = segment.bodies(device.local.program.doing)
+
+  def body(state: State, rows: dict[str, jax.Array]) -> State:
+    for i, doing in enumerate(bodies):
+      row = {name: column[i] for name, column in rows.items()}
+      tick = functools.partial(device.tick, row=row, doing=doing)
+      state = _once(tick, state) if segment.straight else tick(state)
+    return state
+
+  def cut(column: jax.Array) -> jax.Array:
+    mine = column[segment.start : segment.stop]
+    return mine.reshape(segment.repeats, segment.period, *column.shape[1:])
+
+  rows = {name: cut(column) for name, column in table.items()}
+  if segment.repeats == 1:
+    return body(state, {name: column[0] for name, column in rows.items()})
+  return lax.scan(lambda state, rows: (body(state, rows), None), state, rows)[0]
+
+
+def _once(tick: Callable[[State], State], state: State) -> State:
+  """Returns `tick(state)`, from a loop that runs once, which the compiler cannot know.
+
+  What a loop carries stays in place. In a straight line, nothing orders an action that reads a
+  buffer before the next one that writes it, and XLA copies the buffer whole.
+  """
+  one = jnp.minimum(lax.axis_index(STAGE) + 1, 1)
+  return lax.fori_loop(0, one, lambda _, state: tick(state), state)
 
 
 def _reduce(stack: Any, state: State, axes: tuple[str, ...], training: bool) -> Any:

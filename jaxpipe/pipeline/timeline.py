@@ -1,9 +1,10 @@
 """What a step of the real program did when, and what the simulator makes of its durations.
 
 Both are a `Timeline` of one schedule, in seconds: the one that the program's own clock readings
-give (`probe`), and the one that the simulator plans from the mean duration of every action on
-every stage. Where they part, either the program waits for something that the plan does not know
-of, or an action does not always take equally long.
+give (`probe`), and the one that is planned from the mean duration of every action on every stage,
+with all the waiting for neighbours that the program's shape (`unroll`) brings. Where they part,
+either the program waits for something that the plan does not know of, or an action does not always
+take equally long.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
 from jaxpipe.pipeline.probe import Clock
 from jaxpipe.pipeline.program import IDLE, Program, lower
+from jaxpipe.pipeline.unroll import Segment, cut, exchanges, tick_durations, tick_times
 from jaxpipe.schedules import Costs, Kind, Schedule, Timeline, simulate
 from jaxpipe.schedules.peaks import peaks
 
@@ -35,18 +37,20 @@ class Measured:
   Attributes:
     timeline: when each action ran, counted from the first start. Its schedule is what the program
       runs: of overlapped pairs the parts, one after the other.
-    hop: from the moment at which the last of the devices that exchange has made what it sends to
-      the start of the next tick.
+    hop: from the moment at which the devices of an exchange have made what they send to the start
+      of the receiver's next tick.
     outside: what a step takes before its first action and after its last.
     step: a step without clock readings.
-    slack: ticks that a transfer may take beyond the one that sends it.
+    program: the tick table that ran.
+    segments: how it was cut into loops.
   """
 
   timeline: Timeline
   hop: float
   outside: float
   step: float
-  slack: int
+  program: Program
+  segments: tuple[Segment, ...]
 
   @property
   def costs(self) -> Costs:
@@ -57,23 +61,31 @@ class Measured:
     """
     return mean_costs(self.timeline, self.hop)
 
-  def planned(self, execution: str = "coupled") -> Timeline:
-    """The simulator's timeline at these costs; by default as one program runs it."""
-    slack = self.slack if execution == "coupled" else 0
-    return simulate(self.timeline.schedule, self.costs, execution=execution, slack=slack)
+  def planned(self) -> Timeline:
+    """The timeline at these costs, of a program of this shape."""
+    return self._of(tick_durations(self.program, self.costs))
 
   def replayed(self) -> Timeline:
     """The same from every action's own duration: what is still wrong is not in the durations."""
-    rows = zip(self.timeline.start, self.timeline.end, strict=True)
-    durations = [[end - start for start, end in zip(*row, strict=True)] for row in rows]
-    hop = Costs(hop=self.hop)
-    return simulate(
-      *(self.timeline.schedule, hop), execution="coupled", slack=self.slack, durations=durations
-    )
+    durations = np.zeros((self.program.ticks, self.program.schedule.devices))
+    for d, row in enumerate(self.program.schedule.order):
+      times = zip(row, self.timeline.start[d], self.timeline.end[d], strict=True)
+      for step, start, end in times:
+        for action in step.parts:
+          durations[self.program.at[action][1], d] = end - start
+    return self._of(durations)
+
+  def free(self) -> Timeline:
+    """What the simulator makes of the schedule at these costs, were no tick to wait for another."""
+    return simulate(self.program.schedule, self.costs)
+
+  def _of(self, durations: np.ndarray) -> Timeline:
+    begins, ends = tick_times(self.program, self.segments, durations, self.hop)
+    return _timeline(self.program, np.stack([begins[:-1], ends], axis=-1))
 
   @property
   def predicted_step(self) -> float:
-    """What the simulator says `step` is."""
+    """What the plan says `step` is."""
     return self.planned().makespan + self.outside
 
 
@@ -87,6 +99,7 @@ def measure(
   *,
   steps: int = 5,
   slack: int = 0,
+  unroll: str = "auto",
   **options: Any,
 ) -> Measured:
   """Runs a step several times, with clock readings round every action and without.
@@ -94,7 +107,7 @@ def measure(
   Where several processes run the program, their clocks must be one, as on one machine.
 
   Args:
-    stack, schedule, mesh, slack: as for `pipeline_value_and_grad`.
+    stack, schedule, mesh, slack, unroll: as for `pipeline_value_and_grad`.
     params, batch, key: as for the step that it returns.
     steps: how many of each are timed, after one of each that is not.
     **options: further ones of `pipeline_value_and_grad`.
@@ -105,9 +118,10 @@ def measure(
   if steps < 1:
     raise ValueError(f"steps={steps} measure nothing; use 1 or more")
   program = lower(schedule.check(), slack=slack)
+  segments = cut(program, unroll)
   clock = Clock(mesh.axis_names)
   build = lambda **more: pipeline_value_and_grad(  # noqa: E731
-    stack, schedule, mesh, slack=slack, **options, **more
+    stack, schedule, mesh, slack=slack, unroll=unroll, **options, **more
   )
   plain, probed = build(), build(probe=clock)
   seconds, times = [], []
@@ -125,10 +139,11 @@ def measure(
   timeline = _timeline(program, ticks)
   return Measured(
     timeline=timeline,
-    hop=_hop(program, ticks),
+    hop=_hop(program, segments, ticks),
     outside=float(step_probed) - timeline.makespan,
     step=float(step),
-    slack=slack,
+    program=program,
+    segments=segments,
   )
 
 
@@ -176,18 +191,15 @@ def _timeline(program: Program, ticks: np.ndarray) -> Timeline:
   )
 
 
-def _hop(program: Program, ticks: np.ndarray) -> float:
-  """Median over devices and ticks, each beside all that it ever exchanges with."""
-  peers = [{d} for d in range(program.schedule.devices)]
-  for doing in program.doing:
-    for sender, receiver in frozenset().union(*doing.pairs):
-      peers[sender].add(receiver)
-      peers[receiver].add(sender)
-  gaps = [
-    ticks[tick + 1, d, 0] - ticks[tick, sorted(others), 1].max()
-    for tick in range(program.ticks - 1)
-    for d, others in enumerate(peers)
-  ]
+def _hop(program: Program, segments: tuple[Segment, ...], ticks: np.ndarray) -> float:
+  """Median over all that is received, of the time after both ends of the exchange were ready."""
+  gaps = []
+  for segment in segments:
+    pairs = [exchanges(body) for body in segment.bodies(program.doing)]
+    for tick in range(segment.start, min(segment.stop, program.ticks - 1)):
+      sources, targets = pairs[(tick - segment.start) % segment.period]
+      sent = ticks[max(tick - program.slack, 0), sources, 1]
+      gaps += (ticks[tick + 1, targets, 0] - np.maximum(sent, ticks[tick, targets, 1])).tolist()
   return max(0.0, float(np.median(gaps))) if gaps else 0.0
 
 

@@ -15,7 +15,7 @@ between the first start and the last end, which a jitted step with its barrier p
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from jaxpipe.schedules.costs import Costs, Memory
 from jaxpipe.schedules.peaks import peaks
@@ -84,7 +84,6 @@ def simulate(
   *,
   execution: str = "free",
   slack: int = 0,
-  durations: Sequence[Sequence[float]] | None = None,
 ) -> Timeline:
   """Runs a schedule on paper.
 
@@ -95,7 +94,6 @@ def simulate(
       sequence by stage. A fused B changes it by I + W at once.
     execution: `free`, `barrier` or `coupled`.
     slack: for `coupled`, the ticks that a transfer may take beyond the one that sends it.
-    durations: what every step of every device's list takes, in place of its cost.
 
   Returns:
     The timeline, in the units of `costs` and `memory`.
@@ -114,27 +112,18 @@ def simulate(
   if costs.hop_occupies_link and execution != "free":
     raise ValueError(f"execution={execution!r} has no links; use execution='free'")
   times = costs.all_durations(schedule)
-  rows = [[costs.of(step, times) for step in row] for row in schedule.order]
-  if durations is not None:
-    _check_lengths(durations, rows)
-    rows = [list(row) for row in durations]
-  starts, ends = _MODELS[execution](schedule, costs, rows, slack)
+  durations = [[costs.of(step, times) for step in row] for row in schedule.order]
+  starts, ends = _MODELS[execution](schedule, costs, durations, slack)
   held = peaks(schedule, memory)
   return Timeline(
     schedule=schedule,
     start=tuple(map(tuple, starts)),
     end=tuple(map(tuple, ends)),
-    busy=tuple(map(sum, rows)),
+    busy=tuple(map(sum, durations)),
     peak_activations=held.activations,
     peak_pending_weight_grads=held.pending_weight_grads,
     peak_memory=held.memory,
   )
-
-
-def _check_lengths(durations: Sequence[Sequence[float]], rows: _Times) -> None:
-  given, wanted = (list(map(len, table)) for table in (durations, rows))
-  if given != wanted:
-    raise ValueError(f"durations of {given} steps, the schedule has {wanted}; give one per step")
 
 
 def _free(schedule: Schedule, costs: Costs, durations: _Times, slack: int) -> tuple[_Times, _Times]:

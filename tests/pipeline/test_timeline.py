@@ -12,7 +12,9 @@ import tiny
 import jaxpipe
 from jaxpipe.pipeline import timeline
 from jaxpipe.pipeline.probe import Clock
+from jaxpipe.pipeline.program import lower
 from jaxpipe.pipeline.timeline import Measured, mean_costs, measure
+from jaxpipe.pipeline.unroll import SHAPES, cut, tick_durations, tick_times
 from jaxpipe.schedules import Costs, Kind, simulate
 from jaxpipe.schedules.draw import draw_traces
 
@@ -20,9 +22,9 @@ F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32, attention=jax.nn.dot_prod
 # name -> axes beside two stages, and what goes to the step: fused backwards and a second device per
 # stage; I and W, and transfers that take a tick; a V, and pairs that become two actions.
 CASES = {
-  "1f1b": (",data:2", {"residuals": "full"}),
+  "1f1b": (",data:2", {"residuals": "full", "unroll": "ends"}),
   "zb-h1": ("", {"slack": 1}),
-  "dualpipe-v": ("", {}),
+  "dualpipe-v": ("", {"unroll": "none"}),
 }
 
 
@@ -173,13 +175,30 @@ def test_stages_that_fuse_some_microbatches_only():
   assert mean_costs(simulate(schedule, Costs(2, 3, 4))) == Costs([2], [3], [4], 0, recompute=[0])
 
 
+@pytest.mark.parametrize("unroll", SHAPES)
 @pytest.mark.parametrize("slack", [0, 1])
-def test_replaying_a_coupled_timeline_gives_it_back(slack):
+def test_plans_follow_the_shape_of_the_program(slack, unroll):
   schedule = jaxpipe.make_schedule("zb-h1", devices=3, microbatches=6)
   costs = Costs([1, 4, 2], [3, 2, 5], [2, 1, 3], 0.5)
-  times = simulate(schedule, costs, execution="coupled", slack=slack)
-  m = Measured(timeline=times, hop=0.5, outside=7, step=1, slack=slack)
-  for again in (m.planned(), m.replayed()):
-    assert again.makespan == pytest.approx(times.makespan)
-    assert np.allclose(np.concatenate(again.start), np.concatenate(times.start))
-  assert m.predicted_step == pytest.approx(times.makespan + 7)
+  coupled = simulate(schedule, costs, execution="coupled", slack=slack)
+  program = lower(schedule, slack=slack)
+  shape = dict(program=program, segments=cut(program, unroll))
+  m = Measured(timeline=coupled, hop=0.5, outside=7, step=1, **shape)
+  planned, replayed = m.planned(), m.replayed()
+  assert np.allclose(np.concatenate(planned.end), np.concatenate(replayed.end))
+  assert m.predicted_step == planned.makespan + 7
+  # One loop exchanges on every tick, as the simulator's model of one program does.
+  if unroll == "none":
+    assert np.allclose(np.concatenate(planned.start), np.concatenate(coupled.start))
+  else:
+    assert m.free().makespan <= planned.makespan < coupled.makespan
+
+
+@pytest.mark.parametrize("unroll", SHAPES)
+def test_the_hop_comes_back_from_planned_times(unroll):
+  program = lower(jaxpipe.make_schedule("1f1b", devices=3, microbatches=6))
+  segments = cut(program, unroll)
+  durations = tick_durations(program, Costs([1, 4, 2], 3, 2))
+  begins, ends = tick_times(program, segments, durations, hop=0.25)
+  times = np.stack([begins[:-1], ends], axis=-1)
+  assert timeline._hop(program, segments, times) == pytest.approx(0.25)

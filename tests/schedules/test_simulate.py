@@ -96,18 +96,6 @@ def test_refusals(costs, memory, message):
     simulate(make_schedule("1f1b", devices=2, microbatches=2), Costs(**costs), memory)
 
 
-def test_durations_of_single_steps():
-  """Each in its place: with 0 elsewhere, only what waits for it moves."""
-  schedule = make_schedule("1f1b", devices=2, microbatches=2)
-  durations = [[0] * len(row) for row in schedule.order]
-  durations[0][1] = 5  # 0F1; device 1 does 1F0 and 1B0 before 1F1
-  timeline = simulate(schedule, Costs(hop=1), durations=durations)
-  assert timeline.start == ((0, 0, 5, 7), (1, 1, 6, 6))
-  assert timeline.busy == (5, 0)
-  with pytest.raises(ValueError, match=r"durations of \[4, 3\] steps, the schedule has \[4, 4\]"):
-    simulate(schedule, durations=[durations[0], durations[1][:3]])
-
-
 def test_work_grows_with_the_number_of_actions_only():
   """Counted, not timed: the walk looks at each action once, however long it sleeps."""
   from jaxpipe.schedules.walk import walk
