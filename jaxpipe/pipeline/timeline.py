@@ -43,6 +43,7 @@ class Measured:
     step: a step without clock readings.
     program: the tick table that ran.
     segments: how it was cut into loops.
+    blocking: whether a sender waits for its receiver.
   """
 
   timeline: Timeline
@@ -51,6 +52,7 @@ class Measured:
   step: float
   program: Program
   segments: tuple[Segment, ...]
+  blocking: bool
 
   @property
   def costs(self) -> Costs:
@@ -80,7 +82,9 @@ class Measured:
     return simulate(self.program.schedule, self.costs)
 
   def _of(self, durations: np.ndarray) -> Timeline:
-    begins, ends = tick_times(self.program, self.segments, durations, self.hop)
+    begins, ends = tick_times(
+      self.program, self.segments, durations, self.hop, blocking=self.blocking
+    )
     return _timeline(self.program, np.stack([begins[:-1], ends], axis=-1))
 
   @property
@@ -144,6 +148,7 @@ def measure(
     step=float(step),
     program=program,
     segments=segments,
+    blocking=jax.default_backend() == "cpu",
   )
 
 

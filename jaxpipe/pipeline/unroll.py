@@ -118,7 +118,12 @@ def tick_durations(program: Program, costs: Costs) -> np.ndarray:
 
 
 def tick_times(
-  program: Program, segments: Sequence[Segment], durations: np.ndarray, hop: float
+  program: Program,
+  segments: Sequence[Segment],
+  durations: np.ndarray,
+  hop: float,
+  *,
+  blocking: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """When each device begins every tick and ends its action there.
 
@@ -127,6 +132,7 @@ def tick_times(
     segments: its cut.
     durations: [ticks, P], of the actions.
     hop: latency of an exchange between two devices.
+    blocking: whether a sender waits for its receiver, as CPU devices do.
 
   Returns:
     Begins [1 + ticks, P], where the last row is when all of it is over; and ends [ticks, P].
@@ -141,6 +147,8 @@ def tick_times(
       sent = ends[tick] if not program.slack else ends[tick - 1] if tick else begins[0]
       begins[tick + 1] = ends[tick]
       np.maximum.at(begins[tick + 1], targets, sent[sources] + hop)
+      if blocking:
+        np.maximum.at(begins[tick + 1], sources, sent[targets] + hop)
   return begins, ends
 
 

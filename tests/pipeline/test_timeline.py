@@ -182,7 +182,7 @@ def test_plans_follow_the_shape_of_the_program(slack, unroll):
   costs = Costs([1, 4, 2], [3, 2, 5], [2, 1, 3], 0.5)
   coupled = simulate(schedule, costs, execution="coupled", slack=slack)
   program = lower(schedule, slack=slack)
-  shape = dict(program=program, segments=cut(program, unroll))
+  shape = dict(program=program, segments=cut(program, unroll), blocking=False)
   m = Measured(timeline=coupled, hop=0.5, outside=7, step=1, **shape)
   planned, replayed = m.planned(), m.replayed()
   assert np.allclose(np.concatenate(planned.end), np.concatenate(replayed.end))

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 import jaxpipe
 from jaxpipe.pipeline.program import Doing, lower
-from jaxpipe.pipeline.unroll import SHAPES, Segment, _loops, cut, estimated_time
+from jaxpipe.pipeline.unroll import (
+  SHAPES,
+  Segment,
+  _loops,
+  cut,
+  estimated_time,
+  tick_durations,
+  tick_times,
+)
 
 NAMES = ["gpipe", "1f1b", "zb-h1", "zb-v", "chimera", "zeropp"]
 
@@ -93,6 +101,19 @@ def test_auto_compiles_no_long_straight_line():
   it = program("interleaved-1f1b", P=8, M=32)
   assert sum(one.period for one in cut(it, "ends")) > 64
   assert cut(it, "auto") == (Segment(0, 1, it.ticks),)
+
+
+def test_a_sender_that_blocks_waits_for_a_slower_receiver():
+  """Device 0 makes y of 1 and then has nothing to wait for, but device 1 is at work for 5."""
+  schedule = jaxpipe.Schedule.from_tokens(
+    [["0F0", "0F1", "0B0", "0B1"], ["1F0", "1F1", "1B0", "1B1"]]
+  )
+  it = lower(schedule)
+  durations = tick_durations(it, jaxpipe.Costs([1, 5], 1, 0))
+  begins = {b: tick_times(it, cut(it, "all"), durations, 0, blocking=b)[0] for b in (False, True)}
+  # Its second F is done at 2; what it sends then is taken at 6, when the receiver's first F ends.
+  assert begins[False][:3, 0].tolist() == [0, 1, 2]
+  assert begins[True][:3, 0].tolist() == [0, 1, 6]
 
 
 def test_another_shape_is_refused():
