@@ -4,15 +4,15 @@
     ./launch/local.sh experiments/timeline.py --one_thread --schedule=zb-h1 --stages=2
 
 Each takes less than half a minute. It runs one training step several times, with a reading of the
-clock before and after every action of every device, and in turn without; tells the simulator the
-mean duration of every action on every stage; and prints what the simulator makes of them beside
-the step that reads no clock. It writes `timeline.png` (planned above, measured below) and
-`timeline.json`, for https://ui.perfetto.dev.
+clock before and after every action of every device, and in turn without; plans the step from the
+mean duration of every action on every stage; and prints the plan beside what was measured. It
+writes `timeline.png` (planned above, measured below) and `timeline.json`, for
+https://ui.perfetto.dev.
 
-Expected, with --one_thread (a process for each device, each bound to a processor of its own): the
-predicted ticks within 2 percent of the measured ones. Without, forced CPU devices share the
-machine's threads, so that an action is the faster the fewer devices work beside it, and a plan from
-mean durations may be off by a tenth; docs/timeline.md has figures of both.
+Expected, with --one_thread (a process for each device, each bound to a processor of its own):
+predicted ticks 0.95 to 1 of the measured ones. Without, forced CPU devices share the machine's
+threads, so that an action is the faster the fewer devices work beside it, and a plan from mean
+durations may be off by a tenth; docs/timeline.md has figures of both.
 """
 
 from __future__ import annotations
