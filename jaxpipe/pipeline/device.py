@@ -34,8 +34,9 @@ from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.ends import WholeEnds
 from jaxpipe.pipeline.equations import lenient
 from jaxpipe.pipeline.local import Local, Now, State, Totals
-from jaxpipe.pipeline.probe import END, START, Probe
-from jaxpipe.pipeline.program import Doing, Program
+from jaxpipe.pipeline.order import after
+from jaxpipe.pipeline.probe import END, START
+from jaxpipe.pipeline.program import CODE, Doing
 from jaxpipe.pipeline.residuals import Residuals
 from jaxpipe.pipeline.rings import Tree, wide
 from jaxpipe.pipeline.split import float_leaves, with_float_leaves
@@ -65,46 +66,38 @@ class Device:
   totals: Totals
 
   @classmethod
-  def build(
-    cls,
-    stack: Any,
-    program: Program,
-    layers: int,
-    policy: Residuals | None,
-    poison: bool,
-    axes: tuple[str, ...],
-    params: Tree,
-    batch: Tree,
-    key: jax.Array | None,
-    rows: jax.Array,
-    probe: Probe | None = None,
-  ) -> tuple[Device, Any]:
+  def build(cls, local: Local, layers: int, policy: Residuals | None) -> tuple[Device, Any]:
     """Traces one layer, cuts it, and finds the types of all that travels.
+
+    Args:
+      local: the device, as yet without an `x`.
+      layers: of a stage.
+      policy: what F keeps; None where only forwards run.
 
     Returns:
       The device, and the table of cells, int32 [ticks, P, values].
     """
-    one = rings.get(batch, 0)
+    stack, params, rows = local.stack, local.params, local.rows
+    one = rings.get(local.batch, 0)
     x = jax.eval_shape(lenient(stack.apply_embed), params["embed"], one)
-    training = policy is not None
-    zeros = Local(stack, program, axes, poison, params, batch, key, rows, training, None).zeros
-    local = Local(stack, program, axes, poison, params, batch, key, rows, training, zeros(x), probe)
+    local = dataclasses.replace(local, x=local.zeros(x))
     sums = jax.eval_shape(lenient(stack.apply_head), params["head"], local.x, one)
     totals = Totals(sums[0], *sums[1])
-    inputs = dict(batch=one, key=key, layer=rows[0], microbatch=rows[0], rows=rows)
+    inputs = dict(batch=one, key=local.key, layer=rows[0], microbatch=rows[0], rows=rows)
     layer = rings.get(params["layers"], 0)
 
     def allocate(shapes: Any, lengths: Any) -> list[jax.Array]:
       return [
-        rings.allocate(shape, n, axes, poison) for shape, n in zip(shapes, lengths, strict=True)
+        rings.allocate(shape, n, local.axes, local.poison)
+        for shape, n in zip(shapes, lengths, strict=True)
       ]
 
     stage = cut_stack(
       *(stack, layer, inputs, local.x, layers, policy, allocate),
-      recompute=Kind.R in program.kinds,
+      recompute=Kind.R in local.program.kinds,
     )
-    cells, lengths = program.cells(stage.layout.values)
-    totals = zeros(jax.tree.map(_sum_type, totals))
+    cells, lengths = local.program.cells(stage.layout.values)
+    totals = local.zeros(jax.tree.map(_sum_type, totals))
     return cls(local, WholeEnds(local), stage, lengths, totals), cells
 
   def start(self) -> State:
@@ -140,6 +133,9 @@ class Device:
       y = self.payload(now, y, dx)
     if self.local.probe:
       y = self.local.probe(END, (state, y), y)
+    elif self.local.blocking and CODE[Kind.W] in doing.kinds:
+      # Nothing that is sent waits for W, and a device that waits in a transfer works on nothing.
+      y = after(state.grads["layers"], y)
     return self.send(state, now, y)  # [7]
 
   def forward(self, state: State, now: Now) -> tuple[Leaves, State]:

@@ -23,7 +23,7 @@ from jaxpipe.parallel.placing import check_mesh, check_placed, layers_per_stage,
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
-from jaxpipe.pipeline.local import State, Totals
+from jaxpipe.pipeline.local import Local, State, Totals
 from jaxpipe.pipeline.probe import Probe
 from jaxpipe.pipeline.program import Program, lower
 from jaxpipe.pipeline.residuals import Residuals, residual_policy
@@ -112,6 +112,7 @@ def _compile(
   check_mesh(schedule, mesh)
   each = layers_per_stage(stack.depth, schedule)
   axes = tuple(mesh.axis_names)
+  blocking = mesh.devices.flat[0].platform == "cpu"
   shards = dict(mesh.shape).get(DATA, 1)
   specs = param_specs({"embed": 0, "layers": 0, "head": 0})
 
@@ -123,9 +124,11 @@ def _compile(
     if shards > 1:
       rows += lax.axis_index(DATA) * len(rows)
     batch, key, rows = rings.vary((batch, key, rows), axes)
-    device, cells = Device.build(
-      stack, program, each, policy, poison, axes, params, batch, key, rows, probe
+    here = Local(
+      *(stack, program, axes, poison, blocking, probe),
+      *(params, batch, key, rows, policy is not None),
     )
+    device, cells = Device.build(here, each, policy)
     mine = lambda column: jnp.asarray(column)[:, lax.axis_index(STAGE)]  # noqa: E731
     table = rings.vary({k: mine(v) for k, v in {**program.table, "cells": cells}.items()}, axes)
     state = device.start()

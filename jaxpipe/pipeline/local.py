@@ -103,24 +103,26 @@ class Local:
 
   Attributes:
     stack, program, axes, poison: see `pipeline_value_and_grad`.
+    blocking: whether a device that waits in a transfer works on nothing else, as on CPU.
+    probe: reads the clock round every action; None for a program that reads none.
     params: this device's, varying over all axes; the head's with tied leaves.
     batch: leaves [M, rows, ...]; key, rows: for dropout.
     training: False where only forwards run.
     x: stand-in of the activation that travels between stages; only its type is ever used.
-    probe: reads the clock round every action; None for a program that reads none.
   """
 
   stack: Any
   program: Program
   axes: tuple[str, ...]
   poison: bool
+  blocking: bool
+  probe: Probe | None
   params: Tree
   batch: Tree
   key: jax.Array | None
   rows: jax.Array
   training: bool
-  x: Tree
-  probe: Probe | None = None
+  x: Tree = None
 
   def microbatch(self, m: jax.Array) -> Tree:
     """A microbatch's own inputs."""

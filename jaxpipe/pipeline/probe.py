@@ -26,6 +26,7 @@ from jax.experimental import io_callback
 
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline import rings
+from jaxpipe.pipeline.order import hold, touch
 from jaxpipe.pipeline.rings import Tree
 
 # Which reading of a tick: before its action, or when all that the action made is there.
@@ -55,8 +56,8 @@ class Clock:
     device = jnp.where(first, lax.axis_index(STAGE), -1)
     answer = jax.ShapeDtypeStruct((), np.int32)
     # Not `ordered`, which is refused where several devices run one program.
-    zero = io_callback(functools.partial(self._note, point), answer, device, _touch(made))
-    return _after(rings.vary(zero, self.axes), held)
+    zero = io_callback(functools.partial(self._note, point), answer, device, touch(made))
+    return hold(rings.vary(zero, self.axes) != 0, held)
 
   def _note(self, point: int, device: Any, _: Any) -> np.int32:
     # What the call itself takes belongs to no action: it is over at START, and not begun at END.
@@ -65,17 +66,3 @@ class Clock:
     if number >= 0:
       self.readings.append((number, point, time.perf_counter_ns() if point == START else early))
     return np.int32(0)
-
-
-def _touch(made: Tree) -> jax.Array:
-  """One number for which every leaf must be there; its value means nothing."""
-  # Behind the barrier, or XLA would compute the one element of each leaf in place of all of it.
-  leaves = lax.optimization_barrier([leaf for leaf in jax.tree.leaves(made) if leaf.size])
-  corners = [lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()) for x in leaves]
-  return sum((corner.real.astype(jnp.float32) for corner in corners), jnp.float32(0))
-
-
-def _after(zero: jax.Array, held: Tree) -> Tree:
-  """The leaves, which XLA cannot use before `zero` is known."""
-  # Adding it would turn -0.0 into 0.0.
-  return jax.tree.map(lambda leaf: jnp.where(zero == 0, leaf, jnp.zeros_like(leaf)), held)
