@@ -27,6 +27,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+import jaxpipe
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.parallel.placing import shardings
 from jaxpipe.pipeline.batch import microbatches as cut_batch
@@ -153,7 +154,9 @@ def _value_and_grad(stack: Any, P: int, M: int, mesh: Mesh, body: Body) -> Step:
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     (loss, (weight, metrics)), grads = value_and_grad(params, cut_batch(batch, M, 1), key)
     grads = _map(lambda g: g / weight.astype(g.dtype), grads)
-    return (loss / weight, metrics), lax.with_sharding_constraint(grads, shardings(grads, mesh))
+    gpipe = jaxpipe.make_schedule("gpipe", devices=P, microbatches=M)
+    places = shardings(grads, stack, gpipe, mesh)
+    return (loss / weight, metrics), lax.with_sharding_constraint(grads, places)
 
   return step
 

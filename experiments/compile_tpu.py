@@ -136,7 +136,7 @@ def prepare(config: Config) -> Job:
   model = config.model(_VOCABULARY.value)
   stack = transformer(model)
   optimizer = make_optimizer(config)
-  state = placed_shapes(state_shapes(stack, optimizer), mesh)
+  state = placed_shapes(state_shapes(stack, optimizer), stack, schedule, mesh)
   batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
   with naming(*config.flags("schedule", "batch_size", "microbatches", "residuals")):
     run = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=config.residuals)

@@ -13,98 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxpipe.models.context import Context, LayerInputs
+from jaxpipe.models.part import Factory, Part, StackError, fresh, same_structure
+from jaxpipe.models.paths import get_path, set_path, without
+from jaxpipe.models.tables import Tables, check_divides
 from jaxpipe.parallel.placing import Tree, init_placed
-
-_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-
-Factory = Callable[[nnx.Rngs], nnx.Module]
-
-
-class StackError(ValueError):
-  """The factories do not form a stack that can be pipelined."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """One module as data: its static graph and the shapes of its parameters.
-
-  Attributes:
-    name: how messages call it, such as `layers[3]`.
-    factory: builds it from `nnx.Rngs`.
-    graph: the static half of `nnx.split`.
-    shapes: nested dict of `jax.ShapeDtypeStruct`, the trainable half.
-  """
-
-  name: str
-  factory: Factory
-  graph: Any
-  shapes: Tree
-
-  @classmethod
-  def trace(cls, name: str, factory: Factory) -> Part:
-    """Builds the module abstractly (no arrays) and refuses what cannot be pipelined."""
-    module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
-    for path, value in nnx.iter_graph(module):
-      if not isinstance(value, nnx.Variable) and isinstance(value, _ARRAYS):
-        raise StackError(
-          f"{name} holds the array {'/'.join(map(str, path))} outside any nnx.Param: compute it in"
-          " __call__, or make it a module-level constant"
-        )
-    graph, state = nnx.split(module)
-    for path, variable in nnx.to_flat_state(state):
-      if not issubclass(variable.type, nnx.Param):
-        raise StackError(_state_message(name, path, variable.type))
-    shapes = nnx.to_pure_dict(state)
-    for at, leaf in jax.tree.leaves_with_path(shapes):
-      if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        raise StackError(
-          f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
-          " make it a float, or compute it in __call__"
-        )
-    return cls(name, factory, graph, shapes)
-
-  def init(self, key: jax.Array) -> Tree:
-    """Returns fresh parameters, a nested dict of arrays."""
-    return fresh(self.factory, key)
-
-  def __call__(self, params: Tree, *args: Any) -> Any:
-    return nnx.merge(self.graph, params)(*args)
-
-  def same_kind(self, other: Part) -> bool:
-    """Whether both have the same static graph and the same parameter shapes and dtypes."""
-    if not _same_structure(self.shapes, other.shapes):
-      return False
-    pairs = zip(jax.tree.leaves(self.shapes), jax.tree.leaves(other.shapes), strict=True)
-    return self.graph == other.graph and all(
-      (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs
-    )
-
-
-def fresh(factory: Factory, key: jax.Array) -> Tree:
-  """Fresh parameters of one module, a nested dict of arrays."""
-  return nnx.to_pure_dict(nnx.state(factory(nnx.Rngs(key)), nnx.Param))
-
-
-def _state_message(name: str, path: tuple[Any, ...], kind: type) -> str:
-  where = "/".join(map(str, path))
-  if issubclass(kind, nnx.RngState):
-    remedy = "call context.dropout(x, rate) in place of nnx.Dropout, and keep no rngs in modules"
-  elif issubclass(kind, nnx.BatchStat):
-    remedy = "use a norm without running statistics (RMSNorm, LayerNorm, GroupNorm)"
-  else:
-    remedy = "make it an nnx.Param, or recompute it in __call__"
-  return (
-    f"{name} holds mutable state {where} ({kind.__name__}), which is not supported yet: {remedy}"
-  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,15 +38,19 @@ class LayerStack:
     head: factory of a module `(x, batch) -> (loss_sum, weight, metrics)`.
     tied: parameters of the head that are the embedding's own: head path -> embed path, each
       `/`-joined, such as `{"table": "table"}`. The head's copy does not exist in the tree.
+    vocabulary: where the tables over the vocabulary are, for schedules that cut them over the
+      stages; None where both ends stay whole.
 
   Raises:
-    StackError: no layers, layers of several kinds, mutable state, or tied shapes that differ.
+    StackError: no layers, layers of several kinds, mutable state, tied shapes that differ, or
+      tables that do not exist.
   """
 
   embed: Factory
   layers: Sequence[Factory]
   head: Factory
   tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  vocabulary: Tables | None = None
   _parts: dict[str, Part] = dataclasses.field(init=False, repr=False, compare=False)
 
   def __post_init__(self) -> None:
@@ -147,9 +71,11 @@ class LayerStack:
     }
     object.__setattr__(self, "_parts", parts)
     for theirs, ours in self.tied.items():
-      a, b = _get(parts["head"].shapes, theirs), _get(parts["embed"].shapes, ours)
+      a, b = get_path(parts["head"].shapes, theirs), get_path(parts["embed"].shapes, ours)
       if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
         raise StackError(f"tied: head {theirs} is {a}, embed {ours} is {b}; they must be alike")
+    if self.vocabulary:
+      self.vocabulary.check({part: parts[part].shapes for part in ("embed", "head")})
 
   @property
   def depth(self) -> int:
@@ -193,7 +119,7 @@ class LayerStack:
     return {
       "embed": self._parts["embed"].init(jax.random.fold_in(key, 0)),
       "layers": jax.lax.map(one, layers),
-      "head": _without(self._parts["head"].init(jax.random.fold_in(key, 1)), self.tied),
+      "head": without(self._parts["head"].init(jax.random.fold_in(key, 1)), self.tied),
     }
 
   def param_shapes(self) -> Tree:
@@ -229,6 +155,59 @@ class LayerStack:
       )
     return loss_sum, jax.lax.stop_gradient((weight, metrics))
 
+  def tables(self, devices: int) -> frozenset[str]:
+    """Paths of the parameters that are cut over the stages with the vocabulary.
+
+    Args:
+      devices: P, of which each is to hold V / P rows.
+
+    Raises:
+      StackError: the stack does not say where its tables are, or P does not divide V.
+    """
+    if self.vocabulary is None:
+      raise StackError(
+        "the schedule cuts the vocabulary over the stages, but the stack does not say where its"
+        " tables are; give LayerStack(vocabulary=Tables(...)), or take a schedule without S and T"
+      )
+    head = get_path(self._parts["head"].shapes, self.vocabulary.head)
+    check_divides(head.shape[0], devices)
+    embed, head = self.vocabulary.embed, self.vocabulary.head
+    return frozenset({f"embed/{embed}"} | ({f"head/{head}"} - {f"head/{t}" for t in self.tied}))
+
+  def embed_table(self, params: Tree) -> jax.Array:
+    """The embedding's table, or a shard of it, given the embedding's parameters."""
+    table: jax.Array = get_path(params, self._tables.embed)
+    return table
+
+  def head_table(self, params: Tree) -> jax.Array:
+    """The head's, given `head_params(...)`."""
+    table: jax.Array = get_path(params, self._tables.head)
+    return table
+
+  def ids(self, params: Tree, batch: Tree) -> jax.Array:
+    """The rows of the embedding's table that a microbatch looks up; see `Tables`."""
+    rows: jax.Array = self._parts["embed"].call("ids", params, batch)
+    return rows
+
+  def enter(self, params: Tree, rows: jax.Array, batch: Tree) -> Tree:
+    """What the embedding makes of them."""
+    return self._parts["embed"].call("enter", params, rows, batch)
+
+  def features(self, params: Tree, x: Tree, batch: Tree) -> jax.Array:
+    """What the head multiplies with its table."""
+    h: jax.Array = self._parts["head"].call("features", params, x, batch)
+    return h
+
+  def targets(self, params: Tree, batch: Tree) -> tuple[jax.Array, jax.Array]:
+    """The targets of a microbatch and their weights."""
+    targets, weights = self._parts["head"].call("targets", params, batch)
+    return targets, weights
+
+  @property
+  def _tables(self) -> Tables:
+    assert self.vocabulary is not None  # `tables` has been asked before
+    return self.vocabulary
+
   def head_module(self, params: Tree) -> nnx.Module:
     """The head itself, for what lies beyond its loss (logits when text is sampled)."""
     return nnx.merge(self._parts["head"].graph, self.head_params(params))
@@ -237,15 +216,15 @@ class LayerStack:
     """What the head reads: its own parameters and, at their paths, the embedding's tied ones."""
     head = params["head"]
     for theirs, ours in self.tied.items():
-      head = _set(head, theirs, _get(params["embed"], ours))
+      head = set_path(head, theirs, get_path(params["embed"], ours))
     return head
 
   def untie(self, grads: Tree) -> Tree:
     """Transpose of `head_params`: adds the tied leaves' gradients to the embedding's."""
     embed, head = grads["embed"], grads["head"]
     for theirs, ours in self.tied.items():
-      embed = _set(embed, ours, _get(embed, ours) + _get(head, theirs))
-    return {**grads, "embed": embed, "head": _without(head, self.tied)}
+      embed = set_path(embed, ours, get_path(embed, ours) + get_path(head, theirs))
+    return {**grads, "embed": embed, "head": without(head, self.tied)}
 
   def check_shapes(self, batch: Tree) -> Tree:
     """Returns the shapes of x; raises StackError where a layer's output is unlike its input."""
@@ -266,13 +245,8 @@ class LayerStack:
     return x
 
 
-def _same_structure(a: Tree, b: Tree) -> bool:
-  one: object = jax.tree.structure(a)
-  return one == jax.tree.structure(b)
-
-
 def _check_alike(x: Tree, y: Tree) -> None:
-  if not _same_structure(x, y):
+  if not same_structure(x, y):
     raise StackError(f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}")
   for (path, a), b in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(y), strict=True):
     if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -280,23 +254,3 @@ def _check_alike(x: Tree, y: Tree) -> None:
         f"layers[0] takes {a.dtype}{list(a.shape)} but returns {b.dtype}{list(b.shape)}"
         f" at x{jax.tree_util.keystr(path)}; a layer must return what it takes"
       )
-
-
-def _get(tree: Tree, path: str) -> Any:
-  for name in path.split("/"):
-    tree = tree.get(name) if isinstance(tree, Mapping) else None
-  return tree
-
-
-def _set(tree: Tree, path: str, value: Any) -> Tree:
-  name, _, rest = path.partition("/")
-  return {**tree, name: _set(tree.get(name, {}), rest, value) if rest else value}
-
-
-def _without(tree: Tree, paths: Mapping[str, str]) -> Tree:
-  for path in paths:
-    name, _, rest = path.partition("/")
-    tree = {k: v for k, v in tree.items() if k != name or rest}
-    if rest:
-      tree = {**tree, name: _without(tree[name], {rest: ""})}
-  return tree

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxpipe.models.context import Context
 from jaxpipe.models.stack import LayerStack
+from jaxpipe.models.tables import Tables
 
 Attention = Callable[..., jax.Array]
 
@@ -92,7 +93,16 @@ class Embed(nnx.Module):
     self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
 
   def __call__(self, batch: Any) -> jax.Array:
-    return jnp.take(self.table[...], batch["tokens"], axis=0).astype(self.dtype)
+    return self.enter(jnp.take(self.table[...], self.ids(batch), axis=0), batch)
+
+  def ids(self, batch: Any) -> jax.Array:
+    """Rows of the table, [B, T]."""
+    tokens: jax.Array = batch["tokens"]
+    return tokens
+
+  def enter(self, rows_BTD: jax.Array, batch: Any) -> jax.Array:
+    """x, of the rows that were looked up."""
+    return rows_BTD.astype(self.dtype)
 
 
 class Layer(nnx.Module):
@@ -150,7 +160,8 @@ class Head(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     logits_BTV = self.logits(x_BTD)
-    targets_BT, weights_BT = batch["targets"], batch["weights"].astype(logits_BTV.dtype)
+    targets_BT, weights_BT = self.targets(batch)
+    weights_BT = weights_BT.astype(logits_BTV.dtype)
     top_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     own_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     right_BT = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(logits_BTV.dtype)
@@ -161,7 +172,17 @@ class Head(nnx.Module):
     """Returns logits [B, T, V], float32 at least."""
     table_VD = self.table[...].astype(self.dtype)
     wide = jnp.promote_types(self.dtype, jnp.float32)
-    return jnp.einsum("BTD,VD->BTV", self.norm(x_BTD), table_VD, preferred_element_type=wide)
+    return jnp.einsum(
+      "BTD,VD->BTV", self.features(x_BTD, None), table_VD, preferred_element_type=wide
+    )
+
+  def features(self, x_BTD: jax.Array, batch: Any) -> jax.Array:
+    """What the table multiplies, [B, T, D]."""
+    return self.norm(x_BTD)
+
+  def targets(self, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Targets int [B, T] and their weights [B, T]."""
+    return batch["targets"], batch["weights"]
 
 
 def rotate(x_BTNH: jax.Array, base: float) -> jax.Array:
@@ -183,6 +204,7 @@ def transformer(config: TransformerConfig) -> LayerStack:
     layers=[layer] * config.layers,
     head=lambda rngs: Head(config, rngs),
     tied={"table": "table"} if config.tied else {},
+    vocabulary=Tables(embed="table", head="table"),
   )
 
 

@@ -3,7 +3,8 @@
 Canonical: layers in model order along the leading dim. Placed: the same shapes, but along that dim
 stand the layers of device 0 (chunk by chunk), then those of device 1, and so on, so that an even
 sharding over `stage` gives every device exactly its own. With one chunk a device the two orders are
-the same. Embedding and head are replicated over `stage`.
+the same. Embedding and head are replicated over `stage`, but for their tables where the schedule
+cuts the vocabulary: of those, every device holds V / P rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
@@ -45,17 +47,25 @@ def layer_order(depth: int, schedule: Any) -> np.ndarray:
   return np.array([s * each + i for s in stages for i in range(each)], np.int32)
 
 
-def param_specs(tree: Tree) -> Tree:
-  """Partition specs of a placed tree: layers over `stage`, both ends replicated."""
-  return {part: Spec(STAGE) if part == "layers" else Spec() for part in tree}
+def param_specs(tree: Tree, stack: Any, schedule: Any) -> Tree:
+  """Partition specs, one for every leaf of a placed tree of parameters.
+
+  Raises:
+    ValueError: the schedule cuts the vocabulary, and the stack's tables cannot be.
+  """
+  cut = stack.tables(schedule.devices) if schedule.vocabulary else frozenset()
+
+  def spec(path: Any, _: Any) -> Spec:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return Spec(STAGE) if name.split("/")[0] == "layers" or name in cut else Spec()
+
+  return jax.tree.map_with_path(spec, tree)
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
-  """The same as shardings, one for every leaf."""
-  return {
-    part: jax.tree.map(lambda _, spec=spec: NamedSharding(mesh, spec), tree[part])
-    for part, spec in param_specs(tree).items()
-  }
+def shardings(tree: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
+  """The same as shardings."""
+  specs = param_specs(tree, stack, schedule)
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def place(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
@@ -77,7 +87,7 @@ def place(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
   check_mesh(schedule, mesh)
   return jax.device_put(
     _reorder(params, layer_order(stack.depth, schedule)),
-    shardings(params, mesh),
+    shardings(params, stack, schedule, mesh),
   )
 
 
@@ -90,15 +100,31 @@ def init_placed(stack: Any, key: jax.Array, schedule: Any, mesh: Mesh) -> Tree:
   """Creates each device's own layers on that device; see `LayerStack.init`."""
   check_mesh(schedule, mesh)
   order = layer_order(stack.depth, schedule)
-  specs = param_specs({"embed": 0, "layers": 0, "head": 0})
+  specs = param_specs(stack.param_shapes(), stack, schedule)
+
+  def local(key: jax.Array, layers: jax.Array) -> Tree:
+    whole = stack.init_layers_and_ends(key, layers)
+    return {"layers": whole["layers"]} | {
+      part: jax.tree.map(_own_rows, specs[part], whole[part]) for part in ("embed", "head")
+    }
+
   create = jax.shard_map(
-    stack.init_layers_and_ends,
+    local,
     mesh=mesh,
     in_specs=(Spec(), Spec(STAGE)),
     out_specs=specs,
     check_vma=False,  # nothing is differentiated, and initializers may loop from constants
   )
   return jax.jit(create)(key, order)
+
+
+def _own_rows(spec: Spec, leaf: jax.Array) -> jax.Array:
+  """This device's shard of a leaf that it has whole."""
+  if STAGE not in spec:
+    return leaf
+  rows = leaf.shape[0] // lax.axis_size(STAGE)
+  own: jax.Array = lax.dynamic_slice_in_dim(leaf, lax.axis_index(STAGE) * rows, rows)
+  return own
 
 
 def check_mesh(schedule: Any, mesh: Mesh) -> None:
@@ -117,14 +143,14 @@ def check_mesh(schedule: Any, mesh: Mesh) -> None:
     )
 
 
-def check_placed(params: Tree, mesh: Mesh) -> None:
+def check_placed(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> None:
   """Raises ValueError where concrete parameters do not lie as `place` puts them.
 
   It sees that they are sharded as `place` shards them, which a tree that was never placed is not.
   """
   if set(params) != {"embed", "layers", "head"}:
     raise ValueError(f"params has the keys {sorted(params)}; it needs embed, layers and head")
-  want = shardings(params, mesh)
+  want = shardings(params, stack, schedule, mesh)
   for (path, leaf), sharding in zip(
     jax.tree.leaves_with_path(params), jax.tree.leaves(want), strict=True
   ):

@@ -3,13 +3,15 @@
 Every device runs the same loop over the ticks of a `Program`, and does on each what its own column
 of the table says. One tick:
 
-    [1] F      y, from the stage's input; what is kept goes to its cells
-    [2] leave  at the last stage: loss, and dy into `gradients`
-    [3] R      what F dropped
-    [4] B / I  dx; I leaves what W waits for in cells that it may just have freed
-    [5] back   at the first stage: dx into the embedding's gradient
-    [6] W      from the cells
-    [7] send   y or dx to the neighbours; what arrives goes into its slot
+    [1] enter  where the vocabulary is sharded: the embedding's shards meet
+    [2] F      y, from the stage's input; what is kept goes to its cells
+    [3] leave  at the last stage: loss, and dy into `gradients`; or y to the head's shards
+    [4] R      what F dropped
+    [5] B / I  dx; I leaves what W waits for in cells that it may just have freed
+    [6] back   at the first stage: dx into the embedding's gradient
+    [7] W      from the cells
+    [8] S / T  the head on a shard of the vocabulary; after the last S, loss and dy
+    [9] send   y or dx to the neighbours; what arrives goes into its slot
 
 Rules that the shape of this loop follows; each was paid for:
 - A conditional returns only what it writes.
@@ -42,6 +44,7 @@ from jaxpipe.pipeline.rings import Tree, wide
 from jaxpipe.pipeline.split import float_leaves, with_float_leaves
 from jaxpipe.pipeline.stage import Call, Stage, cut_stack
 from jaxpipe.pipeline.storage import Storage
+from jaxpipe.pipeline.vocabulary import ShardedEnds
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
@@ -60,7 +63,7 @@ class Device:
   """
 
   local: Local
-  ends: WholeEnds
+  ends: WholeEnds | ShardedEnds
   stage: Stage
   lengths: tuple[int, ...]
   totals: Totals
@@ -98,7 +101,8 @@ class Device:
     )
     cells, lengths = local.program.cells(stage.layout.values)
     totals = local.zeros(jax.tree.map(_sum_type, totals))
-    return cls(local, WholeEnds(local), stage, lengths, totals), cells
+    ends = ShardedEnds if local.program.schedule.vocabulary else WholeEnds
+    return cls(local, ends(local), stage, lengths, totals), cells
 
   def start(self) -> State:
     """The loop's state before the first tick."""
@@ -112,6 +116,7 @@ class Device:
       activations=ring(x, "activations"),
       gradients=ring(float_leaves(x), "gradients"),
       pools=self.stage.allocate(self.stage.layout.pools, self.lengths),
+      vocabulary=ring(self.ends.held(), "vocabulary"),
       flight=local.idle(x) if local.program.slack else None,
       grads=sums,
       totals=self.totals,
@@ -122,21 +127,23 @@ class Device:
     if self.local.probe:
       row = self.local.probe(START, state, row)
     now = Now(SimpleNamespace(**row), doing)
-    y, state = self.forward(state, now)  # [1]
-    state = self.ends.leave(state, now, y)  # [2]
+    state = self.ends.enter(state, now)  # [1]
+    y, state = self.forward(state, now)  # [2]
+    state = self.ends.leave(state, now, y)  # [3]
     if self.local.training:
-      state = self.recompute(state, now)  # [3]
-      dx, state = self.backward(state, now)  # [4]
-      state = self.ends.back_at_input(state, now, dx)  # [5]
-      state = self.weight_grad(state, now)  # [6]
+      state = self.recompute(state, now)  # [4]
+      dx, state = self.backward(state, now)  # [5]
+      state = self.ends.back_at_input(state, now, dx)  # [6]
+      state = self.weight_grad(state, now)  # [7]
       # y and dx are never sent on one tick, and a neighbour knows from its table which it gets.
       y = self.payload(now, y, dx)
+    state = self.ends.passes(state, now)  # [8]
     if self.local.probe:
       y = self.local.probe(END, (state, y), y)
     elif self.local.blocking and CODE[Kind.W] in doing.kinds:
       # Nothing that is sent waits for W, and a device that waits in a transfer works on nothing.
       y = after(state.grads["layers"], y)
-    return self.send(state, now, y)  # [7]
+    return self.send(state, now, y)  # [9]
 
   def forward(self, state: State, now: Now) -> tuple[Leaves, State]:
     """F. Idle devices return something that nobody reads."""

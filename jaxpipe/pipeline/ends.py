@@ -33,6 +33,18 @@ class WholeEnds:
 
   local: Local
 
+  def held(self) -> dict[str, Tree]:
+    """Shapes of a slot of the ring `vocabulary`: it has nothing."""
+    return {}
+
+  def enter(self, state: State, now: Now) -> State:
+    """Before F: nothing, for `input` embeds."""
+    return state
+
+  def passes(self, state: State, now: Now) -> State:
+    """S and T: there are none."""
+    return state
+
   def input(self, state: State, now: Now) -> Leaves:
     """The stage's input: embedded at the first stage, else what arrived."""
 

@@ -114,7 +114,7 @@ def _compile(
   axes = tuple(mesh.axis_names)
   blocking = mesh.devices.flat[0].platform == "cpu"
   shards = dict(mesh.shape).get(DATA, 1)
-  specs = param_specs({"embed": 0, "layers": 0, "head": 0})
+  specs = param_specs(stack.param_shapes(), stack, schedule)
 
   def local(params: Tree, batch: Tree, key: Any) -> Any:
     params = {**params, "head": stack.head_params(params)}
@@ -130,14 +130,18 @@ def _compile(
     )
     device, cells = Device.build(here, each, policy)
     mine = lambda column: jnp.asarray(column)[:, lax.axis_index(STAGE)]  # noqa: E731
-    table = rings.vary({k: mine(v) for k, v in {**program.table, "cells": cells}.items()}, axes)
+    meetings = program.meetings
+    columns = {**program.table, **meetings.slots, **meetings.home, "cells": cells}
+    table = rings.vary({name: mine(column) for name, column in columns.items()}, axes)
+    # All devices take the same side of a conditional round a meeting: its column does not vary.
+    table |= {name: jnp.asarray(column) for name, column in meetings.microbatches.items()}
     state = device.start()
     for segment in segments:
       state = _run(device, state, segment, table)
     if policy:
       summed = replicas.reduce(state.grads["layers"], schedule.placement, each)
       state = state._replace(grads={**state.grads, "layers": summed})
-    return _reduce(stack, state, axes, policy is not None)
+    return _reduce(stack, state, axes, specs if policy else None)
 
   data = DATA if shards > 1 else None
   sharded = jax.shard_map(
@@ -152,7 +156,7 @@ def _compile(
     return sharded(params, microbatches(batch, schedule.microbatches, shards), key)
 
   def step(params: Tree, batch: Tree, key: jax.Array | None = None) -> Any:
-    check_placed(params, mesh)
+    check_placed(params, stack, schedule, mesh)
     return run(params, batch, key)
 
   return step
@@ -189,18 +193,15 @@ def _once(tick: Callable[[State], State], state: State) -> State:
   return lax.fori_loop(0, one, lambda _, state: tick(state), state)
 
 
-def _reduce(stack: Any, state: State, axes: tuple[str, ...], training: bool) -> Any:
+def _reduce(stack: Any, state: State, axes: tuple[str, ...], specs: Tree | None) -> Any:
   """Sums over the mesh, once, and divides by the whole weight, once."""
-  over_stages = lambda tree: lax.psum(tree, axes)  # noqa: E731
-  others = tuple(a for a in axes if a != STAGE)
-  totals = Totals(*over_stages(tuple(state.totals)))
+  totals = Totals(*lax.psum(tuple(state.totals), axes))
   loss = totals.loss / totals.weight
-  if not training:
+  if specs is None:
     return (loss, totals.metrics), {}
-  grads = {
-    "embed": over_stages(state.grads["embed"]),
-    "layers": lax.psum(state.grads["layers"], others) if others else state.grads["layers"],
-    "head": over_stages(state.grads["head"]),
-  }
-  grads = jax.tree.map(lambda g: g / totals.weight.astype(g.dtype), stack.untie(grads))
-  return (loss, totals.metrics), grads
+
+  def reduce(spec: Spec, grad: jax.Array) -> jax.Array:
+    over = tuple(axis for axis in axes if axis not in spec)
+    return (lax.psum(grad, over) if over else grad) / totals.weight.astype(grad.dtype)
+
+  return (loss, totals.metrics), jax.tree.map(reduce, specs, stack.untie(state.grads))

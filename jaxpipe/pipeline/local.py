@@ -34,6 +34,7 @@ class State(NamedTuple):
   Attributes:
     activations, gradients: rings; see `program.py`.
     pools: saved values.
+    vocabulary: ring of what a shard of the head keeps; empty where the last stage has all of it.
     flight: what was sent on the tick before and is still on its way; None without slack.
     grads: sums; empty in evaluation.
     totals: sums.
@@ -42,6 +43,7 @@ class State(NamedTuple):
   activations: Tree
   gradients: Tree
   pools: Pools
+  vocabulary: dict[str, Tree]
   flight: Tree | None
   grads: dict[str, Tree]
   totals: Totals
@@ -95,6 +97,30 @@ class Now:
     if not codes & getattr(self.doing, end):
       return skip(*args)
     return lax.cond(self.does(*kinds) & (getattr(self.row, end) > 0), run, skip, *args)
+
+  def meet(self, column: str, run: Callable[..., Any], *args: Any) -> Any:
+    """Does `run(column, m, *args)` on all devices where they meet over m, else returns `args`.
+
+    One argument is returned as it is, not as a tuple of one.
+    """
+    same = args if len(args) > 1 else args[0]
+    if (column, True) not in self.doing.meetings:
+      return same
+    m = self.column(column)
+    with jax.named_scope(column):
+      if (column, False) not in self.doing.meetings:
+        return run(column, m, *args)
+      return lax.cond(
+        m >= 0,
+        lambda *args: run(column, m, *args),
+        lambda *args: args if len(args) > 1 else args[0],
+        *args,
+      )
+
+  def column(self, *parts: str) -> jax.Array:
+    """A column of the row, by its name's parts."""
+    value: jax.Array = getattr(self.row, "_".join(parts))
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ weights are none, where no mesh axis shards the weights.
     activations  arrival of the output before, or embedding  F (and, where F keeps it, R or I or B)
     gradients    the head, or arrival of dx                  I or B
     pools        F, R, I: the saved values, cell by cell     R, I, B, W
+    vocabulary   the last stage's output, on every device    S, T, and the end of all S
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from jaxpipe.pipeline.meetings import Meetings, barriers, find_meetings
 from jaxpipe.pipeline.slots import Stay, colour
 from jaxpipe.schedules import Action, Kind, Schedule, ScheduleError
 from jaxpipe.schedules.ticks import ticks
 
 # What a device does on a tick, as the table's integers.
 IDLE = 0
-CODE = {kind: code for code, kind in enumerate((Kind.F, Kind.R, Kind.B, Kind.I, Kind.W), 1)}
+CODE = {Kind(letter): code for code, letter in enumerate("FRBIWST", 1)}
 # Weights lie whole on their devices: there is nothing to gather and nothing to release.
 _NOTHING_TO_DO = (Kind.G, Kind.X)
 
-RINGS = ("activations", "gradients")
+RINGS = ("activations", "gradients", "vocabulary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +71,14 @@ class Doing:
     kinds: codes of what devices do, `IDLE` included.
     first, last: codes of what they do at the first and at the last stage of a microbatch's path.
     pairs: for every route, the (sender, receiver) pairs that carry something.
+    meetings: (column, whether) of every meeting; both, where it is on some ticks only.
   """
 
   kinds: frozenset[int]
   first: frozenset[int]
   last: frozenset[int]
   pairs: tuple[frozenset[tuple[int, int]], ...]
+  meetings: frozenset[tuple[str, bool]] = frozenset()
 
   @classmethod
   def any_of(cls, ticks: Sequence[Doing]) -> Doing:
@@ -85,6 +89,7 @@ class Doing:
       first=union(tick.first for tick in ticks),
       last=union(tick.last for tick in ticks),
       pairs=tuple(map(union, zip(*(tick.pairs for tick in ticks), strict=True))),
+      meetings=union(tick.meetings for tick in ticks),
     )
 
 
@@ -100,6 +105,7 @@ class Program:
     slots: length of each ring, the largest need of any device.
     routes: who sends to whom.
     doing: what happens on each tick.
+    meetings: where all devices meet; none where the last stage holds the whole vocabulary.
     table: int32 [ticks, P] each: `kind`, `chunk`, `stage`, `microbatch`; `first` and `last`, 1 at
       an end of the microbatch's path; the slot in each ring, under the ring's name; and for route
       r, `arriving_activation_r` and `arriving_gradient_r`, where `slots[ring]` itself, one past the
@@ -113,6 +119,7 @@ class Program:
   slots: Mapping[str, int]
   routes: tuple[Route, ...]
   doing: tuple[Doing, ...]
+  meetings: Meetings
   table: Mapping[str, np.ndarray]
 
   @property
@@ -185,12 +192,13 @@ def lower(schedule: Schedule, *, keeps_input: bool = False, slack: int = 0) -> P
   _refuse_strange(schedule)
   at = _at(schedule, slack)
   sends = list(_sends(schedule, at))
-  stays = list(_stays(at, sends, keeps_input, slack))
+  stays = list(_stays(schedule, at, sends, keeps_input, slack))
   slot, slots = colour(stays, RINGS)
   routes = _routes(schedule.devices, sends)
   shape = (1 + max(tick for _, tick in at.values()) + slack, schedule.devices)
   table = _actions(schedule, at, slot, np.zeros(shape, np.int32), slots)
   table |= _arrivals(sends, slot, routes, np.zeros(shape, np.int32), slots, slack)
+  meetings = find_meetings(schedule, at, slot, shape, slots)
   return Program(
     schedule=schedule,
     at=at,
@@ -198,7 +206,8 @@ def lower(schedule: Schedule, *, keeps_input: bool = False, slack: int = 0) -> P
     keeps_input=keeps_input,
     slots=slots,
     routes=routes,
-    doing=_doing(table, sends, routes, slack),
+    doing=_doing(table, meetings, sends, routes, slack),
+    meetings=meetings,
     table=table,
   )
 
@@ -228,6 +237,11 @@ def _refuse_strange(schedule: Schedule) -> None:
   if schedule.paths is not None:
     raise ScheduleError(
       f"schedule {schedule.name} has paths that skip stages, which the executor does not run"
+    )
+  if schedule.vocabulary > 1:
+    raise ScheduleError(
+      f"schedule {schedule.name} has vocabulary={schedule.vocabulary} barriers, and the executor"
+      " runs one: its S pass finds the input gradient too; use vocabulary=1"
     )
   again = sum(a.kind is Kind.R for a in actions)
   forwards = sum(a.kind is Kind.F for a in actions)
@@ -296,22 +310,34 @@ def _sends(schedule: Schedule, at: Mapping[Action, tuple[int, int]]) -> Iterator
 
 
 def _stays(
-  at: Mapping[Action, tuple[int, int]], sends: Sequence[_Send], keeps_input: bool, slack: int
+  schedule: Schedule,
+  at: Mapping[Action, tuple[int, int]],
+  sends: Sequence[_Send],
+  keeps_input: bool,
+  slack: int,
 ) -> Iterator[Stay]:
   """What the rings hold: the saved values have cells of their own."""
   arrival = {(send.gradient, send.stage, send.microbatch): send.arrives(slack) for send in sends}
+  met = barriers(at)
   for action, (d, tick) in at.items():
     s, m, kind = action.stage, action.microbatch, action.kind
     if kind is Kind.F:
       start = arrival.get((False, s, m))
-      if start is not None:  # the first stage embeds
+      if start is None and schedule.vocabulary:
+        start = tick - 1  # the shards of the embedding meet at the beginning of the tick
+      if start is not None:  # else the first stage embeds
         again = _find(at, Kind.R, s, m) or _find(at, Kind.I, s, m)
         end = again[1] if keeps_input and again else tick
         yield Stay("activations", d, start, end, (s, m))
     if kind in (Kind.I, Kind.B):
-      # At the last stage, F ends with the head, which leaves dy.
-      start = arrival.get((True, s, m), at[Action(s, Kind.F, m)][1])
-      yield Stay("gradients", d, start, tick, (s, m))
+      # At the last stage, F ends with the head, which leaves dy; or all shards of it do.
+      last = met.get(m, at[Action(s, Kind.F, m)][1])
+      yield Stay("gradients", d, arrival.get((True, s, m), last), tick, (s, m))
+    if kind is Kind.S:
+      # y comes in the middle of the tick, before T of another microbatch reads its own.
+      start = at[Action(schedule.path(m)[-1], Kind.F, m)][1] - 1
+      end = max(met[m], at.get(Action(s, Kind.T, m), (d, tick))[1])
+      yield Stay("vocabulary", d, start, end, (m,))
 
 
 def _routes(devices: int, sends: Iterable[_Send]) -> tuple[Route, ...]:
@@ -338,8 +364,10 @@ def _actions(
     s, m, cell = action.stage, action.microbatch, (tick, d)
     table["kind"][cell] = CODE[action.kind]
     table["microbatch"][cell] = m
-    for ring in RINGS:
-      table[ring][cell] = slot.get((ring, d, (s, m)), slots[ring])
+    for ring, what in (("activations", (s, m)), ("gradients", (s, m)), ("vocabulary", (m,))):
+      table[ring][cell] = slot.get((ring, d, what), slots[ring])
+    if action.kind in (Kind.S, Kind.T):
+      continue  # their number is a shard's, not a stage's
     path = schedule.path(m)
     table["stage"][cell] = s
     table["chunk"][cell] = schedule.placement.chunk(d, s)
@@ -371,6 +399,7 @@ def _arrivals(
 
 def _doing(
   table: Mapping[str, np.ndarray],
+  meetings: Meetings,
   sends: Iterable[_Send],
   routes: tuple[Route, ...],
   slack: int,
@@ -387,6 +416,7 @@ def _doing(
       first=frozenset(table["kind"][t][table["first"][t] > 0].tolist()),
       last=frozenset(table["kind"][t][table["last"][t] > 0].tolist()),
       pairs=tuple(map(frozenset, pairs[t])),
+      meetings=frozenset((name, bool(ms[t] >= 0)) for name, ms in meetings.microbatches.items()),
     )
     for t in range(ticks)
   )

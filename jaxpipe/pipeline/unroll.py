@@ -110,10 +110,10 @@ def estimated_time(
 
 def tick_durations(program: Program, costs: Costs) -> np.ndarray:
   """What every device's action takes on every tick, [ticks, P]; 0 where it has none."""
-  by_stage = costs.durations(program.schedule.stages)
+  times = costs.all_durations(program.schedule)
   durations = np.zeros((program.ticks, program.schedule.devices))
   for action, (d, tick) in program.at.items():
-    durations[tick, d] = by_stage[action.kind][action.stage]
+    durations[tick, d] = times[action.kind][action.stage]
   return durations
 
 

@@ -81,15 +81,16 @@ class Schedule:
 
   # Under the same name and placement, so that parameters placed for training serve as they are.
   def forward_only(self) -> Self:
-    """The same forwards in the same order and nothing else, for evaluation.
+    """The same forwards (F, and S where the vocabulary is sharded) in the same order, no more.
 
     It always runs to the end: forwards wait for forwards only, so leaving the rest out of a legal
     schedule cannot block it.
     """
     order: Order = tuple(
-      tuple(a for step in row for a in step.parts if a.kind is Kind.F) for row in self.order
+      tuple(a for step in row for a in step.parts if a.kind in (Kind.F, Kind.S))
+      for row in self.order
     )
-    return dataclasses.replace(self, order=order, vocabulary=0)
+    return dataclasses.replace(self, order=order)
 
   @classmethod
   def from_tokens(

@@ -20,6 +20,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from jaxpipe.models.stack import LayerStack
 from jaxpipe.pipeline.compiled import CompiledStep
 from jaxpipe.pipeline.cycles import Cost
 from jaxpipe.schedules import Costs, Schedule, Timeline, simulate
@@ -87,12 +88,12 @@ class Device:
     return cls(kind, int(chip.memory / each), peak and peak / each, clock)
 
 
-def placed_shapes(state: Tree, mesh: Mesh) -> Tree:
+def placed_shapes(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Tree:
   """A state of shapes that know where they lie."""
   return jax.tree.map(
     lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
     state,
-    state_shardings(state, mesh),
+    state_shardings(state, stack, schedule, mesh),
   )
 
 

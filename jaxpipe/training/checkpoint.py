@@ -97,7 +97,9 @@ class Checkpoints:
     # so that what is left to do is to exchange layers between devices, and often nothing.
     everywhere = NamedSharding(mesh, Spec())
     targets = map_param_trees(
-      lambda p: jax.tree.map(_on, p, shardings(p, mesh)), shapes, lambda leaf: _on(leaf, everywhere)
+      lambda p: jax.tree.map(_on, p, shardings(p, stack, schedule, mesh)),
+      shapes,
+      lambda leaf: _on(leaf, everywhere),
     )
     items = self._restore(
       step,

@@ -57,10 +57,11 @@ def _is_params(node: Any) -> bool:
   return isinstance(node, dict) and node.keys() == _PARTS
 
 
-def state_shardings(state: Tree, mesh: Mesh) -> Tree:
-  """Where each leaf of a state, or of its shapes, lies: layers over `stage`, else everywhere."""
+def state_shardings(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Tree:
+  """Where each leaf of a state, or of its shapes, lies: moments lie like parameters."""
   everywhere = NamedSharding(mesh, Spec())
-  return map_param_trees(lambda params: shardings(params, mesh), state, lambda _: everywhere)
+  place = lambda params: shardings(params, stack, schedule, mesh)  # noqa: E731
+  return map_param_trees(place, state, lambda _: everywhere)
 
 
 def create_state(
@@ -83,7 +84,7 @@ def create_state(
   params = stack.init(key, example_batch, schedule, mesh)
   fresh = _fresh(optimizer)
   # The moments are zeros made under these shardings, never sliced from a whole.
-  places = state_shardings(jax.eval_shape(fresh, params), mesh)
+  places = state_shardings(jax.eval_shape(fresh, params), stack, schedule, mesh)
   state: TrainState = jax.jit(fresh, out_shardings=places, donate_argnums=0)(params)
   return state
 

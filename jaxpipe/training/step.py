@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.training.optimizer import widen
-from jaxpipe.training.state import TrainState, state_shardings
+from jaxpipe.training.state import TrainState
 
 Tree = Any
 
@@ -46,7 +46,7 @@ def make_train_step(
     value_and_grad: `(params, batch, key) -> ((loss, metrics), grads)`, of the pipeline.
     optimizer, learning_rate: from `optimizer.py`.
     seed: of dropout; step k draws from `fold_in(key(seed), k)`, whatever came before.
-    state: a state or its shapes, to lay out the result like it.
+    state: a placed state or its placed shapes, to lay out the result like it.
     mesh: where it lies.
 
   Returns:
@@ -65,5 +65,6 @@ def make_train_step(
 
   # Fixed output places: left to the compiler, they may differ from the input's and the second call
   # would compile again.
-  places = (state_shardings(state, mesh), NamedSharding(mesh, Spec()))
+  alike = jax.tree.map(lambda leaf: leaf.sharding, state)
+  places = (alike, NamedSharding(mesh, Spec()))
   return jax.jit(step, donate_argnums=0, out_shardings=places)
