@@ -252,7 +252,7 @@ class LayerStack:
     shapes = self.param_shapes()
     layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), shapes["layers"])
     x = jax.eval_shape(self.apply_embed, shapes["embed"], batch)
-    rows = jax.tree.leaves(x)[0].shape[0]
+    rows = _rows(batch)
 
     def one(params: Tree, x: Tree, batch: Tree) -> Tree:
       key, number = jax.random.key(0), jnp.int32(0)
@@ -264,6 +264,15 @@ class LayerStack:
     _check_alike(x, jax.eval_shape(one, layer, x, batch))
     jax.eval_shape(self.apply_head, self.head_params(shapes), x, batch)
     return x
+
+
+def _rows(batch: Tree) -> int:
+  """Rows of a batch; x may have leaves without rows, such as a loss that layers add to."""
+  for path, leaf in jax.tree.leaves_with_path(batch):
+    if not jnp.shape(leaf):
+      raise StackError(f"batch{jax.tree_util.keystr(path)} is a scalar; every leaf is [B, ...]")
+    return int(jnp.shape(leaf)[0])
+  raise StackError("the batch has no leaves; every leaf is [B, ...]")
 
 
 def _same_structure(a: Tree, b: Tree) -> bool:
