@@ -31,7 +31,9 @@ import jaxpipe
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.parallel.placing import shardings
 from jaxpipe.pipeline.batch import microbatches as cut_batch
+from jaxpipe.pipeline.residuals import residual_policy
 
+# The very object that `dots` stands for.
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 Tree = Any
@@ -58,7 +60,7 @@ def vmap_roll_value_and_grad(
     devices: P, also the number of stages.
     microbatches: M.
     mesh: `stage` of size P and nothing else.
-    residuals: `dots`, `all` or `full`, as for `jaxpipe.pipeline_value_and_grad`.
+    residuals: as for `jaxpipe.pipeline_value_and_grad`.
     blind_policy: give `dots` the usual `dots_with_no_batch_dims_saveable`, which `vmap` blinds:
       every matmul has a batch dim then, so nothing is kept but layer inputs. Otherwise the policy
       looks past the stages' dim and keeps what everybody else keeps.
@@ -71,7 +73,7 @@ def vmap_roll_value_and_grad(
   Raises:
     ValueError: layers that do not fill the stages, another mesh, or an unknown policy.
   """
-  _check(stack, devices, mesh, residuals)
+  _check(stack, devices, mesh)
   P, M = devices, microbatches
   dots = _DOTS if blind_policy else _dots_beside_stages
   stage = rematerialized_stage(stack, stack.depth // P, residuals, dots)
@@ -106,7 +108,7 @@ def scan_gpipe_value_and_grad(
 
   Args, Returns, Raises: as `vmap_roll_value_and_grad`.
   """
-  _check(stack, devices, mesh, residuals)
+  _check(stack, devices, mesh)
   P, M = devices, microbatches
   stage = rematerialized_stage(stack, stack.depth // P, residuals)
   ring = [(d, (d + 1) % P) for d in range(P)]
@@ -169,13 +171,15 @@ def rematerialized_stage(
   Args:
     stack: a `LayerStack`.
     each: layers in a stage.
-    residuals: `all`; `dots`, each layer under the policy `dots`; or `full`, the stage once more.
-    dots: a `jax.checkpoint` policy.
+    residuals: as for `jaxpipe.pipeline_value_and_grad`.
+    dots: what `dots` stands for.
 
   Returns:
     `stage(params, x, s, m, batch_M, key) -> x`: `params` the stage's layers, stacked; `s` and `m`
     int32 numbers of stage and microbatch; `batch_M` the batch, leaves `[M, rows, ...]`.
   """
+  policy = residual_policy(residuals)
+  keep = dots if policy.layer is _DOTS else policy.layer
 
   def stage(params: Tree, x: Tree, s: jax.Array, m: jax.Array, batch_M: Tree, key: Any) -> Tree:
     rows = jnp.arange(jax.tree.leaves(x)[0].shape[0], dtype=jnp.int32)
@@ -187,10 +191,10 @@ def rematerialized_stage(
       return stack.apply_layer(layer_params, x, True, inputs), None
 
     # prevent_cse=False: forward and backward lie in different loops, so nothing can be merged.
-    if residuals != "all":
-      layer = jax.checkpoint(layer, policy=dots, prevent_cse=False)
+    if keep is not None:
+      layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
     layers = lambda x, params: lax.scan(layer, x, (params, jnp.arange(each)))[0]  # noqa: E731
-    if residuals == "full":
+    if policy.stage_input:
       layers = jax.checkpoint(layers, prevent_cse=False)
     return layers(x, params)
 
@@ -226,9 +230,7 @@ def _map(function: Callable[..., Any], *trees: Tree) -> Tree:
   return jax.tree.map(function, *trees)
 
 
-def _check(stack: Any, devices: int, mesh: Mesh, residuals: str) -> None:
-  if residuals not in ("dots", "all", "full"):
-    raise ValueError(f"residuals {residuals!r} is unknown; use dots, all or full")
+def _check(stack: Any, devices: int, mesh: Mesh) -> None:
   if stack.depth % devices:
     raise ValueError(
       f"{stack.depth} layers cannot fill {devices} stages evenly; use a multiple of {devices}"

@@ -46,7 +46,11 @@ _SEQUENCE = flags.DEFINE_integer("sequence_length", 128, "Tokens in a row.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Rows in a batch.")
 _DEVICES = flags.DEFINE_integer("stages", 4, "Pipeline devices, P.")
 _MICROBATCHES = flags.DEFINE_integer("microbatches", 8, "Microbatches, M.")
-_RESIDUALS = flags.DEFINE_enum("residuals", "dots", ["dots", "all", "full"], "What F keeps.")
+_RESIDUALS = flags.DEFINE_string(
+  "residuals",
+  "dots",
+  "What F keeps: dots, all, full, a policy of jax.checkpoint_policies, names:A,B.",
+)
 _SCHEDULES = flags.DEFINE_list("schedules", [], "Schedules to run; none: all of them.")
 _BACKWARD = flags.DEFINE_multi_enum(
   "backward", [], ["fused", "split", "deferred"], "Builds each schedule so; repeat it for several."

@@ -70,7 +70,7 @@ def timed_costs(
     params: canonical.
     batch: leaves `[B, ...]`.
     microbatches: M.
-    residuals: `dots`, `all` or `full`.
+    residuals: as for `jaxpipe.pipeline_value_and_grad`.
     seconds: `(programs) -> times`: runs each `(function, *arguments)`, in interleaved rounds.
 
   Returns:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpipe.models.context import Context
 from jaxpipe.models.stack import LayerStack
@@ -106,7 +107,11 @@ class Embed(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """Pre-norm attention and MLP, each added to its input."""
+  """Pre-norm attention and MLP, each added to its input.
+
+  What a residual policy can keep by name: `query` and `key` (rotated), `value`, `attention` (the
+  values mixed), `attention_out`, `mlp_up`, and with `swiglu` `mlp_gate`.
+  """
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.config = config
@@ -135,15 +140,19 @@ class Layer(nnx.Module):
     key = self.key(x_BTD).reshape(B, T, self.config.kv_heads, -1)
     value = self.value(x_BTD).reshape(B, T, self.config.kv_heads, -1)
     query, key = rotate(query, self.config.rope_base), rotate(key, self.config.rope_base)
+    query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
+    value = checkpoint_name(value, "value")
     mixed = self.config.attention(query, key, value, is_causal=True)
-    return self.attention_out(mixed.reshape(B, T, -1))
+    mixed = checkpoint_name(mixed.reshape(B, T, -1), "attention")
+    return checkpoint_name(self.attention_out(mixed), "attention_out")
 
   def mix(self, x_BTD: jax.Array) -> jax.Array:
     """The MLP."""
-    up = self.up(x_BTD)
+    up = checkpoint_name(self.up(x_BTD), "mlp_up")
     if self.config.mlp == "gelu":
       return self.down(nnx.gelu(up))
-    return self.down(nnx.silu(self.gate(x_BTD)) * up)
+    gate = checkpoint_name(self.gate(x_BTD), "mlp_gate")
+    return self.down(nnx.silu(gate) * up)
 
 
 class Head(nnx.Module):

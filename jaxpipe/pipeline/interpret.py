@@ -18,6 +18,7 @@ _CALLS = {
   "jit",
   "pjit",
   "closed_call",
+  "eval_jaxpr",
   "core_call",
   "checkpoint",
   "remat2",
@@ -27,6 +28,8 @@ _CALLS = {
   "custom_lin",
   "vjp_node",
 }
+
+_NAMING = "name"
 
 
 def bind(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
@@ -38,14 +41,22 @@ def bind(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
 
 
 def run(jaxpr: Any, args: Sequence[Any], rule: Rule = bind) -> list[Any]:
-  """Runs a closed jaxpr; the equations of a call are run in the place of the call."""
+  """Runs a closed jaxpr; the equations of a call are run in the place of the call.
+
+  Names given with `checkpoint_name` are left out. They tell a policy what to keep, which is over
+  once a function is traced, and as variables of their own they would be kept twice.
+  """
   consts = getattr(jaxpr, "consts", ())
   jaxpr = opened(jaxpr)
   values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
   for equation in jaxpr.eqns:
     ins = [read(values, v) for v in equation.invars]
-    inner = _called(equation)
-    outs = rule(equation, ins) if inner is None else run(inner, ins, rule)
+    if equation.primitive.name == _NAMING:
+      outs: Sequence[Any] = ins
+    elif (inner := _called(equation)) is None:
+      outs = rule(equation, ins)
+    else:
+      outs = run(inner, ins, rule)
     values.update(zip(equation.outvars, outs, strict=True))
   return [read(values, v) for v in jaxpr.outvars]
 

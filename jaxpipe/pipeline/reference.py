@@ -6,6 +6,7 @@ rings. Microbatches are summed in the order 0 ... M-1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.pipeline.batch import check_rows
-from jaxpipe.pipeline.residuals import residual_policy
+from jaxpipe.pipeline.residuals import Policy, residual_policy
 from jaxpipe.pipeline.rings import wide
 
 Tree = Any
 
 
 def reference_value_and_grad(
-  stack: Any, microbatches: int, residuals: str = "all"
+  stack: Any, microbatches: int, residuals: str | Policy = "all"
 ) -> Callable[..., tuple[tuple[jax.Array, Tree], Tree]]:
   """Returns the unpipelined counterpart of `pipeline_value_and_grad`.
 
@@ -34,17 +35,22 @@ def reference_value_and_grad(
   Returns:
     `reference(params, batch, key=None) -> ((loss, metrics), grads)`, jitted; params and grads
     canonical, everything else as for the pipeline.
+
+  Raises:
+    ValueError: an unknown policy; when it is called, names that no layer bears.
   """
   policy = residual_policy(residuals)
 
-  def loss_of(params: Tree, batch: Tree, m: jax.Array, key: jax.Array | None) -> Any:
+  def loss_of(
+    keep: Policy | None, params: Tree, batch: Tree, m: jax.Array, key: jax.Array | None
+  ) -> Any:
     rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
 
     def layer(x: Tree, layer_params: Tree, i: jax.Array) -> Tree:
       inputs = dict(batch=batch, key=key, layer=i, microbatch=m, rows=rows)
       return stack.apply_layer(layer_params, x, True, inputs)
 
-    kept = layer if policy.layer is None else jax.checkpoint(layer, policy=policy.layer)
+    kept = layer if keep is None else jax.checkpoint(layer, policy=keep)
 
     def layers(x: Tree, params: Tree) -> Tree:
       each = (params, jnp.arange(stack.depth))
@@ -59,13 +65,18 @@ def reference_value_and_grad(
     rows = check_rows(batch, microbatches)
     cut = jax.tree.map(lambda leaf: leaf.reshape(microbatches, rows, *leaf.shape[1:]), batch)
     first = jax.tree.map(lambda leaf: leaf[0], cut)
-    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    shapes = jax.eval_shape(value_and_grad, params, first, jnp.int32(0), key)
+
+    def value_and_grad(keep: Policy | None) -> Callable[..., Any]:
+      return jax.value_and_grad(functools.partial(loss_of, keep), has_aux=True)
+
+    shapes = policy.traced(
+      lambda keep: jax.eval_shape(value_and_grad(keep), params, first, jnp.int32(0), key)
+    )
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
 
     def one(sums: Tree, at: Any) -> tuple[Tree, None]:
       m, batch = at
-      new = value_and_grad(params, batch, m, key)
+      new = value_and_grad(policy.layer)(params, batch, m, key)
       return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), None
 
     sums, _ = lax.scan(one, start, (jnp.arange(microbatches), cut))

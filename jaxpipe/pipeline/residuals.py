@@ -1,13 +1,31 @@
-"""Residual policies: what F keeps for the backward pass, and what is computed again instead."""
+"""Residual policies: what F keeps for the backward pass, and what is computed again instead.
+
+Three have names of their own, and everything that `jax.checkpoint` understands is one too:
+
+    full                         the stage's input alone
+    dots                         matmuls with weights, never attention scores
+    all                          whatever `jax.vjp` does
+    nothing_saveable, ...        a policy of `jax.checkpoint_policies`; this one keeps each layer's
+                                 input
+    names:attention,mlp_up       values named with `jax.ad_checkpoint.checkpoint_name`
+    a function                   `policy(primitive, *avals, **params) -> bool`
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import jax
 
+Out = TypeVar("Out")
+Policy = Callable[..., Any]
+
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_NAMES = "names:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +37,36 @@ class Residuals:
     layer: the `jax.checkpoint` policy under which each layer is differentiated; None keeps all that
       `jax.vjp` does.
     stage_input: keep the stage's input alone; the stage's forward runs again before its backward.
+    names: of the values to keep, where they are given by name.
   """
 
   name: str
-  layer: Callable[..., bool] | None
+  layer: Policy | None
   stage_input: bool = False
+  names: tuple[str, ...] = ()
+
+  def traced(self, trace: Callable[[Policy | None], Out]) -> Out:
+    """Returns `trace(layer)`, having seen to it that the policy means something there.
+
+    Args:
+      trace: traces the derivative of a layer under the policy that it is given.
+
+    Raises:
+      ValueError: nothing that is differentiated bears one of the names, or a value is to go to
+        another memory.
+    """
+    if self.layer is None:
+      return trace(None)
+    met: set[str] = set()
+    out = trace(_watched(self.layer, met))
+    for name in self.names:
+      if name not in met:
+        there = f"there are {', '.join(sorted(met))}" if met else "there are none"
+        raise ValueError(
+          f"residuals {self.name!r}: no checkpoint_name in the layer is {name!r}; {there}"
+          f"{_near(name, met)}"
+        )
+    return out
 
 
 POLICIES = {
@@ -36,12 +79,79 @@ POLICIES = {
 }
 
 
-def residual_policy(name: str) -> Residuals:
-  """Returns the policy `full`, `dots` or `all`.
+def residual_policy(residuals: str | Policy) -> Residuals:
+  """Returns the policy that a name or a function stands for.
+
+  Args:
+    residuals: as this module's docstring lists them.
 
   Raises:
-    ValueError: another name.
+    ValueError: an unknown name, `names:` without names, or what is no policy.
   """
-  if name not in POLICIES:
-    raise ValueError(f"residuals {name!r} is unknown; use one of {', '.join(sorted(POLICIES))}")
-  return POLICIES[name]
+  if not isinstance(residuals, str):
+    return _of_function(residuals)
+  if residuals.startswith(_NAMES):
+    return _of_names(residuals)
+  policies = jax_policies()
+  if residuals in policies:
+    return Residuals(residuals, policies[residuals])
+  if residuals in POLICIES:
+    return POLICIES[residuals]
+  known = [*sorted(POLICIES), *sorted(policies)]
+  raise ValueError(
+    f"residuals {residuals!r} is unknown; use one of {', '.join(known)},"
+    f" or {_NAMES}A,B{_near(residuals, known)}"
+  )
+
+
+def jax_policies() -> dict[str, Policy]:
+  """The policies of `jax.checkpoint_policies`, without the functions that only make some."""
+  return {k: v for k, v in vars(jax.checkpoint_policies).items() if _is_policy(v)}
+
+
+def _is_policy(function: Any) -> bool:
+  """A policy is asked about every primitive, and so takes parameters of any name."""
+  if not callable(function):
+    return False
+  parameters = inspect.signature(function).parameters.values()
+  return any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _of_function(policy: Any) -> Residuals:
+  name = getattr(policy, "__name__", type(policy).__name__)
+  if not _is_policy(policy):
+    raise ValueError(
+      f"residuals {name} is no policy (primitive, *avals, **params) -> bool; what makes one, in"
+      " jax.checkpoint_policies, must be called first"
+    )
+  return Residuals(name, policy)
+
+
+def _of_names(residuals: str) -> Residuals:
+  names = tuple(name.strip() for name in residuals.removeprefix(_NAMES).split(","))
+  if not all(names):
+    raise ValueError(f"residuals {residuals!r} has an empty name; write {_NAMES}A,B")
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  return Residuals(residuals, policy, names=names)
+
+
+def _watched(policy: Policy, met: set[str]) -> Policy:
+  """The policy; names that it is asked about are added to `met`."""
+
+  def watched(primitive: Any, *avals: Any, **params: Any) -> Any:
+    if primitive.name == "name":
+      met.add(params["name"])
+    answer = policy(primitive, *avals, **params)
+    # Saved values lie in rings on the device, whatever a policy says.
+    if hasattr(answer, "dst"):
+      raise ValueError(
+        f"the residual policy moves {primitive.name} to {answer.dst}; use one that only keeps"
+      )
+    return answer
+
+  return watched
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(known), n=1)
+  return f"; did you mean {near[0]}?" if near else ""

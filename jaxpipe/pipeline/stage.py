@@ -18,7 +18,7 @@ import jax
 from jax import lax
 
 from jaxpipe.pipeline import rings
-from jaxpipe.pipeline.residuals import Residuals
+from jaxpipe.pipeline.residuals import Policy, Residuals
 from jaxpipe.pipeline.rings import Index, Tree
 from jaxpipe.pipeline.split import LayerSplit, Saved, split
 from jaxpipe.pipeline.storage import Layout, Pools, Storage
@@ -193,7 +193,8 @@ def cut_stack(
     recompute: whether the schedule has R.
 
   Raises:
-    ValueError: the layer has a loop or branch that cannot be traced over a mesh.
+    ValueError: the layer has a loop or branch that cannot be traced over a mesh, or nothing that
+      bears a name of the policy's.
   """
   training = policy is not None
   keeps_input = bool(policy and policy.stage_input)
@@ -204,8 +205,10 @@ def cut_stack(
     y = stack.apply_layer(params, x, training, inputs)
     return rings.vary(y, axes_of(jax.tree.leaves(x)))
 
-  keep = policy.layer if policy else None
-  one = split(layer, params, inputs, x, keep, recompute=recompute and not keeps_input)
+  def cut(keep: Policy | None) -> LayerSplit:
+    return split(layer, params, inputs, x, keep, recompute=recompute and not keeps_input)
+
+  one = policy.traced(cut) if policy else cut(None)
   saved = dict(enumerate(one.saved)) if training else {}
   scratch = None
   if keeps_input and recompute:

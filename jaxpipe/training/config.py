@@ -70,7 +70,11 @@ class Config:
   chunks: int = _free(0, "stages V that each device holds; 0: the schedule's own number")
   microbatches: int = _free(4, "microbatches M of a step")
   backward: str = _free("", "fused or split; default: the schedule's own")
-  residuals: str = _free("dots", "what forwards keep for backwards: dots, all or full")
+  residuals: str = _free(
+    "dots",
+    "what forwards keep for backwards: dots, all, full, a policy of jax.checkpoint_policies such as"
+    " nothing_saveable, or names:A,B, such as names:attention,mlp_up",
+  )
 
   run_dir: str = _free("runs/lm", "folder of checkpoints, metrics and plots; resumed if it is ours")
   checkpoint_every: int = _free(500, "steps between checkpoints; 0: only at the end")

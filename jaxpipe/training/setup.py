@@ -24,6 +24,8 @@ from jaxpipe.models.transformer import TransformerConfig, transformer
 from jaxpipe.parallel.mesh import DATA, STAGE, make_mesh
 from jaxpipe.parallel.placing import layers_per_stage
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
+from jaxpipe.pipeline.memory import expected_memory
+from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.training.config import Config
 from jaxpipe.training.errors import ConfigError, naming
@@ -107,7 +109,7 @@ def build(config: Config) -> Setup:
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
   with naming(config.flag("residuals"), config.flag("schedule")):
     value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, residuals=config.residuals)
-  return Setup(
+  setup = Setup(
     config=config,
     folder=folder,
     mesh=mesh,
@@ -122,6 +124,11 @@ def build(config: Config) -> Setup:
     value_and_grad=value_and_grad,
     evaluate=pipeline_forward(stack, schedule, mesh),
   )
+  # A name can only be looked for in a layer, which has to be traced for it.
+  with naming(config.flag("residuals")):
+    if residual_policy(config.residuals).names:
+      expected_memory(stack, schedule, mesh, setup.batch_shapes, residuals=config.residuals)
+  return setup
 
 
 def _build_schedule(config: Config) -> tuple[Mesh, Schedule]:

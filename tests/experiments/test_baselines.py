@@ -23,7 +23,7 @@ def float64():
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize(("P", "M", "residuals"), [(2, 3, "dots"), (4, 4, "full")])
+@pytest.mark.parametrize(("P", "M", "residuals"), [(2, 3, "names:attention"), (4, 4, "full")])
 def test_gradients_are_the_reference_s(baseline, P, M, residuals, float64):
   stack, batch, key = tiny.stack(), tiny.batch(2 * M), jax.random.key(7)
   params = stack.init(jax.random.key(1), batch)

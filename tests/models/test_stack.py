@@ -178,3 +178,43 @@ def test_placed_initialisation_never_holds_the_whole():
   memory = compiled.memory_analysis()
   assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 4 * layer
   assert "all-gather" not in compiled.as_text()
+
+
+class CountingEmbed(Embed):
+  """An embedding beside which a scalar travels: leaves are ordered by name, and it is the first."""
+
+  def __call__(self, batch):
+    return {"added": jnp.float32(0), "h": super().__call__(batch)}
+
+
+class CountingLayer(Layer):
+  def __call__(self, x, context):
+    h = super().__call__(x["h"], context)
+    return {"added": x["added"] + jnp.sum(h**2), "h": h}
+
+
+class CountingHead(Head):
+  def __call__(self, x, batch):
+    loss, weight, metrics = super().__call__(x["h"], batch)
+    return loss + 0.1 * x["added"], weight, metrics
+
+
+def test_the_first_leaf_of_x_may_be_a_scalar():
+  stack = LayerStack(embed=CountingEmbed, layers=[CountingLayer] * 2, head=CountingHead)
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
+  report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh("stage:2"), ROWS)
+  assert report.ok, str(report)
+
+
+@pytest.mark.parametrize(
+  "batch, message",
+  [({"scale": np.float32(1), **ROWS}, r"batch\['scale'\] is a scalar"), ({}, "no leaves")],
+)
+def test_a_batch_without_rows(batch, message):
+  class Constant(Embed):
+    def __call__(self, batch):
+      return jnp.zeros((2, 3, 4))
+
+  stack = LayerStack(embed=Constant, layers=[Layer], head=Head)
+  with pytest.raises(StackError, match=message):
+    stack.init(jax.random.key(0), batch)

@@ -114,6 +114,11 @@ def test_unknown_words_name_their_flag(tiny: Callable[..., Config], name: str) -
     build(tiny(**{name: "sideways"}))
 
 
+def test_names_that_no_layer_bears(tiny: Callable[..., Config]) -> None:
+  with pytest.raises(ConfigError, match=r"--residuals=names:atention: .*did you mean attention\?"):
+    build(tiny(residuals="names:atention"))
+
+
 def test_damaged_token_bin_is_refused(tiny: Callable[..., Config], tmp_path: Path) -> None:
   setup = build(tiny())
   bin_file = tmp_path / "short.bin"
