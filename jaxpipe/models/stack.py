@@ -231,7 +231,7 @@ class LayerStack:
     shapes = self.param_shapes()
     layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), shapes["layers"])
     x = jax.eval_shape(self.apply_embed, shapes["embed"], batch)
-    rows = jax.tree.leaves(x)[0].shape[0]
+    rows = _rows(batch)
 
     def one(params: Tree, x: Tree, batch: Tree) -> Tree:
       key, number = jax.random.key(0), jnp.int32(0)
@@ -254,3 +254,12 @@ def _check_alike(x: Tree, y: Tree) -> None:
         f"layers[0] takes {a.dtype}{list(a.shape)} but returns {b.dtype}{list(b.shape)}"
         f" at x{jax.tree_util.keystr(path)}; a layer must return what it takes"
       )
+
+
+def _rows(batch: Tree) -> int:
+  """Rows of a batch; x may have leaves without rows, such as a loss that layers add to."""
+  for path, leaf in jax.tree.leaves_with_path(batch):
+    if not jnp.shape(leaf):
+      raise StackError(f"batch{jax.tree_util.keystr(path)} is a scalar; every leaf is [B, ...]")
+    return int(jnp.shape(leaf)[0])
+  raise StackError("the batch has no leaves; every leaf is [B, ...]")
