@@ -105,7 +105,7 @@ def test_1f1b_as_a_literal_table():
     [0, 1, 0, 0, 2, 1, 0, 2],
     [0, 0, 0, 1, 1, 2, 2, 0],
   ]
-  assert program.slots == {"activations": 1, "gradients": 1}
+  assert program.slots == {"activations": 1, "gradients": 1, "vocabulary": 0}
   (route,) = program.routes  # with two devices both directions are one exchange
   assert route.activations and route.gradients
   assert program.doing[0].pairs == (frozenset({(0, 1)}),)
@@ -200,9 +200,8 @@ def test_forward_only_programs_keep_nothing():
 
 def test_kinds_that_cannot_run_are_named():
   schedule = make_schedule("1f1b", devices=2, microbatches=2)
-  sharded = with_vocabulary(schedule)
-  with pytest.raises(ScheduleError, match=r"actions of kind S, T, which the executor does not run"):
-    lower(sharded)
+  with pytest.raises(ScheduleError, match=r"vocabulary=2 barriers, and the executor runs one"):
+    lower(with_vocabulary(schedule, barriers=2))
 
 
 def test_the_interpreter_sees_a_slot_given_twice():
