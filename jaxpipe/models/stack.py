@@ -203,6 +203,16 @@ class LayerStack:
     targets, weights = self._parts["head"].call("targets", params, batch)
     return targets, weights
 
+  def check_shared_metrics(self, params: Tree, x: Tree, batch: Tree) -> None:
+    """Raises StackError where the head has metrics that a vocabulary cut over the stages lacks."""
+    _, (_, metrics) = jax.eval_shape(self.apply_head, params, x, batch)
+    if not isinstance(metrics, Mapping) or set(metrics) != {"correct"}:
+      named = ", ".join(sorted(metrics)) if isinstance(metrics, Mapping) else str(type(metrics))
+      raise StackError(
+        f"head returns metrics {named}, and a vocabulary cut over the stages gives only correct;"
+        " return only that, or use a schedule whose last stage holds the whole head"
+      )
+
   @property
   def _tables(self) -> Tables:
     assert self.vocabulary is not None  # `tables` has been asked before

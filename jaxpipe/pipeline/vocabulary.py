@@ -38,7 +38,14 @@ class ShardedEnds:
   local: Local
 
   def held(self) -> dict[str, Tree]:
-    """Shapes of a slot of the ring `vocabulary`: y, and what S leaves for its barrier and T."""
+    """Shapes of a slot of the ring `vocabulary`: y, and what S leaves for its barrier and T.
+
+    Raises:
+      StackError: the head has metrics beside `correct`; shards cannot give them.
+    """
+    local = self.local
+    args = local.params["head"], local.x, local.microbatch(jnp.int32(0))
+    local.stack.check_shared_metrics(*args)
     y = jax.tree.leaves(self.local.x)
     score = jax.eval_shape(self._score, y, jnp.int32(0))
     backward = {"scale": score["m"]} if self.local.training else {}

@@ -14,6 +14,8 @@ from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec, limit_by_device
 from jaxpipe.schedules.transforms.backward import with_backward
+from jaxpipe.schedules.transforms.recompute import with_recompute
+from jaxpipe.schedules.transforms.vocabulary import with_vocabulary
 
 
 def schedule_names() -> tuple[str, ...]:
@@ -31,6 +33,8 @@ def make_schedule(
   costs: Costs | None = None,
   memory: Memory = (1, 0, -1),
   memory_limit: float | Sequence[float] | None = None,
+  recompute: bool = False,
+  head: str = "last",
   **options: int,
 ) -> Schedule:
   """Builds a schedule by name and checks it.
@@ -45,6 +49,9 @@ def make_schedule(
     memory: what an F, an I and a W change in what its device holds.
     memory_limit: most memory that any device may hold, in the unit of `memory`; one number, or one
       per device.
+    recompute: whether recomputing is an action of its own, R, before every backward.
+    head: `last`, where the last stage has it whole, or `sharded` with the embedding over all
+      devices: each then runs an S and a T for every microbatch.
     options: what only this family understands, such as `waves` of `hanayo`.
 
   Returns:
@@ -68,6 +75,8 @@ def make_schedule(
     raise ValueError(
       f"{name} has {family.chunks} chunk(s) per device, not {chunks}; use chunks={family.chunks}"
     )
+  if head not in ("last", "sharded"):
+    raise ValueError(f"{name} cannot run with head={head!r}; use head='last' or head='sharded'")
   _check_options(name, options)
   spec = Spec(
     devices=devices,
@@ -81,7 +90,12 @@ def make_schedule(
   # Checked although we built it: a family with a bug must not reach an executor, where it hangs.
   with _no_garbage_collection():
     schedule = family.build(spec)
-  schedule = with_backward(schedule, backward, spec.costs).check()
+  schedule = with_backward(schedule, backward, spec.costs)
+  if recompute:
+    schedule = with_recompute(schedule, spec.costs)
+  if head == "sharded":
+    schedule = with_vocabulary(schedule, 1, spec.costs)
+  schedule.check()
   # Searches keep to the limit while they plan; for all others it is a condition on the result.
   check_memory(schedule, memory, memory_limit)
   return schedule

@@ -70,6 +70,10 @@ class Config:
   chunks: int = _free(0, "stages V that each device holds; 0: the schedule's own number")
   microbatches: int = _free(4, "microbatches M of a step")
   backward: str = _free("", "fused or split; default: the schedule's own")
+  recompute: bool = _free(False, "recompute as an action of its own, which the schedule places")
+  head: str = _free(
+    "last", "last: the last stage has the head; sharded: every device a share, and of the embedding"
+  )
   residuals: str = _free(
     "dots",
     "what forwards keep for backwards: dots, all, full, a policy of jax.checkpoint_policies such as"

@@ -22,7 +22,7 @@ from jaxpipe.data import EvaluationBatches, TextData, TokenBatches, prepare_text
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.transformer import TransformerConfig, transformer
 from jaxpipe.parallel.mesh import DATA, STAGE, make_mesh
-from jaxpipe.parallel.placing import layers_per_stage
+from jaxpipe.parallel.placing import layers_per_stage, param_specs
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.memory import expected_memory
 from jaxpipe.pipeline.residuals import residual_policy
@@ -106,6 +106,8 @@ def build(config: Config) -> Setup:
     check_data(folder.path, record, config, dict(train.identity))
   model = config.model(data.tokenizer.vocabulary_size)
   stack = transformer(model)
+  with naming(*config.flags("head", "tokenizer", "mesh")):
+    param_specs(stack.param_shapes(), stack, schedule)
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
   with naming(config.flag("residuals"), config.flag("schedule")):
     value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, residuals=config.residuals)
@@ -135,7 +137,8 @@ def _build_schedule(config: Config) -> tuple[Mesh, Schedule]:
   with naming(config.flag("mesh")):
     mesh = make_mesh(config.mesh)
   # Flags at their defaults decide nothing, and would only lengthen the message.
-  optional = [name for name in ("chunks", "backward") if getattr(config, name)]
+  optional = [name for name in ("chunks", "backward", "recompute") if getattr(config, name)]
+  optional += ["head"] * (config.head != "last")
   with naming(*config.flags("schedule", "microbatches", *optional)):
     schedule = make_schedule(
       config.schedule,
@@ -143,6 +146,8 @@ def _build_schedule(config: Config) -> tuple[Mesh, Schedule]:
       microbatches=config.microbatches,
       chunks=config.chunks or None,
       backward=config.backward or None,
+      recompute=config.recompute,
+      head=config.head,
     )
   with naming(*config.flags("layers", "mesh", *optional[: config.chunks > 0])):
     layers_per_stage(config.layers, schedule)
