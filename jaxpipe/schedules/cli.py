@@ -143,7 +143,7 @@ def _schedule(flags: argparse.Namespace) -> Schedule:
   )
 
 
-def _options(flags: argparse.Namespace) -> dict[str, int]:
+def _options(flags: argparse.Namespace) -> dict[str, Any]:
   """The --option flags, none of them twice, and none that would pass for another flag."""
   options = dict(flags.option)
   if len(options) < len(flags.option):
