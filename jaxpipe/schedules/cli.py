@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxpipe.schedules import arguments, draw, interchange
 from jaxpipe.schedules.actions import ScheduleError
