@@ -47,6 +47,17 @@ def layer_order(depth: int, schedule: Any) -> np.ndarray:
   return np.array([s * each + i for s in stages for i in range(each)], np.int32)
 
 
+def layer_paths(depth: int, schedule: Any) -> tuple[tuple[int, ...], ...] | None:
+  """Layers that each microbatch passes, in order; None where all pass all of them."""
+  if schedule.paths is None:
+    return None
+  each = layers_per_stage(depth, schedule)
+  return tuple(
+    tuple(s * each + i for s in schedule.path(m) for i in range(each))
+    for m in range(schedule.microbatches)
+  )
+
+
 def param_specs(tree: Tree, stack: Any, schedule: Any) -> Tree:
   """Partition specs, one for every leaf of a placed tree of parameters.
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpipe.parallel.placing import place, unplace
+from jaxpipe.parallel.placing import layer_paths, place, unplace
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
 from jaxpipe.pipeline.reference import reference_value_and_grad
 from jaxpipe.schedules import Schedule
@@ -108,7 +108,8 @@ def check(
   params = stack.init(key, batch) if params is None else params
   step = pipeline_value_and_grad(stack, schedule, mesh, residuals=residuals, poison=True)
   (loss, metrics), grads = step(place(params, stack, schedule, mesh), batch, key)
-  reference = reference_value_and_grad(stack, schedule.microbatches)
+  paths = layer_paths(stack.depth, schedule)
+  reference = reference_value_and_grad(stack, schedule.microbatches, paths=paths)
   (true_loss, true_metrics), true_grads = reference(params, batch, key)
   if tolerance is None:
     coarsest = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

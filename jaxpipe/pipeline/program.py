@@ -234,10 +234,6 @@ def _refuse_strange(schedule: Schedule) -> None:
       f"schedule {schedule.name} has actions of kind {', '.join(kinds)}, which the"
       f" executor does not run; it runs {', '.join([*CODE, *_NOTHING_TO_DO])}"
     )
-  if schedule.paths is not None:
-    raise ScheduleError(
-      f"schedule {schedule.name} has paths that skip stages, which the executor does not run"
-    )
   if schedule.vocabulary > 1:
     raise ScheduleError(
       f"schedule {schedule.name} has vocabulary={schedule.vocabulary} barriers, and the executor"

@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 import jaxpipe
+from jaxpipe.parallel.placing import layer_paths
 from jaxpipe.pipeline.check import leaf_errors
-from jaxpipe.schedules import schedule_names
+from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.transforms.recompute import with_recompute
 
 TOLERANCE = 1e-12
@@ -55,23 +56,30 @@ def test_gradients_are_those_of_the_unpipelined_model(
   assert len(errors) == 11 and max(errors.values()) <= TOLERANCE, errors
 
 
-NAMES = [name for name in schedule_names() if name != "skippipe"]  # its paths skip stages
+def _chunks(family):
+  return {family.chunks, 1, 2, 3, 4} if family.any_chunks else {family.chunks}
+
+
+# Slack, program shape and policy are dealt in turn to the cases of the grid.
+OPTIONS = itertools.cycle(
+  itertools.product((0, 1), ("none", "ends", "none", "all", "none"), ("full", "dots", "all"))
+)
 EVERY = [
-  (name, P, M, *rest)
-  for name, P in itertools.product(NAMES, (1, 2, 3, 4, 8))
+  (name, P, V, M, *next(OPTIONS))
+  for (name, family), P in itertools.product(FAMILIES.items(), (1, 2, 3, 4, 8))
+  for V in sorted(_chunks(family))
   for M in sorted({1, 2, P - 1, P, P + 1, 2 * P, 3 * P + 1} - {0})
-  # Straight lines take long to compile: on small pipelines only.
-  for unrolls in [("none", "ends", "all") if P <= 4 and M <= 8 else ("none",)]
-  for rest in itertools.product((0, 1), unrolls, ("full", "dots", "all"))
 ]
 
 
-@pytest.mark.sampled("name, P, M, slack, unroll, residuals", EVERY, 16)
-def test_every_registered_schedule_is_exact(float64, name, P, M, slack, unroll, residuals):
+@pytest.mark.sampled("name, P, V, M, slack, unroll, residuals", EVERY, 16)
+def test_every_registered_schedule_is_exact(float64, name, P, V, M, slack, unroll, residuals):
   try:
-    schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M)
+    schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M, chunks=V)
   except ValueError as error:
     pytest.skip(str(error))  # says which sizes the family has
+  if P > 4 or M > 8:
+    unroll = "none"  # straight lines take long to compile
   stack, batch, key = tiny.stack(schedule.stages), tiny.batch(M), jax.random.key(7)
   mesh = jaxpipe.make_mesh(f"stage:{P}")
   params = stack.init(jax.random.key(1), batch)
@@ -79,7 +87,8 @@ def test_every_registered_schedule_is_exact(float64, name, P, M, slack, unroll, 
     stack, schedule, mesh, residuals=residuals, slack=slack, unroll=unroll, poison=True
   )
   (loss, _), got = step(jaxpipe.place(params, stack, schedule, mesh), batch, key)
-  (want, _), grads = jaxpipe.reference_value_and_grad(stack, M)(params, batch, key)
+  paths = layer_paths(stack.depth, schedule)
+  (want, _), grads = jaxpipe.reference_value_and_grad(stack, M, paths=paths)(params, batch, key)
   np.testing.assert_allclose(loss, want, rtol=TOLERANCE)
   errors = leaf_errors(jaxpipe.unplace(got, stack, schedule), grads)
   assert len(errors) == 11 and max(errors.values()) <= TOLERANCE, errors

@@ -15,8 +15,9 @@ of its shard) and T (the weight gradient). The shards meet at barriers:
 
 The last stage's backward now waits for others, so each device runs every forward in the place of
 the one `barriers` before it. 1F1B then holds P+1 or P+2 microbatches instead of P, and where hops
-are short beside passes there is no new bubble per microbatch. Any schedule is shifted so: it holds
-at most `barriers` chunks more.
+are short beside passes there is no new bubble per microbatch; only V-Min, which has no memory to
+spare, waits 8 % longer where P mod 3 is 2. Any schedule is shifted so: it holds at most `barriers`
+chunks more.
 
 What runs when is decided in time: whoever is free runs [1] an S at once, as all wait for it,
 or [2] what the shifted list has next or, if that is not there yet, a backward that need not stay
