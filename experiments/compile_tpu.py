@@ -19,7 +19,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,6 @@ from jaxpipe.training.aot import (
   SCOPES,
   Device,
   batch_shapes,
-  local_bytes,
   placed_shapes,
   ring_shapes,
 )
@@ -119,7 +118,7 @@ class Job:
   schedule: jaxpipe.Schedule
   model: TransformerConfig
   parameters: int
-  predicted: dict[str, int]
+  predicted: Mapping[str, int]
   step: Any
 
 
@@ -140,7 +139,9 @@ def prepare(config: Config) -> Job:
   batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
   with naming(*config.flags("schedule", "batch_size", "microbatches", "residuals")):
     run = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=config.residuals)
-    known = predicted_memory(stack, schedule, mesh, batch, config.residuals)
+    known = jaxpipe.memory_report(
+      stack, schedule, mesh, batch, residuals=config.residuals, optimizer=optimizer
+    )
     step = make_train_step(run, optimizer, learning_rate(config), config.seed, state, mesh)
     traced = step.trace(state, batch)
   return Job(
@@ -150,7 +151,7 @@ def prepare(config: Config) -> Job:
     schedule=schedule,
     model=model,
     parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(state.params)),
-    predicted={"optimizer": local_bytes(state.opt_state), **known},
+    predicted=known.bytes,
     step=traced,
   )
 
@@ -223,13 +224,6 @@ def find_devices() -> list[Any]:
     message = str(error).splitlines()[0]
     raise ConfigError(f"--topology={_TOPOLOGY.value}: {message}; use one like v5p:2x2x1") from error
   return list(topology.devices)
-
-
-def predicted_memory(
-  stack: Any, schedule: Any, mesh: Mesh, batch: Tree, residuals: str
-) -> dict[str, int]:
-  """Bytes per device by kind, known from the schedule alone."""
-  return jaxpipe.expected_memory(stack, schedule, mesh, batch, residuals=residuals)
 
 
 def parse(arguments: Sequence[str]) -> list[str]:

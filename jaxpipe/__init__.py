@@ -13,7 +13,7 @@ if TYPE_CHECKING:
   from jaxpipe.parallel.placing import place, unplace
   from jaxpipe.pipeline.check import check
   from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
-  from jaxpipe.pipeline.memory import expected_memory
+  from jaxpipe.pipeline.memory import MemoryReport, memory_report
   from jaxpipe.pipeline.reference import reference_value_and_grad
   from jaxpipe.schedules import (
     Action,
@@ -33,6 +33,7 @@ _HOME = {
   "Costs": "jaxpipe.schedules",
   "Kind": "jaxpipe.schedules",
   "LayerStack": "jaxpipe.models.stack",
+  "MemoryReport": "jaxpipe.pipeline.memory",
   "MeshError": "jaxpipe.parallel.mesh",
   "Placement": "jaxpipe.schedules",
   "Schedule": "jaxpipe.schedules",
@@ -40,10 +41,10 @@ _HOME = {
   "StackError": "jaxpipe.models.stack",
   "Timeline": "jaxpipe.schedules",
   "check": "jaxpipe.pipeline.check",
-  "expected_memory": "jaxpipe.pipeline.memory",
   "load": "jaxpipe.training.load",
   "make_mesh": "jaxpipe.parallel.mesh",
   "make_schedule": "jaxpipe.schedules",
+  "memory_report": "jaxpipe.pipeline.memory",
   "pipeline_forward": "jaxpipe.pipeline.executor",
   "pipeline_value_and_grad": "jaxpipe.pipeline.executor",
   "place": "jaxpipe.parallel.placing",

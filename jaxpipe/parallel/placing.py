@@ -9,6 +9,7 @@ cuts the vocabulary: of those, every device holds V / P rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from jaxpipe.parallel.mesh import AXES, STAGE
 from jaxpipe.parallel.replicas import owned
 
 Tree = Any  # a pytree of arrays
+
+_PARTS = {"embed", "layers", "head"}
 
 
 def layers_per_stage(depth: int, schedule: Any) -> int:
@@ -136,6 +139,19 @@ def _own_rows(spec: Spec, leaf: jax.Array) -> jax.Array:
   rows = leaf.shape[0] // lax.axis_size(STAGE)
   own: jax.Array = lax.dynamic_slice_in_dim(leaf, lax.axis_index(STAGE) * rows, rows)
   return own
+
+
+def map_param_trees(fn: Callable[[Tree], Tree], tree: Tree, other: Callable[[Any], Any]) -> Tree:
+  """Applies `fn` to every subtree of the parameters' shape, `other` to leaves outside them."""
+
+  def one(node: Any) -> Any:
+    return fn(node) if _is_params(node) else other(node)
+
+  return jax.tree.map(one, tree, is_leaf=_is_params)
+
+
+def _is_params(node: Any) -> bool:
+  return isinstance(node, dict) and node.keys() == _PARTS
 
 
 def check_mesh(schedule: Any, mesh: Mesh) -> None:

@@ -11,9 +11,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxpipe.pipeline import rings
-from jaxpipe.pipeline.equations import lenient
+from jaxpipe.pipeline.equations import lenient, trace
 from jaxpipe.pipeline.local import Local, Now, State, Totals, accumulate
 from jaxpipe.pipeline.rings import Tree
 from jaxpipe.pipeline.split import float_leaves, with_float_leaves
@@ -36,6 +37,14 @@ class WholeEnds:
   def held(self) -> dict[str, Tree]:
     """Shapes of a slot of the ring `vocabulary`: it has nothing."""
     return {}
+
+  def heaviest(self) -> Any:
+    """The jaxpr of what holds most at once: the head's loss and gradient."""
+    local = self.local
+    batch = local.microbatch(jnp.int32(0))
+    value_and_grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
+    args = local.params["head"], float_leaves(local.x), local.x, batch
+    return trace(value_and_grad, *args).jaxpr
 
   def enter(self, state: State, now: Now) -> State:
     """Before F: nothing, for `input` embeds."""

@@ -7,8 +7,9 @@ its own column. What was summed on the way is reduced over the mesh once, after 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,7 +78,7 @@ def pipeline_value_and_grad(
   """
   policy = residual_policy(residuals)
   program = lower(schedule.check(), keeps_input=policy.stage_input, slack=slack)
-  return _compile(stack, program, mesh, schedule, policy, poison, unroll, probe)
+  return _compile(Pipeline(stack, program, mesh, schedule, policy, poison, probe), unroll)
 
 
 def pipeline_forward(
@@ -94,69 +95,119 @@ def pipeline_forward(
     threads: wait for the result of one call before making many more, or XLA may run out of them.
   """
   program = lower(schedule.check().forward_only())
-  run = _compile(stack, program, mesh, schedule, None, poison, "none")
+  run = _compile(Pipeline(stack, program, mesh, schedule, None, poison), "none")
   return lambda params, batch: run(params, batch)[0]
 
 
-def _compile(
-  stack: Any,
-  program: Program,
-  mesh: Mesh,
-  schedule: Schedule,
-  policy: Residuals | None,
-  poison: bool,
-  unroll: str,
-  probe: Probe | None = None,
-) -> Callable[..., Any]:
-  segments = cut(program, unroll)
-  check_mesh(schedule, mesh)
-  each = layers_per_stage(stack.depth, schedule)
-  axes = tuple(mesh.axis_names)
-  blocking = mesh.devices.flat[0].platform == "cpu"
-  shards = dict(mesh.shape).get(DATA, 1)
-  specs = param_specs(stack.param_shapes(), stack, schedule)
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """What is to run, and where.
 
-  def local(params: Tree, batch: Tree, key: Any) -> Any:
-    params = {**params, "head": stack.head_params(params)}
-    params["layers"] = replicas.gather(params["layers"], schedule.placement, each)
-    params = rings.vary(params, axes)
-    rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
-    if shards > 1:
-      rows += lax.axis_index(DATA) * len(rows)
-    batch, key, rows = rings.vary((batch, key, rows), axes)
-    here = Local(
-      *(stack, program, axes, poison, blocking, probe),
-      *(params, batch, key, rows, policy is not None),
+  Attributes:
+    stack, mesh, poison, probe: as for `pipeline_value_and_grad`.
+    program: the schedule's, or that of its forwards.
+    schedule: the whole one, which says where the parameters lie.
+    policy: what F keeps; None where only forwards run.
+
+  Raises:
+    ValueError: the mesh is of another size, or the layers do not fill the stages.
+  """
+
+  stack: Any
+  program: Program
+  mesh: Mesh
+  schedule: Schedule
+  policy: Residuals | None
+  poison: bool = False
+  probe: Probe | None = None
+
+  def __post_init__(self) -> None:
+    check_mesh(self.schedule, self.mesh)
+    layers_per_stage(self.stack.depth, self.schedule)
+
+  @property
+  def axes(self) -> tuple[str, ...]:
+    """Names of the mesh axes."""
+    return tuple(self.mesh.axis_names)
+
+  @property
+  def shards(self) -> int:
+    """Data shards."""
+    return dict(self.mesh.shape).get(DATA, 1)
+
+  @property
+  def layers(self) -> int:
+    """Layers of a stage."""
+    return layers_per_stage(self.stack.depth, self.schedule)
+
+  @property
+  def specs(self) -> Tree:
+    """Partition specs of the parameters."""
+    return param_specs(self.stack.param_shapes(), self.stack, self.schedule)
+
+  def over_mesh(self, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+    """`local(params, batch, key)` on every device, each with its own part of all three."""
+    data = DATA if self.shards > 1 else None
+    return jax.shard_map(
+      local,
+      mesh=self.mesh,
+      in_specs=(self.specs, Spec(None, data), Spec()),
+      out_specs=out_specs,
     )
-    device, cells = Device.build(here, each, policy)
-    mine = lambda column: jnp.asarray(column)[:, lax.axis_index(STAGE)]  # noqa: E731
-    meetings = program.meetings
-    columns = {**program.table, **meetings.slots, **meetings.home, "cells": cells}
-    table = rings.vary({name: mine(column) for name, column in columns.items()}, axes)
-    # All devices take the same side of a conditional round a meeting: its column does not vary.
-    table |= {name: jnp.asarray(column) for name, column in meetings.microbatches.items()}
+
+  def build(self, params: Tree, batch: Tree, key: Any) -> tuple[Device, Any]:
+    """The device that this is, and its table of cells; inside `over_mesh`."""
+    params = {**params, "head": self.stack.head_params(params)}
+    params["layers"] = replicas.gather(params["layers"], self.schedule.placement, self.layers)
+    params = rings.vary(params, self.axes)
+    rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
+    if self.shards > 1:
+      rows += lax.axis_index(DATA) * len(rows)
+    batch, key, rows = rings.vary((batch, key, rows), self.axes)
+    blocking = self.mesh.devices.flat[0].platform == "cpu"
+    here = Local(
+      *(self.stack, self.program, self.axes, self.poison, blocking, self.probe),
+      *(params, batch, key, rows, self.policy is not None),
+    )
+    return Device.build(here, self.layers, self.policy)
+
+  def run(self, segments: Sequence[Segment], params: Tree, batch: Tree, key: Any) -> Any:
+    """Walks the table and sums up; inside `over_mesh`."""
+    device, cells = self.build(params, batch, key)
+    table = self._table(cells)
     state = device.start()
     for segment in segments:
       state = _run(device, state, segment, table)
-    if policy:
-      summed = replicas.reduce(state.grads["layers"], schedule.placement, each)
+    if self.policy:
+      summed = replicas.reduce(state.grads["layers"], self.schedule.placement, self.layers)
       state = state._replace(grads={**state.grads, "layers": summed})
-    return _reduce(stack, state, axes, specs if policy else None)
+    return _reduce(self.stack, state, self.axes, self.specs if self.policy else None)
 
-  data = DATA if shards > 1 else None
-  sharded = jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(specs, Spec(None, data), Spec()),
-    out_specs=((Spec(), Spec()), specs if policy else {}),
+  def _table(self, cells: Any) -> dict[str, jax.Array]:
+    """This device's columns of the table."""
+    mine = lambda column: jnp.asarray(column)[:, lax.axis_index(STAGE)]  # noqa: E731
+    meetings = self.program.meetings
+    columns = {**self.program.table, **meetings.slots, **meetings.home, "cells": cells}
+    table = rings.vary({name: mine(column) for name, column in columns.items()}, self.axes)
+    # All devices take the same side of a conditional round a meeting: its column does not vary.
+    whole = {name: jnp.asarray(column) for name, column in meetings.microbatches.items()}
+    return {**table, **whole}
+
+
+def _compile(pipeline: Pipeline, unroll: str) -> Callable[..., Any]:
+  segments = cut(pipeline.program, unroll)
+  sharded = pipeline.over_mesh(
+    functools.partial(pipeline.run, segments),
+    ((Spec(), Spec()), pipeline.specs if pipeline.policy else {}),
   )
 
   @jax.jit
   def run(params: Tree, batch: Tree, key: jax.Array | None) -> Any:
-    return sharded(params, microbatches(batch, schedule.microbatches, shards), key)
+    cut = microbatches(batch, pipeline.schedule.microbatches, pipeline.shards)
+    return sharded(params, cut, key)
 
   def step(params: Tree, batch: Tree, key: jax.Array | None = None) -> Any:
-    check_placed(params, stack, schedule, mesh)
+    check_placed(params, pipeline.stack, pipeline.schedule, pipeline.mesh)
     return run(params, batch, key)
 
   return step

@@ -1,78 +1,167 @@
-"""What a step will hold on each device, read off the schedule before anything is compiled."""
+"""What a step holds on each device by kind, known before anything is compiled.
+
+Rings, pools and sums are the executor's own: it is traced up to its first tick, and what it has
+allocated there is counted. What the inside of an action needs is estimated (`workspace`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from jaxpipe.parallel.mesh import DATA
-from jaxpipe.parallel.placing import check_mesh, layers_per_stage
-from jaxpipe.pipeline.batch import check_rows
+from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.parallel.placing import map_param_trees, param_specs
+from jaxpipe.pipeline.batch import microbatches
+from jaxpipe.pipeline.device import Device
+from jaxpipe.pipeline.executor import Pipeline
 from jaxpipe.pipeline.program import lower
-from jaxpipe.pipeline.residuals import residual_policy
+from jaxpipe.pipeline.residuals import Policy, residual_policy
 from jaxpipe.pipeline.rings import wide
-from jaxpipe.pipeline.split import float_leaves
-from jaxpipe.pipeline.stage import cut_stack
+from jaxpipe.pipeline.workspace import workspace
 from jaxpipe.schedules import Kind, Schedule
 
 Tree = Any
 
 
-def expected_memory(
-  stack: Any, schedule: Schedule, mesh: Mesh, example_batch: Tree, *, residuals: str = "dots"
-) -> dict[str, int]:
-  """Returns bytes per device by kind, the same on every device.
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+  """Bytes that one device holds during a step, the same on every device.
+
+  Attributes:
+    bytes: kind -> bytes. `parameters`, `optimizer`, `batch`; `gradients`, sums over microbatches;
+      `replicas`, the stages that the device holds, where some have replicas; `activations` and
+      `gradient_ring`, what travels between stages; `saved`, what actions leave for later ones;
+      `vocabulary`, what a shard of the head keeps; `workspace`, an estimate: the tick table, and
+      the inside of the action that needs most.
+    units: what an F, an I and a W change in what actions leave for later ones, over what F keeps:
+      `memory` of `make_schedule`, with which schedules are planned within a limit.
+  """
+
+  bytes: Mapping[str, int]
+  units: tuple[float, float, float]
+
+  @property
+  def total(self) -> int:
+    """All of them."""
+    return sum(self.bytes.values())
+
+  @property
+  def rings(self) -> int:
+    """What the schedule decides."""
+    return sum(self.bytes[k] for k in ("activations", "gradient_ring", "saved", "vocabulary"))
+
+  def error(self, compiled: jax.stages.Compiled) -> float:
+    """Returns predicted over compiled bytes, less one.
+
+    Args:
+      compiled: a step, or only its gradients; arguments, results and temporaries are counted, what
+        is donated once.
+
+    Raises:
+      ValueError: the platform has no memory analysis.
+    """
+    found = compiled.memory_analysis()
+    if found is None:
+      raise ValueError("this platform's compiler says nothing about memory")
+    given = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return self.total / float(given + found.temp_size_in_bytes) - 1
+
+  def __str__(self) -> str:
+    rows = [*self.bytes.items(), ("total", self.total)]
+    return "\n".join(f"{kind.replace('_', ' '):14} {n / 2**20:12,.2f} MiB" for kind, n in rows)
+
+
+def memory_report(
+  stack: Any,
+  schedule: Schedule,
+  mesh: Mesh,
+  example_batch: Tree,
+  *,
+  residuals: str | Policy = "dots",
+  slack: int = 0,
+  optimizer: Any = None,
+) -> MemoryReport:
+  """Predicts a step's memory.
 
   Args:
     stack: the `LayerStack`.
-    schedule, mesh, residuals: as for `pipeline_value_and_grad`.
+    schedule, mesh, residuals, slack: as for `pipeline_value_and_grad`.
     example_batch: a batch or its shapes, leaves `[B, ...]`.
+    optimizer: an optax transformation, whose state is in float32 at least and lies like the
+      parameters.
 
-  Returns:
-    `parameters`; `replicas` (the copy of all stages, where some have replicas); `gradients` (their
-    sums); and the rings, length times bytes of a slot:
-    `activations` and `gradient_ring` (what travels), and `saved` (what F and R keep and what I
-    leaves for W). The optimizer and XLA's workspace, one microbatch of one layer, come on top.
+  Raises:
+    ValueError, ScheduleError: as for `pipeline_value_and_grad`.
   """
-  check_mesh(schedule, mesh)
   policy = residual_policy(residuals)
-  program = lower(schedule.check(), keeps_input=policy.stage_input)
-  each = layers_per_stage(stack.depth, schedule)
+  program = lower(schedule.check(), keeps_input=policy.stage_input, slack=slack)
+  pipeline = Pipeline(stack, program, mesh, schedule, policy)
+  found: dict[str, int] = {}
+  units: list[tuple[float, float, float]] = []
+
+  def local(params: Tree, batch: Tree, key: jax.Array) -> tuple[()]:
+    device, cells = pipeline.build(params, batch, key)
+    found.update(_count(device, cells))
+    units.append(_units(device))
+    return ()
+
   shapes = stack.param_shapes()
-  shards = dict(mesh.shape).get(DATA, 1)
-  rows = check_rows(example_batch, schedule.microbatches, shards) // shards
-  one = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), example_batch
+  specs = param_specs(shapes, stack, schedule)
+
+  def stored(params: Tree) -> int:
+    shares = jax.tree.map(
+      lambda spec, leaf: _bytes(leaf) // (schedule.devices if STAGE in spec else 1), specs, params
+    )
+    return sum(jax.tree.leaves(shares))
+
+  def state(params: Tree) -> Tree:
+    return optimizer.init(jax.tree.map(lambda p: p.astype(wide(p.dtype)), params))
+
+  def start(params: Tree, batch: Tree, key: jax.Array) -> Any:
+    cut = microbatches(batch, schedule.microbatches, pipeline.shards)
+    return pipeline.over_mesh(local, ())(params, cut, key)
+
+  jax.eval_shape(start, shapes, example_batch, jax.eval_shape(jax.random.key, 0))
+  moments = jax.eval_shape(state, shapes) if optimizer else ()
+  return MemoryReport(
+    {
+      "parameters": stored(shapes),
+      "optimizer": sum(jax.tree.leaves(map_param_trees(stored, moments, _bytes))),
+      "batch": _bytes(example_batch) // pipeline.shards,
+      **found,
+    },
+    units[-1],
   )
-  x = jax.eval_shape(stack.apply_embed, shapes["embed"], one)
-  number = jax.ShapeDtypeStruct((), jnp.int32)
-  in_rows = jax.ShapeDtypeStruct((jax.tree.leaves(one)[0].shape[0],), jnp.int32)
-  key = jax.eval_shape(jax.random.key, 0)
-  inputs = dict(batch=one, key=key, layer=number, microbatch=number, rows=in_rows)
-  layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), shapes["layers"])
-  recompute = Kind.R in program.kinds
-  stage = cut_stack(
-    *(stack, layer, inputs, x, each, policy, lambda shapes, lengths: []), recompute=recompute
-  )
-  _, lengths = program.cells(stage.layout.values)
-  held = [layer] * (each * schedule.chunks)
-  # A stage with replicas is stored by one device, and copied to the others for the step.
-  copied = schedule.placement.replicated
-  stored = [layer] * (stack.depth // schedule.devices)
-  sums = {**shapes, "layers": held, "head": stack.head_params(shapes)}  # a tied table twice
+
+
+def _count(device: Device, cells: Any) -> dict[str, int]:
+  """What one device holds beside what it is given; inside `shard_map`."""
+  state = device.start()
+  replicated = device.local.program.schedule.placement.replicated
   return {
-    "parameters": _bytes({**shapes, "layers": stored}),
-    "replicas": _bytes(held) if copied else 0,
-    "gradients": _bytes(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, wide(p.dtype)), sums)),
-    "activations": program.length("activations") * _bytes(x),
-    "gradient_ring": program.length("gradients") * _bytes(float_leaves(x)),
-    "saved": sum(n * _bytes(cell) for n, cell in zip(lengths, stage.layout.pools, strict=True)),
+    "replicas": _bytes(device.local.params["layers"]) if replicated else 0,
+    "gradients": _bytes(state.grads),
+    "activations": _bytes(state.activations),
+    "gradient_ring": _bytes(state.gradients),
+    "saved": _bytes(state.pools),
+    "vocabulary": _bytes(state.vocabulary),
+    "workspace": workspace(device, state, cells),
   }
 
 
+def _units(device: Device) -> tuple[float, float, float]:
+  layout, local = device.stage.layout, device.local
+  sizes = [(value, _bytes(layout.pools[value.pool])) for value in layout.values]
+  kept = sum(size for value, size in sizes if value.made is Kind.F)
+  if local.program.keeps_input:
+    kept += _bytes(local.x)
+  waits = sum(size for value, size in sizes if value.last is Kind.W)
+  return 1.0, (waits - kept) / kept, -waits / kept
+
+
 def _bytes(tree: Tree) -> int:
-  return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

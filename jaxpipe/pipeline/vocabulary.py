@@ -51,6 +51,10 @@ class ShardedEnds:
     backward = {"scale": score["m"]} if self.local.training else {}
     return {"y": y, **score, **backward}
 
+  def heaviest(self) -> Any:
+    """The jaxpr of what holds most at once: S, with the logits of its shard."""
+    return jax.make_jaxpr(self._score)(jax.tree.leaves(self.local.x), jnp.int32(0)).jaxpr
+
   def enter(self, state: State, now: Now) -> State:
     """Before F of a first stage: its input, to which every shard adds what it finds."""
     local, ring = self.local, state.activations

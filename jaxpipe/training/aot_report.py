@@ -34,9 +34,7 @@ def _memory(known: Mapping[str, int], found: CompiledStep, device: Device) -> di
   """Bytes of one device: predicted by kind, the compiler's, and what the chip has."""
   report: dict[str, Any] = {"predicted": dict(known)}
   if found.memory:
-    held = ("parameters", "optimizer")
-    inside = sum(bytes for kind, bytes in known.items() if kind not in held)
-    report["workspace"] = found.memory.temporary - inside
+    report["error"] = sum(known.values()) / found.memory.total - 1
     report["compiler"] = {**dataclasses.asdict(found.memory), "total": found.memory.total}
   if device.memory:
     report["chip"] = device.memory
@@ -116,9 +114,9 @@ def _memory_lines(memory: Mapping[str, Any]) -> Iterator[str]:
   for kind, size in memory["predicted"].items():
     yield f"  {kind:20} {size / 1e9:9.3f}  predicted"
   if "compiler" in memory:
-    yield f"  {'workspace':20} {memory['workspace'] / 1e9:9.3f}  temporary, less what was predicted"
     for kind, size in memory["compiler"].items():
       yield f"  {kind:20} {size / 1e9:9.3f}  compiler"
+    yield f"  {'error':20} {memory['error']:9.1%}  predicted over compiler, less one"
   if "chip" in memory:
     fits = "fits" if memory.get("fits") else "does NOT fit"
     yield f"  {'chip':20} {memory['chip'] / 1e9:9.3f}  {fits}"

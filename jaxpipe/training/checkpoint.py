@@ -22,10 +22,10 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.models.stack import LayerStack
-from jaxpipe.parallel.placing import shardings
+from jaxpipe.parallel.placing import map_param_trees, shardings
 from jaxpipe.schedules import Schedule
 from jaxpipe.training.errors import ConfigError
-from jaxpipe.training.state import TrainState, map_param_trees, to_canonical, to_placed
+from jaxpipe.training.state import TrainState, to_canonical, to_placed
 
 Tree = Any
 

@@ -14,12 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxpipe.models.transformer import flops_per_token
 from jaxpipe.parallel.mesh import STAGE
-from jaxpipe.pipeline.memory import expected_memory
+from jaxpipe.pipeline.memory import MemoryReport, memory_report
 from jaxpipe.schedules import draw_text, simulate
 from jaxpipe.training.metrics import Record
 from jaxpipe.training.peaks import peak_flops
 from jaxpipe.training.setup import Setup
-from jaxpipe.training.state import map_param_trees, state_shapes
 
 Tree = Any
 
@@ -32,14 +31,16 @@ def describe(setup: Setup) -> str:
   axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
   total, held = count_parameters(setup)
   memory = plan_memory(setup)
-  parts = ", ".join(f"{kind.replace('_', ' ')} {_mib(size)}" for kind, size in memory.items())
+  parts = ", ".join(
+    f"{kind.replace('_', ' ')} {_mib(size)}" for kind, size in memory.bytes.items() if size
+  )
   train, held_out = len(setup.data.train.tokens), len(setup.data.validation.tokens)
   return "\n".join(
     (
       f"mesh: {axes} = {setup.mesh.size} devices ({device.device_kind})",
       draw_text(simulate(setup.schedule), width),
       f"parameters: {total:,} in total, {held:,} on each device",
-      f"expected memory of each device: {_mib(sum(memory.values()))} MiB ({parts})",
+      f"expected memory of each device: {_mib(memory.total)} MiB ({parts})",
       f"data: {train:,} tokens to train on, {held_out:,} held out",
     )
   )
@@ -52,19 +53,13 @@ def count_parameters(setup: Setup) -> tuple[int, int]:
   return total, total - sizes["layers"] + sizes["layers"] // setup.mesh.shape[STAGE]
 
 
-def plan_memory(setup: Setup) -> dict[str, int]:
-  """Bytes of each device by kind: those of the pipeline, and the optimizer's."""
-  pipeline = expected_memory(
-    setup.stack, setup.schedule, setup.mesh, setup.batch_shapes, residuals=setup.config.residuals
+def plan_memory(setup: Setup) -> MemoryReport:
+  """What each device will hold, the optimizer's state included."""
+  return memory_report(
+    *(setup.stack, setup.schedule, setup.mesh, setup.batch_shapes),
+    residuals=setup.config.residuals,
+    optimizer=setup.optimizer,
   )
-  P = setup.mesh.shape[STAGE]
-
-  def share(params: Tree) -> Tree:
-    return sum(_bytes(tree) // (P if part == "layers" else 1) for part, tree in params.items())
-
-  moments = state_shapes(setup.stack, setup.optimizer).opt_state
-  optimizer = sum(jax.tree.leaves(map_param_trees(share, moments, _bytes)))
-  return {**pipeline, "optimizer": optimizer}
 
 
 class StepLine:
@@ -137,10 +132,6 @@ class Screen:
 
 def _count(tree: Tree) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: Tree) -> int:
-  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _mib(size: int) -> str:

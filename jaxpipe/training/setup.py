@@ -24,7 +24,7 @@ from jaxpipe.models.transformer import TransformerConfig, transformer
 from jaxpipe.parallel.mesh import DATA, STAGE, make_mesh
 from jaxpipe.parallel.placing import layers_per_stage, param_specs
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
-from jaxpipe.pipeline.memory import expected_memory
+from jaxpipe.pipeline.memory import memory_report
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.training.config import Config
@@ -129,7 +129,7 @@ def build(config: Config) -> Setup:
   # A name can only be looked for in a layer, which has to be traced for it.
   with naming(config.flag("residuals")):
     if residual_policy(config.residuals).names:
-      expected_memory(stack, schedule, mesh, setup.batch_shapes, residuals=config.residuals)
+      memory_report(stack, schedule, mesh, setup.batch_shapes, residuals=config.residuals)
   return setup
 
 

@@ -17,13 +17,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.models.stack import LayerStack
-from jaxpipe.parallel.placing import place, shardings, unplace
+from jaxpipe.parallel.placing import map_param_trees, place, shardings, unplace
 from jaxpipe.schedules import Schedule
 from jaxpipe.training.optimizer import widen
 
 Tree = Any
 
-_PARTS = {"embed", "layers", "head"}
 # Steps fold small numbers into the same key; initialisation takes one that no step reaches.
 _INIT = 2**31
 
@@ -42,19 +41,6 @@ class TrainState:
   params: Tree
   opt_state: Tree
   step: jax.Array
-
-
-def map_param_trees(fn: Callable[[Tree], Tree], tree: Tree, other: Callable[[Any], Any]) -> Tree:
-  """Applies `fn` to every subtree of the parameters' shape, `other` to leaves outside them."""
-
-  def one(node: Any) -> Any:
-    return fn(node) if _is_params(node) else other(node)
-
-  return jax.tree.map(one, tree, is_leaf=_is_params)
-
-
-def _is_params(node: Any) -> bool:
-  return isinstance(node, dict) and node.keys() == _PARTS
 
 
 def state_shardings(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Tree:

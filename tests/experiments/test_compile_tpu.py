@@ -31,7 +31,7 @@ def test_a_tiny_model_compiles_and_is_described(tmp_path: pathlib.Path) -> None:
   report = json.loads((tmp_path / "r.json").read_text())
   assert report["device"] == "TPU v5" and report["parameters"] == 295488
   memory = report["memory"]
-  assert memory["fits"] and memory["workspace"] >= 0
+  assert memory["fits"] and abs(memory["error"]) < 1
   # Parameters and the two moments, the batch, and what tiles of 128 add to small arrays.
   held = memory["predicted"]["parameters"] + memory["predicted"]["optimizer"]
   assert held <= memory["compiler"]["arguments"] <= 1.5 * held

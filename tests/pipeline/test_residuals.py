@@ -208,7 +208,7 @@ def test_a_name_that_no_layer_bears(float64):
   with pytest.raises(ValueError, match=UNKNOWN_NAME):
     jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=names)(placed, batch)
   with pytest.raises(ValueError, match=UNKNOWN_NAME):
-    jaxpipe.expected_memory(stack, schedule, mesh, batch, residuals=names)
+    jaxpipe.memory_report(stack, schedule, mesh, batch, residuals=names)
 
 
 def test_names_where_there_are_none(float64):
