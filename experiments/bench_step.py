@@ -12,8 +12,8 @@ keeps layer inputs alone and computes all the rest twice. Targets: user CPU at m
 device, wall time at most 0.6 of vmap+roll, fused gpipe and 1f1b at most 0.6 of its memory.
 
 The second takes about three minutes. It runs one process a device, each bound to a processor of its
-own (see `one_thread`), and compares the speed-up over one device so bound with the simulator's,
-whose F, I, W and head are timed in the first process. "threads", CPU seconds over wall seconds of
+own (see `one_thread`), and compares the speed-up over one device so bound with that of the tick
+table at the F, I, W and head that are timed in the first process. "threads", CPU seconds over wall seconds of
 the first process, must be 1 for one device: less means that others use the processor as well.
 Target: at least 0.95 of what is predicted.
 """
@@ -38,6 +38,8 @@ from absl import app, flags
 
 import jaxpipe
 from jaxpipe.models.transformer import TransformerConfig, transformer
+from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.unroll import cut, estimated_time
 from jaxpipe.schedules import schedule_names
 
 _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the transformer.")
@@ -58,7 +60,7 @@ _BACKWARD = flags.DEFINE_multi_enum(
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps per variant and round, after one to warm up.")
 _SPEEDUP = flags.DEFINE_bool("speedup", False, "One thread a device: measured against predicted.")
-_SLACK = flags.DEFINE_integer("slack", 0, "Ticks between send and use, for the prediction.")
+_SLACK = flags.DEFINE_integer("slack", 0, "Ticks between send and use.")
 _FORMAT = flags.DEFINE_enum("format", "text", ["text", "json"], "What to print.")
 _OUT = flags.DEFINE_string("out", "", "Writes it to this file as well.")
 
@@ -154,7 +156,9 @@ def registered(
       schedule = jaxpipe.make_schedule(
         devices=_DEVICES.value, microbatches=_MICROBATCHES.value, **options
       )
-      step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=_RESIDUALS.value)
+      step = jaxpipe.pipeline_value_and_grad(
+        stack, schedule, mesh, residuals=_RESIDUALS.value, slack=_SLACK.value
+      )
       params = stack.init(jax.random.key(0), batch, schedule, mesh)
       variants[label] = compiled(step, params, batch)
     except ValueError as error:
@@ -162,8 +166,9 @@ def registered(
       continue
     if costs:
       times, work = costs(schedule.stages)
-      timeline = jaxpipe.simulate(schedule, times, execution="coupled", slack=_SLACK.value)
-      variants[label].predicted = _MICROBATCHES.value * work / timeline.makespan
+      program = lower(schedule, slack=_SLACK.value)
+      ticks = estimated_time(program, cut(program, "auto"), times, blocking=True)
+      variants[label].predicted = _MICROBATCHES.value * work / ticks
   return variants, refused
 
 

@@ -100,13 +100,13 @@ def gather(tree: Tree, placement: Any, layers: int) -> Tree:
   """
   if not placement.replicated:
     return tree
-  own = [[placement.chunk(d, s) for s in row] for d, row in enumerate(owned(placement))]
   here = lax.axis_index(STAGE)
+  own = _own_chunks(placement)[here]
 
   def leaf(mine: jax.Array) -> jax.Array:
     stages = mine.reshape(-1, layers, *mine.shape[1:])
     held = jnp.zeros((placement.chunks, *stages.shape[1:]), mine.dtype)
-    held = held.at[jnp.asarray(own)[here]].set(stages)
+    held = held.at[own].set(stages)
     for one in rounds(placement):
       sent = lax.ppermute(stages[jnp.asarray(one.source)[here]], STAGE, one.pairs)
       receives = jnp.asarray([d in {b for _, b in one.pairs} for d in range(placement.devices)])
@@ -121,12 +121,12 @@ def reduce(tree: Tree, placement: Any, layers: int) -> Tree:
   """Transpose of `gather`: adds the gradients of all homes of a stage, at its owner."""
   if not placement.replicated:
     return tree
-  own = [[placement.chunk(d, s) for s in row] for d, row in enumerate(owned(placement))]
   here = lax.axis_index(STAGE)
+  own = _own_chunks(placement)[here]
 
   def leaf(held: jax.Array) -> jax.Array:
     stages = held.reshape(-1, layers, *held.shape[1:])
-    mine = stages[jnp.asarray(own)[here]]
+    mine = stages[own]
     for one in rounds(placement):
       back = tuple((b, a) for a, b in one.pairs)
       sent = lax.ppermute(stages[jnp.asarray(one.target)[here]], STAGE, back)
@@ -135,3 +135,9 @@ def reduce(tree: Tree, placement: Any, layers: int) -> Tree:
     return mine.reshape(-1, *held.shape[1:])
 
   return jax.tree.map(leaf, tree)
+
+
+def _own_chunks(placement: Any) -> jax.Array:
+  """Chunks that each device holds the stages as that it owns, int32 [P, owned]."""
+  rows = [[placement.chunk(d, s) for s in row] for d, row in enumerate(owned(placement))]
+  return jnp.asarray(rows, jnp.int32)

@@ -35,13 +35,13 @@ from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.ends import WholeEnds
 from jaxpipe.pipeline.equations import lenient
+from jaxpipe.pipeline.floats import float_leaves, with_float_leaves
 from jaxpipe.pipeline.local import Local, Now, State, Totals
 from jaxpipe.pipeline.order import after
 from jaxpipe.pipeline.probe import END, START
 from jaxpipe.pipeline.program import CODE, Doing
 from jaxpipe.pipeline.residuals import Residuals
 from jaxpipe.pipeline.rings import Tree, wide
-from jaxpipe.pipeline.split import float_leaves, with_float_leaves
 from jaxpipe.pipeline.stage import Call, Stage, cut_stack
 from jaxpipe.pipeline.storage import Storage
 from jaxpipe.pipeline.vocabulary import ShardedEnds

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.equations import lenient, trace
+from jaxpipe.pipeline.floats import float_leaves, with_float_leaves
 from jaxpipe.pipeline.local import Local, Now, State, Totals, accumulate
 from jaxpipe.pipeline.rings import Tree
-from jaxpipe.pipeline.split import float_leaves, with_float_leaves
-from jaxpipe.pipeline.varying import axes_of
+from jaxpipe.pipeline.varying import axes_of, vary
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
@@ -99,7 +99,7 @@ class WholeEnds:
       def outputs(params: Tree) -> Leaves:
         # A leaf that does not depend on the parameters has a cotangent like every other.
         x = float_leaves(self.local.stack.apply_embed(params, batch))
-        leaves: Leaves = rings.vary(x, axes_of(dx))
+        leaves: Leaves = vary(x, axes_of(dx))
         return leaves
 
       return jax.vjp(outputs, params)[1](dx)[0]

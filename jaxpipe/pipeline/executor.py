@@ -21,14 +21,15 @@ from jax.sharding import PartitionSpec as Spec
 from jaxpipe.parallel import replicas
 from jaxpipe.parallel.mesh import DATA, STAGE
 from jaxpipe.parallel.placing import check_mesh, check_placed, layers_per_stage, param_specs
-from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.local import Local, State, Totals
+from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.probe import Probe
-from jaxpipe.pipeline.program import Program, lower
+from jaxpipe.pipeline.program import Program
 from jaxpipe.pipeline.residuals import Residuals, residual_policy
 from jaxpipe.pipeline.unroll import Segment, cut
+from jaxpipe.pipeline.varying import vary
 from jaxpipe.schedules import Schedule
 
 Tree = Any
@@ -159,11 +160,11 @@ class Pipeline:
     """The device that this is, and its table of cells; inside `over_mesh`."""
     params = {**params, "head": self.stack.head_params(params)}
     params["layers"] = replicas.gather(params["layers"], self.schedule.placement, self.layers)
-    params = rings.vary(params, self.axes)
+    params = vary(params, self.axes)
     rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
     if self.shards > 1:
       rows += lax.axis_index(DATA) * len(rows)
-    batch, key, rows = rings.vary((batch, key, rows), self.axes)
+    batch, key, rows = vary((batch, key, rows), self.axes)
     blocking = self.mesh.devices.flat[0].platform == "cpu"
     here = Local(
       *(self.stack, self.program, self.axes, self.poison, blocking, self.probe),
@@ -188,7 +189,7 @@ class Pipeline:
     mine = lambda column: jnp.asarray(column)[:, lax.axis_index(STAGE)]  # noqa: E731
     meetings = self.program.meetings
     columns = {**self.program.table, **meetings.slots, **meetings.home, "cells": cells}
-    table = rings.vary({name: mine(column) for name, column in columns.items()}, self.axes)
+    table = vary({name: mine(column) for name, column in columns.items()}, self.axes)
     # All devices take the same side of a conditional round a meeting: its column does not vary.
     whole = {name: jnp.asarray(column) for name, column in meetings.microbatches.items()}
     return {**table, **whole}

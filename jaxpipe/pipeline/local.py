@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.pipeline import rings
+from jaxpipe.pipeline.floats import is_float
 from jaxpipe.pipeline.probe import Probe
 from jaxpipe.pipeline.program import CODE, Doing, Program
 from jaxpipe.pipeline.rings import Tree
-from jaxpipe.pipeline.split import is_float
 from jaxpipe.pipeline.storage import Pools
+from jaxpipe.pipeline.varying import vary
 from jaxpipe.schedules import Kind
 
 
@@ -156,7 +157,7 @@ class Local:
 
   def vary(self, tree: Tree) -> Tree:
     """Marks every leaf as differing along all mesh axes."""
-    return rings.vary(tree, self.axes)
+    return vary(tree, self.axes)
 
   def zeros(self, shapes: Tree) -> Tree:
     """Varying zeros of these shapes and dtypes."""

@@ -18,7 +18,7 @@ from jaxpipe.parallel.placing import map_param_trees, param_specs
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.executor import Pipeline
-from jaxpipe.pipeline.program import lower
+from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.residuals import Policy, residual_policy
 from jaxpipe.pipeline.rings import wide
 from jaxpipe.pipeline.workspace import workspace

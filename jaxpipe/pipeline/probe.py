@@ -25,9 +25,9 @@ from jax import lax
 from jax.experimental import io_callback
 
 from jaxpipe.parallel.mesh import STAGE
-from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.order import hold, touch
 from jaxpipe.pipeline.rings import Tree
+from jaxpipe.pipeline.varying import vary
 
 # Which reading of a tick: before its action, or when all that the action made is there.
 START, END = 0, 1
@@ -57,7 +57,7 @@ class Clock:
     answer = jax.ShapeDtypeStruct((), np.int32)
     # Not `ordered`, which is refused where several devices run one program.
     zero = io_callback(functools.partial(self._note, point), answer, device, touch(made))
-    return hold(rings.vary(zero, self.axes) != 0, held)
+    return hold(vary(zero, self.axes) != 0, held)
 
   def _note(self, point: int, device: Any, _: Any) -> np.int32:
     # What the call itself takes belongs to no action: it is over at START, and not begun at END.

@@ -1,30 +1,18 @@
-"""Buffers with numbered slots, and the mesh axes over which their contents vary."""
+"""Buffers with numbered slots."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpipe.pipeline.varying import vary
+
 Tree = Any
 Index = int | jax.Array
-
-
-def vary(tree: Tree, axes: Collection[str]) -> Tree:
-  """Marks every leaf as differing along the mesh `axes`.
-
-  Done once, before the loop: a parameter that stayed *invariant* along `data` would have its
-  gradient reduced over it at every use, once a microbatch, in place of once a step.
-  """
-
-  def mark(leaf: jax.Array) -> jax.Array:
-    missing = tuple(a for a in axes if a not in jax.typeof(leaf).manual_axis_type.varying)
-    return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-  return jax.tree.map(mark, tree)
 
 
 def allocate(shapes: Tree, slots: int, axes: Sequence[str], poison: bool) -> Tree:

@@ -20,9 +20,10 @@ from jax import lax
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.residuals import Policy, Residuals
 from jaxpipe.pipeline.rings import Index, Tree
-from jaxpipe.pipeline.split import LayerSplit, Saved, split
+from jaxpipe.pipeline.slices import LayerSplit, Saved
+from jaxpipe.pipeline.split import split
 from jaxpipe.pipeline.storage import Layout, Pools, Storage
-from jaxpipe.pipeline.varying import axes_of
+from jaxpipe.pipeline.varying import axes_of, vary
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
@@ -203,7 +204,7 @@ def cut_stack(
     # Like x, whichever way the layer is traced: a leaf of y that depends on nothing has a cotangent
     # like every other.
     y = stack.apply_layer(params, x, training, inputs)
-    return rings.vary(y, axes_of(jax.tree.leaves(x)))
+    return vary(y, axes_of(jax.tree.leaves(x)))
 
   def cut(keep: Policy | None) -> LayerSplit:
     return split(layer, params, inputs, x, keep, recompute=recompute and not keeps_input)

@@ -20,7 +20,7 @@ import jax
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.program import Value
 from jaxpipe.pipeline.rings import Index
-from jaxpipe.pipeline.split import Saved
+from jaxpipe.pipeline.slices import Saved
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]

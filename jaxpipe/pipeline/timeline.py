@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
+from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.probe import Clock
-from jaxpipe.pipeline.program import IDLE, Program, lower
+from jaxpipe.pipeline.program import IDLE, Program
 from jaxpipe.pipeline.unroll import Segment, cut, exchanges, tick_durations, tick_times
 from jaxpipe.schedules import Costs, Kind, Schedule, Timeline, simulate
 from jaxpipe.schedules.peaks import peaks
@@ -212,7 +213,7 @@ def mean_costs(timeline: Timeline, hop: float = 0.0) -> Costs:
   """Costs under which every stage does in all the work that it did in a timeline.
 
   Args:
-    timeline: of F, R, I, W and B, no two of them at once on one device.
+    timeline: of F, R, I, W, B, S and T, no two of them at once on one device.
     hop: latency between devices.
   """
   S = timeline.schedule.stages
@@ -230,10 +231,13 @@ def mean_costs(timeline: Timeline, hop: float = 0.0) -> Costs:
   I = total[Kind.I] + total[Kind.B] * (1 - share)
   W = total[Kind.W] + total[Kind.B] * share
   each = np.maximum(count[Kind.I] + count[Kind.B], 1)
+  # S and T share three P-ths of the head.
+  shards = sum(float(mean(kind).sum()) for kind in (Kind.S, Kind.T)) / 3
   return Costs(
     mean(Kind.F).tolist(),
     (I / each).tolist(),
     (W / each).tolist(),
     hop,
     recompute=mean(Kind.R).tolist(),
+    head=shards,
   )

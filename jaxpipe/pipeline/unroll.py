@@ -92,7 +92,11 @@ def cut(program: Program, unroll: str) -> tuple[Segment, ...]:
 
 
 def estimated_time(
-  program: Program, segments: Sequence[Segment], costs: Costs | None = None
+  program: Program,
+  segments: Sequence[Segment],
+  costs: Costs | None = None,
+  *,
+  blocking: bool = False,
 ) -> float:
   """Time of all ticks, when a device goes on as soon as what its tick exchanges has arrived.
 
@@ -102,9 +106,11 @@ def estimated_time(
     program: the tick table.
     segments: its cut.
     costs: of the actions and of a hop; the default, where F, I and W take one unit each.
+    blocking: whether a sender waits for its receiver, as CPU devices do.
   """
   costs = costs or Costs()
-  begins, _ = tick_times(program, segments, tick_durations(program, costs), costs.hop)
+  durations = tick_durations(program, costs)
+  begins, _ = tick_times(program, segments, durations, costs.hop, blocking=blocking)
   return float(begins[-1].max())
 
 

@@ -8,7 +8,7 @@ that a body or branch returns. Casting up changes no value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,14 +34,18 @@ def axes_of(values: Iterable[Any]) -> Axes:
   return frozenset().union(*(jax.typeof(v).manual_axis_type.varying for v in values))
 
 
-def vary(values: Iterable[Any], axes: Axes) -> list[Any]:
-  """The values, each varying over `axes` at least."""
+def vary(tree: Any, axes: Collection[str]) -> Any:
+  """The tree, each leaf varying over the mesh `axes` at least.
 
-  def mark(value: Any) -> Any:
-    missing = tuple(sorted(axes - axes_of([value])))
-    return lax.pcast(value, missing, to="varying") if missing else value
+  Parameters are cast once, before the loop: one that stayed *invariant* along `data` would have its
+  gradient reduced over it at every use, once a microbatch, in place of once a step.
+  """
 
-  return [mark(value) for value in values]
+  def mark(leaf: Any) -> Any:
+    missing = tuple(sorted(set(axes) - axes_of([leaf])))
+    return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+  return jax.tree.map(mark, tree)
 
 
 def unvarying(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -20,10 +20,10 @@ from jaxpipe.pipeline import cross_entropy, rings
 from jaxpipe.pipeline.cross_entropy import Targets, first_row
 from jaxpipe.pipeline.ends import Leaves, count
 from jaxpipe.pipeline.equations import lenient
+from jaxpipe.pipeline.floats import float_leaves, with_float_leaves
 from jaxpipe.pipeline.local import Local, Now, State, Totals, accumulate
 from jaxpipe.pipeline.meetings import BARRIER, EMBEDDING, EMBEDDING_GRADIENT, OUTPUT
 from jaxpipe.pipeline.rings import Tree
-from jaxpipe.pipeline.split import float_leaves, with_float_leaves
 from jaxpipe.schedules import Kind
 
 

@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import jaxpipe
-from jaxpipe.pipeline.program import CODE, Program, lower
+from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.program import CODE, Program
 from jaxpipe.schedules import Kind
 
 F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32, attention=jax.nn.dot_product_attention)

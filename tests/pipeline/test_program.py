@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from jaxpipe.pipeline.program import CODE, IDLE, Value, lower
+from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.program import CODE, IDLE, Value
 from jaxpipe.schedules import (
   Action,
   Kind,

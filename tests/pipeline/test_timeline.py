@@ -11,8 +11,8 @@ import tiny
 
 import jaxpipe
 from jaxpipe.pipeline import timeline
+from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.probe import Clock
-from jaxpipe.pipeline.program import lower
 from jaxpipe.pipeline.timeline import Measured, mean_costs, measure
 from jaxpipe.pipeline.unroll import SHAPES, cut, tick_durations, tick_times
 from jaxpipe.schedules import Costs, Kind, simulate

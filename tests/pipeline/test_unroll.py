@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxpipe
-from jaxpipe.pipeline.program import Doing, lower
+from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.program import Doing
 from jaxpipe.pipeline.unroll import (
   SHAPES,
   Segment,

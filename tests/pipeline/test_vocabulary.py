@@ -15,7 +15,7 @@ from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.tables import Tables
 from jaxpipe.models.transformer import Embed, Head, Layer, TransformerConfig
 from jaxpipe.pipeline.check import leaf_errors
-from jaxpipe.pipeline.program import lower
+from jaxpipe.pipeline.lower import lower
 from jaxpipe.schedules import Kind
 
 NAMES = (

@@ -1,0 +1,165 @@
+"""One layer's forward and backward pass as one list of equations, to be cut into slices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jaxpipe.pipeline import equations as eq
+from jaxpipe.pipeline.floats import float_leaves, with_float_leaves
+from jaxpipe.pipeline.slices import LayerSplit, Saved, Slice
+from jaxpipe.schedules import Kind
+
+Tree = Any
+Leaves = list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tape:
+  """One layer's forward and backward pass as one list of equations, and where each thing stands."""
+
+  equations: Sequence[eq.Equation]
+  consts: dict[eq.Var, Any]
+  given: Sequence[eq.Var]
+  x: Sequence[eq.Var]
+  dy: Sequence[eq.Var]
+  y: Sequence[Any]
+  residuals: Sequence[Any]
+  dx: Sequence[Any]
+  dparams: Sequence[Any]
+  moving: set[eq.Var]  # all that differs between microbatches
+  cotangents: set[eq.Var]  # all that depends on dy
+
+  @classmethod
+  def trace(
+    cls,
+    layer: Callable[[Tree, Tree, Tree], Tree],
+    params: Tree,
+    inputs: Tree,
+    x: Tree,
+    policy: Callable[..., bool] | None,
+  ) -> Tape:
+    counts: list[int] = []
+
+    def both(params: Tree, inputs: Tree, x: Tree, dy: Leaves) -> Any:
+      out = _vjp(layer, params, inputs, x, dy, policy)
+      counts[:] = [len(jax.tree.leaves(part)) for part in out]
+      return out
+
+    dy = float_leaves(x)  # as stand-ins: y is like x
+    closed = eq.trace(both, params, inputs, x, dy)
+    jaxpr = getattr(closed, "jaxpr", closed)
+    n_given, n_x = len(jax.tree.leaves((params, inputs))), len(jax.tree.leaves(x))
+    given, x_in, dy_in = _take(jaxpr.invars, n_given, n_x, len(dy))
+    equations = list(jaxpr.eqns)
+    y, residuals, dx, dparams = _take(jaxpr.outvars, *counts)
+    return cls(
+      equations,
+      dict(zip(jaxpr.constvars, closed.consts, strict=True)),
+      *(given, x_in, dy_in, y, residuals, dx, dparams),
+      eq.depends(equations, [*x_in, *dy_in]),
+      eq.depends(equations, dy_in),
+    )
+
+  def needed(self, outputs: Iterable[Any], at_hand: Iterable[eq.Var]) -> list[eq.Equation]:
+    """Equations that compute `outputs` from what is at hand, parameters and further inputs."""
+    return eq.needed(outputs, self.equations, {*self.given, *self.consts, *at_hand})
+
+  def read_by_backward(self, kept: Sequence[eq.Var]) -> list[eq.Var]:
+    """Those of `kept` that the backward pass reads, given that all of them are at hand."""
+    wanted = [*self.dx, *self.dparams]
+    read = {*eq.used(self.needed(wanted, [*kept, *self.dy]), wanted)}
+    return [v for v in kept if v in read]
+
+  def made_again(self, at_hand: Iterable[eq.Var]) -> set[eq.Var]:
+    """What the backward pass computes again, for dx or for dparams, from what F kept."""
+    backward = self.needed([*self.dx, *self.dparams], at_hand)
+    return {v for e in backward for v in e.outvars} & self.moving - self.cotangents
+
+  def backward_of_cotangents(self) -> list[eq.Equation]:
+    """The equations of the backward pass that read or make a cotangent."""
+    return [
+      e
+      for e in self.needed([*self.dx, *self.dparams], self.dy)
+      if any(v in self.cotangents for v in [*eq.used([e]), *e.outvars])
+    ]
+
+  def cut(self, made: dict[Kind, list[eq.Var]], waiting: Sequence[eq.Var]) -> LayerSplit:
+    """Makes the slices, given what each action leaves for later ones and what W reads."""
+    saved = [(v, kind) for kind, variables in made.items() for v in variables]
+    number = {v: n for n, (v, _) in enumerate(saved)}
+    last: dict[eq.Var, Kind] = {}
+
+    def slice_(
+      inputs: Sequence[eq.Var], known: Iterable[eq.Var], outputs: Sequence[Any], *makes: Kind
+    ) -> Slice:
+      left = [v for kind in makes for v in made[kind]]
+      wanted = [*outputs, *left]
+      equations = self.needed(wanted, [*inputs, *known])
+      reads = [v for v in eq.used(equations, wanted) if v in number and v in {*known}]
+      return Slice(
+        [*self.given, *reads, *inputs],
+        equations,
+        wanted,
+        self.consts,
+        tuple(number[v] for v in reads),
+        tuple(number[v] for v in left),
+      )
+
+    at_hand = [*made[Kind.F], *made[Kind.R]]
+    slices = {
+      Kind.R: slice_([], made[Kind.F], [], Kind.R),
+      Kind.I: slice_(self.dy, at_hand, self.dx, Kind.I),
+      Kind.W: slice_([], waiting, self.dparams),
+    }
+    for kind, one in slices.items():
+      last |= {saved[n][0]: kind for n in one.reads}
+    return LayerSplit(
+      forward=slice_(self.x, [], self.y, Kind.F),
+      primal=slice_(self.x, [], self.y),
+      recompute=slices[Kind.R] if made[Kind.R] else None,
+      input_grad=slices[Kind.I],
+      weight_grad=slices[Kind.W],
+      backward=slice_(self.dy, at_hand, [*self.dx, *self.dparams]),
+      saved=[_saved(v, kind, last[v]) for v, kind in saved],
+      x_count=len(self.x),
+      dx_count=len(self.dx),
+    )
+
+
+def _saved(variable: Any, made: Kind, last: Kind) -> Saved:
+  return Saved(variable.aval.shape, variable.aval.dtype, made, last)
+
+
+def _vjp(
+  layer: Callable[[Tree, Tree, Tree], Tree],
+  params: Tree,
+  inputs: Tree,
+  x: Tree,
+  dy: Leaves,
+  policy: Callable[..., bool] | None,
+) -> tuple[Tree, Leaves, Leaves, Tree]:
+  """Returns y, the residuals, dx and dparams."""
+
+  def run(params: Tree, floats: Leaves, x: Tree, inputs: Tree) -> tuple[Leaves, Tree]:
+    y = layer(params, inputs, with_float_leaves(x, floats))
+    return float_leaves(y), y
+
+  kept = run if policy is None else jax.checkpoint(run, policy=policy)
+  _, back, y = jax.vjp(
+    lambda params, floats: kept(params, floats, x, inputs), params, float_leaves(x), has_aux=True
+  )
+  dparams, dx = back(dy)
+  return y, jax.tree.leaves(back), dx, dparams
+
+
+def _take(items: Sequence[Any], *counts: int) -> list[list[Any]]:
+  out, at = [], 0
+  for count in counts:
+    out.append(list(items[at : at + count]))
+    at += count
+  assert at == len(items)
+  return out

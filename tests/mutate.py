@@ -1,0 +1,139 @@
+"""Breaks the executor in eight ways, one at a time, and sees that tests notice each.
+
+    .venv/bin/python tests/mutate.py
+
+Takes some minutes. Works on a copy; exits with 1 if a fault goes unnoticed or no longer applies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Tests of values first: what they miss, tests of tables may still find.
+SUITES = ("tests/pipeline/test_exactness.py", "tests/pipeline/test_program.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """One line of the package, and what stands in its place.
+
+  Attributes:
+    name: what goes wrong.
+    file: below `jaxpipe/`.
+    line: a text that occurs once.
+    broken: what replaces it.
+  """
+
+  name: str
+  file: str
+  line: str
+  broken: str
+
+
+FAULTS = [
+  Fault(
+    "wrong slot",
+    "pipeline/lower.py",
+    "= slot[ring, send.target, (send.stage, send.microbatch)]",
+    "= (slot[ring, send.target, (send.stage, send.microbatch)] + 1) % slots[ring]",
+  ),
+  Fault(
+    "wrong microbatch key",
+    "pipeline/device.py",
+    "layer=first + i, microbatch=now.microbatch",
+    "layer=first + i, microbatch=now.microbatch + 1",
+  ),
+  Fault(
+    "missing replica sum",
+    "parallel/replicas.py",
+    "mine = mine.at[jnp.asarray(one.source)[here]].add(sent)",
+    "mine = mine.at[jnp.asarray(one.source)[here]].add(0 * sent)",
+  ),
+  Fault(
+    "dropped W",
+    "pipeline/device.py",
+    "grads = now.when([Kind.W], run, lambda same: same,",
+    "grads = now.when([Kind.W], lambda same: same, lambda same: same,",
+  ),
+  Fault(
+    "stale buffer",
+    "pipeline/device.py",
+    "gradients = rings.put(gradients, float_leaves(here), slot)",
+    "gradients = rings.put(state.gradients, float_leaves(here), slot)",
+  ),
+  Fault(
+    "swapped chunk",
+    "pipeline/lower.py",
+    '["chunk"][cell] = schedule.placement.chunk(d, s)',
+    '["chunk"][cell] = schedule.chunks - 1 - schedule.placement.chunk(d, s)',
+  ),
+  Fault(
+    "loss weight ignored",
+    "pipeline/executor.py",
+    "/ totals.weight.astype(grad.dtype)",
+    "/ jnp.ones_like(totals.weight).astype(grad.dtype)",
+  ),
+  Fault(
+    "off-by-one route",
+    "pipeline/lower.py",
+    "[r].add((send.source, send.target))",
+    "[r].add((send.source, (send.target + 1) % P))",
+  ),
+]
+
+
+def broken(text: str, fault: Fault) -> str:
+  """The file's text with the fault.
+
+  Raises:
+    ValueError: the line is not there once.
+  """
+  if text.count(fault.line) != 1:
+    raise ValueError(f"{fault.file} has {text.count(fault.line)} times: {fault.line}")
+  return text.replace(fault.line, fault.broken)
+
+
+def first_failure(copy: pathlib.Path) -> str | None:
+  """Name of the first test that fails in a copy of the repository; None if all pass."""
+  for suite in SUITES:
+    command = [sys.executable, "-m", "pytest", suite, "-x", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    done = subprocess.run(
+      command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
+    failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    if failed:
+      return failed[1]
+    if done.returncode:
+      raise RuntimeError(done.stdout + done.stderr)
+  return None
+
+
+def main() -> int:
+  """Prints who notices each fault; the sound copy must pass."""
+  noticed = True
+  for fault in [None, *FAULTS]:
+    with tempfile.TemporaryDirectory() as folder:
+      copy = pathlib.Path(folder)
+      for part in ("jaxpipe", "tests"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+      shutil.copy(ROOT / "pyproject.toml", copy)
+      if fault:
+        file = copy / "jaxpipe" / fault.file
+        file.write_text(broken(file.read_text(), fault))
+      found = first_failure(copy)
+    noticed &= (found is None) == (fault is None)
+    print(f"{fault.name if fault else 'no fault':22} {found or 'all tests pass'}", flush=True)
+  return 0 if noticed else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
