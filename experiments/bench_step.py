@@ -13,9 +13,9 @@ device, wall time at most 0.6 of vmap+roll, fused gpipe and 1f1b at most 0.6 of 
 
 The second takes about three minutes. It runs one process a device, each bound to a processor of its
 own (see `one_thread`), and compares the speed-up over one device so bound with that of the tick
-table at the F, I, W and head that are timed in the first process. "threads", CPU seconds over wall seconds of
-the first process, must be 1 for one device: less means that others use the processor as well.
-Target: at least 0.95 of what is predicted.
+table at the F, I, W and head that are timed in the first process. "threads", CPU seconds over wall
+seconds of the first process, must be 1 for one device: less means that others use the processor as
+well. Target: at least 0.95 of what is predicted.
 """
 
 from __future__ import annotations
