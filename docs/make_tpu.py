@@ -4,7 +4,7 @@
     python docs/make_tpu.py [NAME ...]
 
 Runs experiments/compile_tpu.py once a row (or once for each row named; the others are then left
-out), about half a minute each, at most 2 GB of memory, and puts what it reports into a table.
+out), about half a minute each (`auto`: two), at most 2 GB of memory, and puts what it reports into a table.
 """
 
 import importlib.metadata
@@ -27,11 +27,14 @@ LARGE = (
   " --residuals=full"
 )
 ROWS = {
-  "0.2B 1f1b": f"{SMALL} --schedule=1f1b",
-  "0.2B zb-h1": f"{SMALL} --schedule=zb-h1",
-  "6.6B 1f1b": f"{MIDDLE} --schedule=1f1b",
-  "6.6B zb-h1": f"{MIDDLE} --schedule=zb-h1",
-  "175B 1f1b": f"{LARGE} --schedule=1f1b",
+  "0.2B 1f1b": f"{SMALL} --schedule=1f1b --unroll=none",
+  "0.2B 1f1b auto": f"{SMALL} --schedule=1f1b",
+  "0.2B zb-h1": f"{SMALL} --schedule=zb-h1 --unroll=none",
+  "0.2B head cut": f"{SMALL} --schedule=1f1b --head=sharded --unroll=none",
+  "6.6B 1f1b": f"{MIDDLE} --schedule=1f1b --unroll=none",
+  "6.6B 1f1b auto": f"{MIDDLE} --schedule=1f1b",
+  "6.6B zb-h1": f"{MIDDLE} --schedule=zb-h1 --unroll=none",
+  "175B 1f1b": f"{LARGE} --schedule=1f1b --unroll=none",
 }
 
 TEXT = """# Training steps compiled for TPUs
@@ -42,9 +45,8 @@ libtpu {libtpu}. Written by `python docs/make_tpu.py`.
 
 {table}
 
-- GB of one device. *Predicted* is parameters, optimizer, gradient sums and rings, known from the
-  schedule before compiling; *compiler* is what the compiled program holds altogether; the chip has
-  {chip}.
+- GB of one device. *Predicted* is what `jaxpipe.memory_report` says before compiling; *compiler* is
+  what the compiled program holds altogether; the chip has {chip}.
 - *Ring copies* inside a loop or branch must be 0; *moves* are small rings that the compiler takes
   into vector memory and back.
 - *Transfers*: asynchronous of all, and how many of them inside a conditional.
@@ -53,7 +55,8 @@ libtpu {libtpu}. Written by `python docs/make_tpu.py`.
 - *F*, *B*, *I*, *W*: million cycles of one action of one stage, and *step* and *MFU* what they
   imply, by the compiler's estimates alone: the clock is the documented peak over the documented
   matrix units, devices wait for their neighbours every tick, and a transfer takes no time. Branches
-  that belong to no action are not in them. No step was measured.
+  that belong to no action are not in them. Known only where all ticks are turns of one loop. No
+  step was measured.
 
 The rows:
 
@@ -70,7 +73,7 @@ def main() -> None:
   chosen = sys.argv[1:] or list(ROWS)
   reports = {name: compile_row(ROWS[name]) for name in chosen}
   table = [HEAD, ("---",) * len(HEAD), *(cells(name, r) for name, r in reports.items())]
-  commands = [f"    {name:11} {' '.join(ROWS[name].split())}" for name in chosen]
+  commands = [f"    {name:15} {' '.join(ROWS[name].split())}" for name in chosen]
   text = TEXT.format(
     jax=importlib.metadata.version("jax"),
     libtpu=importlib.metadata.version("libtpu"),

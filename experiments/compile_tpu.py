@@ -6,7 +6,8 @@
 Takes 10 to 100 seconds and holds no parameters: the state is shapes, so that a model of any size
 compiles on a laptop. Prints the memory of one device by kind beside the compiler's own analysis,
 copies of whole rings (there must be none), each transfer between devices and what runs under it,
-and the compiler's estimate of cycles for each action with the step time that they imply.
+and the compiler's estimate of cycles for each action with, for `--unroll=none`, the step time that
+they imply.
 `--platform=cuda` compiles for the GPUs of this machine; the report then has no cycles.
 `--model` presets: tiny; gpipe-6b, a Transformer of 128 layers and 6.6B parameters; gpt3-175b.
 """
@@ -32,6 +33,9 @@ from jaxpipe.models.transformer import TransformerConfig, flops_per_token, trans
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.parallel.placing import layers_per_stage
 from jaxpipe.pipeline.compiled import read_compiled
+from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.residuals import residual_policy
+from jaxpipe.pipeline.unroll import cut
 from jaxpipe.training.aot import (
   SCOPES,
   Device,
@@ -138,7 +142,9 @@ def prepare(config: Config) -> Job:
   state = placed_shapes(state_shapes(stack, optimizer), stack, schedule, mesh)
   batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
   with naming(*config.flags("schedule", "batch_size", "microbatches", "residuals")):
-    run = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=config.residuals)
+    run = jaxpipe.pipeline_value_and_grad(
+      stack, schedule, mesh, residuals=config.residuals, unroll=config.unroll
+    )
     known = jaxpipe.memory_report(
       stack, schedule, mesh, batch, residuals=config.residuals, optimizer=optimizer
     )
@@ -165,6 +171,8 @@ def build_schedule(config: Config, mesh: Mesh) -> jaxpipe.Schedule:
       microbatches=config.microbatches,
       chunks=config.chunks or None,
       backward=config.backward or None,
+      recompute=config.recompute,
+      head=config.head,
     )
     layers_per_stage(config.layers, schedule)
   return schedule
@@ -198,8 +206,17 @@ def compile_and_read(job: Job) -> dict[str, Any]:
     "parameters": job.parameters,
     "compile_seconds": round(seconds, 1),
     **describe(found, job.predicted, job.device),
-    "estimate": describe_estimate(found, job.schedule, job.device, flops, job.mesh.size),
+    "estimate": describe_estimate(found, job.schedule, job.device, flops, job.mesh.size)
+    if one_loop(job)
+    else {},
   }
+
+
+def one_loop(job: Job) -> bool:
+  """Whether every tick is a turn of one loop, so that cycles are known by the tick."""
+  keeps_input = residual_policy(job.config.residuals).stage_input
+  segments = cut(lower(job.schedule, keeps_input=keeps_input), job.config.unroll)
+  return len(segments) == 1 and not segments[0].straight
 
 
 def find_devices() -> list[Any]:

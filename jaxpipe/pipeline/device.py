@@ -184,10 +184,12 @@ class Device:
     def split(_: Leaves, pools: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
       storage = Storage(self.stage.layout, state.pools, now.cells)
       made = Storage(waiting, pools, cells)
-      dx, made = self.stage.input_grad(self.call(now), storage, x(), dy(), made)
+      dx, made = self.stage.input_grad(self.call(now), storage, x(), sliced, made)
       return dx, made.pools
 
     made = self.stage.allocate(waiting.pools, lengths)
+    # Read outside the branch: what arrives later in the tick is then written in place.
+    sliced = dy() if CODE[Kind.I] in now.doing.kinds else []
     dx, made = now.when([Kind.I], split, lambda *same: same, dx, made)
 
     # A branch of its own, which only writes.

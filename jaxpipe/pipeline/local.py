@@ -97,7 +97,8 @@ class Now:
     codes = {CODE[kind] for kind in kinds}
     if not codes & getattr(self.doing, end):
       return skip(*args)
-    return lax.cond(self.does(*kinds) & (getattr(self.row, end) > 0), run, skip, *args)
+    with jax.named_scope(f"{end}_stage"):
+      return lax.cond(self.does(*kinds) & (getattr(self.row, end) > 0), run, skip, *args)
 
   def meet(self, column: str, run: Callable[..., Any], *args: Any) -> Any:
     """Does `run(column, m, *args)` on all devices where they meet over m, else returns `args`.

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout as Order
+from jax.experimental.layout import with_layout_constraint
 
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.program import Value
@@ -116,8 +118,17 @@ class Storage:
 
 
 def _store(value: jax.Array) -> jax.Array:
-  return value
+  return _row_major(value)
 
 
 def _load(stored: jax.Array) -> jax.Array:
-  return stored
+  return _row_major(stored)
+
+
+def _row_major(value: jax.Array) -> jax.Array:
+  """The value, laid out as its pool is.
+
+  Left to itself, XLA lays a pool out as the action that reads it likes best, and converts all of it
+  between actions that like different layouts.
+  """
+  return with_layout_constraint(value, Order(tuple(range(value.ndim))))

@@ -29,8 +29,9 @@ from jaxpipe.training.state import state_shardings
 
 Tree = Any
 
-# The scopes under which the executor runs its actions, in the letters of the schedules.
-SCOPES = ("F", "B", "I", "W", "R", "S", "T")
+# The scopes under which the executor runs its actions, in the letters of the schedules, and what is
+# done at the ends of a path besides.
+SCOPES = ("F", "B", "I", "W", "R", "S", "T", "first_stage", "last_stage")
 _JAXPRS = (core.Jaxpr, core.ClosedJaxpr)
 
 
@@ -158,8 +159,8 @@ def estimate(found: CompiledStep, schedule: Schedule, device: Device) -> Estimat
 def _costs(actions: Mapping[str, Cost], tick: int, stages: int) -> Costs:
   """Cycles as costs: every action also pays for the tick that it runs on.
 
-  The last stage takes the dearest way through its branches (the head), the others the cheapest. A
-  fused B counts as two halves; S and T cost nothing here.
+  The last stage takes the dearest way through its branches, the others the cheapest. A fused B
+  counts as two halves; S and T cost nothing here.
   """
 
   def by_stage(name: str, share: float = 1) -> list[float]:
@@ -167,8 +168,13 @@ def _costs(actions: Mapping[str, Cost], tick: int, stages: int) -> Costs:
     least, most = (share * (cycles + tick) for cycles in (cost.least, cost.most))
     return [least] * (stages - 1) + [most]
 
+  forward = by_stage("F")
+  # Embedding, and the head with its gradient.
+  for end, stage in (("first_stage", 0), ("last_stage", -1)):
+    if end in actions:
+      forward[stage] += actions[end].most
   return Costs(
-    forward=by_stage("F"),
+    forward=forward,
     input_grad=by_stage("I") if "I" in actions else by_stage("B", 0.5),
     weight_grad=by_stage("W") if "W" in actions else by_stage("B", 0.5),
     recompute=by_stage("R") if "R" in actions else None,

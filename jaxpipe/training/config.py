@@ -79,6 +79,7 @@ class Config:
     "what forwards keep for backwards: dots, all, full, a policy of jax.checkpoint_policies such as"
     " nothing_saveable, or names:A,B, such as names:attention,mlp_up",
   )
+  unroll: str = _free("auto", "program shape: none, one loop; ends; all, one straight line; auto")
 
   run_dir: str = _free("runs/lm", "folder of checkpoints, metrics and plots; resumed if it is ours")
   checkpoint_every: int = _free(500, "steps between checkpoints; 0: only at the end")

@@ -109,8 +109,10 @@ def build(config: Config) -> Setup:
   with naming(*config.flags("head", "tokenizer", "mesh")):
     param_specs(stack.param_shapes(), stack, schedule)
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
-  with naming(config.flag("residuals"), config.flag("schedule")):
-    value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, residuals=config.residuals)
+  with naming(*config.flags("residuals", "unroll", "schedule")):
+    value_and_grad = pipeline_value_and_grad(
+      stack, schedule, mesh, residuals=config.residuals, unroll=config.unroll
+    )
   setup = Setup(
     config=config,
     folder=folder,

@@ -96,10 +96,10 @@ def cut(stack, batch, policy):
 
 
 @functools.cache
-def counted(name, policy):
-  """FLOPs of I, W and B, and those of the weights' gradients alone."""
+def counted(name, policy, width=16, length=32):
+  """FLOPs of I, W and B."""
   if name == "transformer":
-    stack, batch = tiny.stack(width=16, dropout=0.0), tiny.batch(2, length=32)
+    stack, batch = tiny.stack(width=width, dropout=0.0), tiny.batch(2, length=length)
   else:
     stack, batch = zoo.stack(name), zoo_ends.batch(rows=2)
   policies = {name: policy.layer for name, policy in POLICIES.items()}
@@ -121,3 +121,17 @@ def test_i_and_w_together_cost_no_more_than_the_fused_backward(float64, name, po
 def test_w_is_not_empty(float64, name, policy):
   i, w, _ = counted(name, policy)
   assert w >= 0.2 * i
+
+
+@pytest.mark.parametrize("policy", ["dots", "all", "nothing"])
+def test_i_and_w_cost_what_the_fused_backward_costs(float64, policy):
+  """Wide enough that matmuls are most of it, as in any model that is worth a pipeline."""
+  i, w, b = counted("transformer", policy, width=64, length=64)
+  assert abs(i + w - b) <= 0.03 * b
+
+
+@pytest.mark.parametrize("policy", ["dots", "all", "nothing"])
+def test_a_scan_in_a_layer_is_all_in_i(float64, policy):
+  """It costs no more, but nothing of it can wait: its weights' gradients are sums over the scan."""
+  i, w, b = counted("recurrent", policy)
+  assert i == b and w == 0
