@@ -4,7 +4,8 @@
     python docs/make_tpu.py [NAME ...]
 
 Runs experiments/compile_tpu.py once a row (or once for each row named; the others are then left
-out), about half a minute each (`auto`: two), at most 2 GB of memory, and puts what it reports into a table.
+out), about half a minute each, `auto` some more, at most 2 GB of memory, and puts what it reports
+into a table.
 """
 
 import importlib.metadata

@@ -104,7 +104,18 @@ def broken(text: str, fault: Fault) -> str:
 def first_failure(copy: pathlib.Path) -> str | None:
   """Name of the first test that fails in a copy of the repository; None if all pass."""
   for suite in SUITES:
-    command = [sys.executable, "-m", "pytest", suite, "-x", "-q", "-p", "no:cacheprovider"]
+    command = [
+      sys.executable,
+      "-m",
+      "pytest",
+      suite,
+      "-x",
+      "-q",
+      "-n",
+      "2",
+      "-p",
+      "no:cacheprovider",
+    ]
     environment = os.environ | {"PYTHONPATH": str(copy)}
     done = subprocess.run(
       command, cwd=copy, env=environment, capture_output=True, text=True, check=False
