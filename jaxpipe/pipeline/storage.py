@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental.layout import Layout as Order
 from jax.experimental.layout import with_layout_constraint
 
@@ -129,6 +130,9 @@ def _row_major(value: jax.Array) -> jax.Array:
   """The value, laid out as its pool is.
 
   Left to itself, XLA lays a pool out as the action that reads it likes best, and converts all of it
-  between actions that like different layouts.
+  between actions that like different layouts. On CPU it does not, and the constraint would copy.
   """
-  return with_layout_constraint(value, Order(tuple(range(value.ndim))))
+  order = Order(tuple(range(value.ndim)))
+  constrain = lambda value: with_layout_constraint(value, order)  # noqa: E731
+  laid: jax.Array = lax.platform_dependent(value, cpu=lambda value: value, default=constrain)
+  return laid
