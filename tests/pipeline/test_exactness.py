@@ -3,6 +3,7 @@
 The whole grid: `./launch/test.sh tests/pipeline/test_exactness.py --whole-grid`.
 """
 
+import functools
 import itertools
 
 import jax
@@ -72,6 +73,16 @@ EVERY = [
 ]
 
 
+@functools.cache
+def unpipelined(M, paths, layers):
+  """A stack of so many layers, its inputs, and loss and gradients of the reference."""
+  stack, batch, key = tiny.stack(layers), tiny.batch(M), jax.random.key(7)
+  params = stack.init(jax.random.key(1), batch)
+  run = jaxpipe.reference_value_and_grad(stack, M, paths=paths)
+  (loss, _), grads = jax.device_get(run(params, batch, key))
+  return stack, params, batch, key, loss, grads
+
+
 @pytest.mark.sampled("name, P, V, M, slack, unroll, residuals", EVERY, 16)
 def test_every_registered_schedule_is_exact(float64, name, P, V, M, slack, unroll, residuals):
   try:
@@ -80,15 +91,14 @@ def test_every_registered_schedule_is_exact(float64, name, P, V, M, slack, unrol
     pytest.skip(str(error))  # says which sizes the family has
   if P > 4 or M > 8:
     unroll = "none"  # straight lines take long to compile
-  stack, batch, key = tiny.stack(schedule.stages), tiny.batch(M), jax.random.key(7)
+  stack, params, batch, key, want, grads = unpipelined(
+    M, layer_paths(schedule.stages, schedule), schedule.stages
+  )
   mesh = jaxpipe.make_mesh(f"stage:{P}")
-  params = stack.init(jax.random.key(1), batch)
   step = jaxpipe.pipeline_value_and_grad(
     stack, schedule, mesh, residuals=residuals, slack=slack, unroll=unroll, poison=True
   )
   (loss, _), got = step(jaxpipe.place(params, stack, schedule, mesh), batch, key)
-  paths = layer_paths(stack.depth, schedule)
-  (want, _), grads = jaxpipe.reference_value_and_grad(stack, M, paths=paths)(params, batch, key)
   np.testing.assert_allclose(loss, want, rtol=TOLERANCE)
   errors = leaf_errors(jaxpipe.unplace(got, stack, schedule), grads)
   assert len(errors) == 11 and max(errors.values()) <= TOLERANCE, errors
