@@ -2,6 +2,8 @@
 
     ./launch/local.sh experiments/bench_step.py
     ./launch/local.sh experiments/bench_step.py --speedup --stages=2
+    python experiments/bench_step.py --stages=1 --chunks=4 --schedules=interleaved-1f1b \
+      --dtype=bfloat16 --width=2048 --sequence_length=1024 --unroll=all
 
 The first takes about ten minutes. It compares, in interleaved rounds in one process, with the same
 weights, batch and rematerialization: gradient accumulation on one device, the two pipelines of
@@ -16,6 +18,9 @@ own (see `one_thread`), and compares the speed-up over one device so bound with 
 table at the F, I, W and head that are timed in the first process. "threads", CPU seconds over wall
 seconds of the first process, must be 1 for one device: less means that others use the processor as
 well. Target: at least 0.95 of what is predicted.
+
+The third is for one GPU: all stages on it, against the plain step. Where the device's peak is known
+there is a column "MFU". Target: at most 1.03 of the plain step's wall time.
 """
 
 from __future__ import annotations
@@ -37,10 +42,11 @@ import one_thread
 from absl import app, flags
 
 import jaxpipe
-from jaxpipe.models.transformer import TransformerConfig, transformer
+from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
 from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.unroll import cut, estimated_time
 from jaxpipe.schedules import schedule_names
+from jaxpipe.training.peaks import peak_flops
 
 _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the transformer.")
 _WIDTH = flags.DEFINE_integer("width", 256, "Its width.")
@@ -54,6 +60,9 @@ _RESIDUALS = flags.DEFINE_string(
   "What F keeps: dots, all, full, a policy of jax.checkpoint_policies, names:A,B.",
 )
 _SCHEDULES = flags.DEFINE_list("schedules", [], "Schedules to run; none: all of them.")
+_CHUNKS = flags.DEFINE_integer("chunks", 0, "Stages a device, V; 0: the schedule's own number.")
+_UNROLL = flags.DEFINE_string("unroll", "auto", "Program shape: auto, none, ends, all.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the arithmetic.")
 _BACKWARD = flags.DEFINE_multi_enum(
   "backward", [], ["fused", "split", "deferred"], "Builds each schedule so; repeat it for several."
 )
@@ -101,7 +110,12 @@ def main(_: Any) -> None:
   if _SPEEDUP.value:
     one_thread.join(_PROCESS.value, _DEVICES.value, _PORT.value)
   config = TransformerConfig(
-    vocabulary_size=256, layers=_LAYERS.value, width=_WIDTH.value, heads=4, kv_heads=4
+    vocabulary_size=256,
+    layers=_LAYERS.value,
+    width=_WIDTH.value,
+    heads=4,
+    kv_heads=4,
+    dtype=_DTYPE.value,
   )
   stack, shape = transformer(config), (_BATCH.value, _SEQUENCE.value)
   tokens = np.random.default_rng(0).integers(0, 256, shape, np.int32)
@@ -119,7 +133,10 @@ def main(_: Any) -> None:
     for variant in variants.values():
       variant.measure(_STEPS.value)
   if _PROCESS.value <= 0:
-    write([row(name, v, variants) for name, v in variants.items()], refused)
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    flops = shape[0] * shape[1] * flops_per_token(config, shape[1])
+    rows = [row(name, v, variants, peak and flops / peak) for name, v in variants.items()]
+    write(rows, refused)
 
 
 def one_device(stack: Any, batch: Any) -> tuple[dict[str, Variant], one_thread.Costs | None]:
@@ -154,10 +171,16 @@ def registered(
   for label, options in requests():
     try:
       schedule = jaxpipe.make_schedule(
-        devices=_DEVICES.value, microbatches=_MICROBATCHES.value, **options
+        devices=_DEVICES.value,
+        microbatches=_MICROBATCHES.value,
+        chunks=_CHUNKS.value or None,
+        **options,
       )
       step = jaxpipe.pipeline_value_and_grad(
-        stack, schedule, mesh, residuals=_RESIDUALS.value, slack=_SLACK.value
+        *(stack, schedule, mesh),
+        residuals=_RESIDUALS.value,
+        slack=_SLACK.value,
+        unroll=_UNROLL.value,
       )
       params = stack.init(jax.random.key(0), batch, schedule, mesh)
       variants[label] = compiled(step, params, batch)
@@ -167,7 +190,7 @@ def registered(
     if costs:
       times, work = costs(schedule.stages)
       program = lower(schedule, slack=_SLACK.value)
-      ticks = estimated_time(program, cut(program, "auto"), times, blocking=True)
+      ticks = estimated_time(program, cut(program, _UNROLL.value), times, blocking=True)
       variants[label].predicted = _MICROBATCHES.value * work / ticks
   return variants, refused
 
@@ -198,8 +221,8 @@ def seconds(*programs: tuple[Any, ...]) -> list[float]:
   return [statistics.median(variant.wall) for variant in variants]
 
 
-def row(name: str, v: Variant, variants: dict[str, Variant]) -> dict[str, Any]:
-  """One line of the table."""
+def row(name: str, v: Variant, variants: dict[str, Variant], least: float | None) -> dict[str, Any]:
+  """One line of the table; `least` seconds would take one device that does nothing but matmuls."""
   one, roll = variants[ONE], variants.get(ROLL)
   cells = {"": name, "wall_s_min": min(v.wall), "wall_s_median": statistics.median(v.wall)}
   if _SPEEDUP.value:
@@ -210,6 +233,9 @@ def row(name: str, v: Variant, variants: dict[str, Variant]) -> dict[str, Any]:
   cells |= {"wall/one": ratio(v.wall, one.wall)}
   cells |= {"user_s_min": min(v.user), "user_s_median": statistics.median(v.user)}
   cells |= {"user/one": ratio(v.user, one.user), "MiB": v.temporary}
+  if least:
+    devices = 1 if name == ONE else _DEVICES.value
+    cells |= {"MFU": least / statistics.median(v.wall) / devices}
   if roll:
     cells |= {"wall/roll": ratio(v.wall, roll.wall), "MiB/roll": v.temporary / roll.temporary}
   return cells
@@ -223,7 +249,9 @@ def ratio(mine: Sequence[float], base: Sequence[float]) -> float:
 def write(rows: list[dict[str, Any]], refused: dict[str, str]) -> None:
   """Prints the table, and writes it where `--out` says."""
   names = ("layers", "width", "sequence_length", "batch_size", "stages", "microbatches")
-  setting = {name: flags.FLAGS[name].value for name in (*names, "residuals", "rounds", "steps")}
+  setting = {
+    name: flags.FLAGS[name].value for name in (*names, "residuals", "dtype", "rounds", "steps")
+  }
   setting |= {"jax": jax.__version__, "platform": jax.devices()[0].platform}
   if _FORMAT.value == "json":
     text = json.dumps({"setting": setting, "rows": rows, "refused": refused}, indent=2)
