@@ -30,8 +30,6 @@ from jax.sharding import Mesh
 
 import jaxpipe
 from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
-from jaxpipe.parallel.mesh import STAGE
-from jaxpipe.parallel.placing import layers_per_stage
 from jaxpipe.pipeline.compiled import read_compiled
 from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.residuals import residual_policy
@@ -39,15 +37,16 @@ from jaxpipe.pipeline.unroll import cut
 from jaxpipe.training.aot import (
   SCOPES,
   Device,
-  batch_shapes,
+  on_all,
   placed_shapes,
   ring_shapes,
 )
 from jaxpipe.training.aot_report import describe, describe_estimate, lines
-from jaxpipe.training.config import Config
+from jaxpipe.training.config import AUTO, Config
 from jaxpipe.training.errors import ConfigError, naming
 from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags, read_config
 from jaxpipe.training.optimizer import learning_rate, make_optimizer
+from jaxpipe.training.setup import batch_shapes, build_mesh, build_schedule, choose
 from jaxpipe.training.state import state_shapes
 from jaxpipe.training.step import make_train_step
 
@@ -133,26 +132,23 @@ def prepare(config: Config) -> Job:
     ConfigError: whatever does not fit; names the flags.
   """
   devices = find_devices()
-  with naming(config.flag("mesh")):
-    mesh = jaxpipe.make_mesh(config.mesh, devices)
-  schedule = build_schedule(config, mesh)
-  model = config.model(_VOCABULARY.value)
+  mesh, device = build_mesh(config, devices), Device.of(devices)
+  named = None if config.schedule == AUTO else build_schedule(config, mesh)
+  model, optimizer = config.model(_VOCABULARY.value), make_optimizer(config)
   stack = transformer(model)
-  optimizer = make_optimizer(config)
+  shapes = batch_shapes(config)
+  schedule = named or choose(config, mesh, stack, shapes, optimizer, device.memory).schedule
   state = placed_shapes(state_shapes(stack, optimizer), stack, schedule, mesh)
-  batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
-  with naming(*config.flags("schedule", "batch_size", "microbatches", "residuals")):
-    run = jaxpipe.pipeline_value_and_grad(
-      stack, schedule, mesh, residuals=config.residuals, unroll=config.unroll
-    )
-    known = jaxpipe.memory_report(
-      stack, schedule, mesh, batch, residuals=config.residuals, optimizer=optimizer
-    )
+  batch = on_all(shapes, mesh)
+  options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
+  with naming(*config.flags("schedule", "batch_size", "microbatches", "residuals", "slack")):
+    run = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll=config.unroll, **options)
+    known = jaxpipe.memory_report(stack, schedule, mesh, batch, optimizer=optimizer, **options)
     step = make_train_step(run, optimizer, learning_rate(config), config.seed, state, mesh)
     traced = step.trace(state, batch)
   return Job(
     config=config,
-    device=Device.of(devices),
+    device=device,
     mesh=mesh,
     schedule=schedule,
     model=model,
@@ -160,22 +156,6 @@ def prepare(config: Config) -> Job:
     predicted=known.bytes,
     step=traced,
   )
-
-
-def build_schedule(config: Config, mesh: Mesh) -> jaxpipe.Schedule:
-  """The schedule that the flags name, over the mesh's stages."""
-  with naming(*config.flags("schedule", "microbatches", "layers", "mesh")):
-    schedule = jaxpipe.make_schedule(
-      config.schedule,
-      devices=mesh.shape[STAGE],
-      microbatches=config.microbatches,
-      chunks=config.chunks or None,
-      backward=config.backward or None,
-      recompute=config.recompute,
-      head=config.head,
-    )
-    layers_per_stage(config.layers, schedule)
-  return schedule
 
 
 def compile_and_read(job: Job) -> dict[str, Any]:
@@ -215,7 +195,8 @@ def compile_and_read(job: Job) -> dict[str, Any]:
 def one_loop(job: Job) -> bool:
   """Whether every tick is a turn of one loop, so that cycles are known by the tick."""
   keeps_input = residual_policy(job.config.residuals).stage_input
-  segments = cut(lower(job.schedule, keeps_input=keeps_input), job.config.unroll)
+  program = lower(job.schedule, keeps_input=keeps_input, slack=job.config.slack)
+  segments = cut(program, job.config.unroll)
   return len(segments) == 1 and not segments[0].straight
 
 

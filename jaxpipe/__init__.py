@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     make_schedule,
     simulate,
   )
+  from jaxpipe.training.choose import choose_schedule
   from jaxpipe.training.load import load
 
 _HOME = {
@@ -41,6 +42,7 @@ _HOME = {
   "StackError": "jaxpipe.models.stack",
   "Timeline": "jaxpipe.schedules",
   "check": "jaxpipe.pipeline.check",
+  "choose_schedule": "jaxpipe.training.choose",
   "load": "jaxpipe.training.load",
   "make_mesh": "jaxpipe.parallel.mesh",
   "make_schedule": "jaxpipe.schedules",

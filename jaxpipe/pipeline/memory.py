@@ -39,10 +39,12 @@ class MemoryReport:
       the inside of the action that needs most.
     units: what an F, an I and a W change in what actions leave for later ones, over what F keeps:
       `memory` of `make_schedule`, with which schedules are planned within a limit.
+    unit: bytes that F keeps of one stage and microbatch.
   """
 
   bytes: Mapping[str, int]
   units: tuple[float, float, float]
+  unit: int
 
   @property
   def total(self) -> int:
@@ -101,12 +103,12 @@ def memory_report(
   program = lower(schedule.check(), keeps_input=policy.stage_input, slack=slack)
   pipeline = Pipeline(stack, program, mesh, schedule, policy)
   found: dict[str, int] = {}
-  units: list[tuple[float, float, float]] = []
+  saved: list[tuple[int, int]] = []
 
   def local(params: Tree, batch: Tree, key: jax.Array) -> tuple[()]:
     device, cells = pipeline.build(params, batch, key)
     found.update(_count(device, cells))
-    units.append(_units(device))
+    saved.append(_saved_bytes(device))
     return ()
 
   shapes = stack.param_shapes()
@@ -127,6 +129,8 @@ def memory_report(
 
   jax.eval_shape(start, shapes, example_batch, jax.eval_shape(jax.random.key, 0))
   moments = jax.eval_shape(state, shapes) if optimizer else ()
+  kept, waits = saved[-1]
+  unit = kept or 1  # a layer that only adds a bias keeps nothing
   return MemoryReport(
     {
       "parameters": stored(shapes),
@@ -134,7 +138,8 @@ def memory_report(
       "batch": _bytes(example_batch) // pipeline.shards,
       **found,
     },
-    units[-1],
+    (kept / unit, (waits - kept) / unit, -waits / unit),
+    unit,
   )
 
 
@@ -153,14 +158,14 @@ def _count(device: Device, cells: Any) -> dict[str, int]:
   }
 
 
-def _units(device: Device) -> tuple[float, float, float]:
+def _saved_bytes(device: Device) -> tuple[int, int]:
+  """What F keeps of one stage and microbatch, and what W waits for."""
   layout, local = device.stage.layout, device.local
   sizes = [(value, _bytes(layout.pools[value.pool])) for value in layout.values]
   kept = sum(size for value, size in sizes if value.made is Kind.F)
   if local.program.keeps_input:
     kept += _bytes(local.x)
-  waits = sum(size for value, size in sizes if value.last is Kind.W)
-  return 1.0, (waits - kept) / kept, -waits / kept
+  return kept, sum(size for value, size in sizes if value.last is Kind.W)
 
 
 def _bytes(tree: Tree) -> int:

@@ -89,7 +89,7 @@ def _run(
   build = functools.partial(make_schedule, name, devices=devices, chunks=chunks)
   # How many stages a family has does not depend on anything else.
   stages = build(microbatches=1).stages
-  scaled = _scale_costs(costs, devices, stages)
+  scaled = scale_costs(costs, devices, stages)
   held = tuple(_scale(change, devices, stages) for change in memory)
   schedule = build(
     microbatches=microbatches,
@@ -101,7 +101,8 @@ def _run(
   return simulate(schedule, scaled, held)
 
 
-def _scale_costs(costs: Costs, devices: int, stages: int) -> Costs:
+def scale_costs(costs: Costs, devices: int, stages: int) -> Costs:
+  """Costs of a P-th part of the model as those of one of S stages; lists stay as they are."""
   return dataclasses.replace(
     costs,
     forward=_scale(costs.forward, devices, stages),

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
@@ -98,14 +97,10 @@ def placed_shapes(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh
   )
 
 
-def batch_shapes(rows: int, length: int, mesh: Mesh) -> Tree:
-  """A language-model batch of shapes [rows, length], on every device as the training loop's is."""
+def on_all(batch: Tree, mesh: Mesh) -> Tree:
+  """A batch of shapes that lies on every device, as the training loop's does."""
   everywhere = NamedSharding(mesh, Spec())
-  dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-  return {
-    name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=everywhere)
-    for name, dtype in dtypes.items()
-  }
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), batch)
 
 
 def local_bytes(tree: Tree) -> int:

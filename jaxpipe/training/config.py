@@ -19,6 +19,8 @@ from jaxpipe.models.transformer import TransformerConfig
 from jaxpipe.training.errors import ConfigError, naming
 
 DTYPES = ("float32", "bfloat16")
+# In place of a schedule's name.
+AUTO = "auto"
 
 
 def _same(default: Any, help: str) -> Any:
@@ -66,7 +68,14 @@ class Config:
   )
 
   mesh: str = _free("stage:4", "devices along each axis, such as stage:4,data:2")
-  schedule: str = _free("1f1b", "pipeline schedule; python -m jaxpipe.schedules --list")
+  schedule: str = _free(
+    "1f1b",
+    "pipeline schedule, from python -m jaxpipe.schedules --list; auto: the fastest by estimate that"
+    " a device holds, or one as fast that holds less",
+  )
+  memory_limit: float = _free(
+    0.0, "GB (1e9 bytes) of a device that --schedule=auto may plan with; 0: all that it says it has"
+  )
   chunks: int = _free(0, "stages V that each device holds; 0: the schedule's own number")
   microbatches: int = _free(4, "microbatches M of a step")
   backward: str = _free("", "fused or split; default: the schedule's own")
@@ -80,6 +89,7 @@ class Config:
     " nothing_saveable, or names:A,B, such as names:attention,mlp_up",
   )
   unroll: str = _free("auto", "program shape: none, one loop; ends; all, one straight line; auto")
+  slack: int = _free(0, "ticks that a transfer may take beyond its own, to run beside other work")
 
   run_dir: str = _free("runs/lm", "folder of checkpoints, metrics and plots; resumed if it is ours")
   checkpoint_every: int = _free(500, "steps between checkpoints; 0: only at the end")
@@ -98,7 +108,7 @@ class Config:
       self._check(name, getattr(self, name) >= 1, "is not a count; use 1 or more")
     for name in _AT_LEAST_ZERO:
       self._check(name, getattr(self, name) >= 0, "is negative or no number; use 0 or more")
-    for name in ("learning_rate", "weight_decay", "clip_norm", "temperature"):
+    for name in ("learning_rate", "weight_decay", "clip_norm", "temperature", "memory_limit"):
       self._check(name, math.isfinite(getattr(self, name)), "is not finite; use a number")
     self._check("dropout", 0 <= self.dropout < 1, "is no rate; use 0 or more, below 1")
     self._check("dtype", self.dtype in DTYPES, f"is unknown; use {' or '.join(DTYPES)}")
@@ -107,6 +117,10 @@ class Config:
     self._check("seed", 0 <= self.seed < 2**32, "is no seed; use 0 to 4294967295")
     good = self.prompt.isascii() or self.prompt.encode("utf-8", "ignore").decode() == self.prompt
     self._check("prompt", good, "is not UTF-8; write it in UTF-8")
+    if self.schedule == AUTO:
+      for name, free in (("chunks", 0), ("backward", ""), ("recompute", False), ("head", "last")):
+        message = f"is for a schedule by name, --schedule=auto decides it; leave --{name} out"
+        self._check(name, getattr(self, name) == free, message)
     self._check("run_dir", bool(self.run_dir), "names no folder; use --run_dir=runs/NAME")
     self.profile_range()
 
@@ -170,7 +184,7 @@ _AT_LEAST_ONE = (
 )
 _AT_LEAST_ZERO = (
   *("mlp_width", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "chunks"),
-  *("checkpoint_every", "validate_every", "sample_length", "temperature"),
+  *("checkpoint_every", "validate_every", "sample_length", "temperature", "slack", "memory_limit"),
 )
 
 

@@ -38,6 +38,7 @@ def describe(setup: Setup) -> str:
   return "\n".join(
     (
       f"mesh: {axes} = {setup.mesh.size} devices ({device.device_kind})",
+      *([f"schedules by estimate:\n{setup.choice}"] if setup.choice else []),
       draw_text(simulate(setup.schedule), width),
       f"parameters: {total:,} in total, {held:,} on each device",
       f"expected memory of each device: {_mib(memory.total)} MiB ({parts})",
@@ -58,6 +59,7 @@ def plan_memory(setup: Setup) -> MemoryReport:
   return memory_report(
     *(setup.stack, setup.schedule, setup.mesh, setup.batch_shapes),
     residuals=setup.config.residuals,
+    slack=setup.config.slack,
     optimizer=setup.optimizer,
   )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -27,7 +27,8 @@ from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.memory import memory_report
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.schedules import Schedule, make_schedule
-from jaxpipe.training.config import Config
+from jaxpipe.training.choose import Choice, choose_schedule
+from jaxpipe.training.config import AUTO, Config
 from jaxpipe.training.errors import ConfigError, naming
 from jaxpipe.training.optimizer import learning_rate, make_optimizer
 from jaxpipe.training.run_dir import RunDir, RunRecord, check_config, check_data
@@ -43,6 +44,7 @@ class Setup:
     config: what was asked for.
     folder: its run directory, not yet touched.
     mesh, schedule: where it runs, and in which order.
+    choice: among what the schedule was chosen; None where it was asked for by name.
     model, stack: what it trains.
     data, train, validation: what it trains on.
     optimizer, learning_rate: how.
@@ -53,6 +55,7 @@ class Setup:
   folder: RunDir
   mesh: Mesh
   schedule: Schedule
+  choice: Choice | None
   model: TransformerConfig
   stack: LayerStack
   data: TextData
@@ -71,10 +74,7 @@ class Setup:
   @property
   def batch_shapes(self) -> Tree:
     """A batch as `jax.ShapeDtypeStruct`s."""
-    # Known without reading one, so that nothing has to be read before everything is checked.
-    shape = (self.config.batch_size, self.config.sequence_length)
-    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    return batch_shapes(self.config)
 
   def begin(self) -> Self:
     """Makes the run directory, or brings its record up to date; returns this setup."""
@@ -94,7 +94,8 @@ def build(config: Config) -> Setup:
   Raises:
     ValueError: anything that does not fit; one line with the flag or file, and the remedy.
   """
-  mesh, schedule = _build_schedule(config)
+  mesh = build_mesh(config)
+  named = None if config.schedule == AUTO else build_schedule(config, mesh)
   config.model(vocabulary_size=1)  # the shapes must fit whatever the tokenizer will say
   _check_batch(config, mesh)
   folder = RunDir(pathlib.Path(config.run_dir))
@@ -105,25 +106,27 @@ def build(config: Config) -> Setup:
   if record:
     check_data(folder.path, record, config, dict(train.identity))
   model = config.model(data.tokenizer.vocabulary_size)
-  stack = transformer(model)
+  stack, optimizer, shapes = transformer(model), make_optimizer(config), batch_shapes(config)
+  choice = None if named else choose(config, mesh, stack, shapes, optimizer)
+  schedule = named or choice.schedule
   with naming(*config.flags("head", "tokenizer", "mesh")):
     param_specs(stack.param_shapes(), stack, schedule)
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
-  with naming(*config.flags("residuals", "unroll", "schedule")):
-    value_and_grad = pipeline_value_and_grad(
-      stack, schedule, mesh, residuals=config.residuals, unroll=config.unroll
-    )
+  options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
+  with naming(*config.flags("residuals", "unroll", "slack", "schedule")):
+    value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, unroll=config.unroll, **options)
   setup = Setup(
     config=config,
     folder=folder,
     mesh=mesh,
     schedule=schedule,
+    choice=choice,
     model=model,
     stack=stack,
     data=data,
     train=train,
     validation=validation,
-    optimizer=make_optimizer(config),
+    optimizer=optimizer,
     learning_rate=learning_rate(config),
     value_and_grad=value_and_grad,
     evaluate=pipeline_forward(stack, schedule, mesh),
@@ -131,13 +134,63 @@ def build(config: Config) -> Setup:
   # A name can only be looked for in a layer, which has to be traced for it.
   with naming(config.flag("residuals")):
     if residual_policy(config.residuals).names:
-      memory_report(stack, schedule, mesh, setup.batch_shapes, residuals=config.residuals)
+      memory_report(stack, schedule, mesh, shapes, **options)
   return setup
 
 
-def _build_schedule(config: Config) -> tuple[Mesh, Schedule]:
+def batch_shapes(config: Config) -> Tree:
+  """A batch as `jax.ShapeDtypeStruct`s."""
+  # Known without reading one, so that nothing has to be read before everything is checked.
+  shape = (config.batch_size, config.sequence_length)
+  dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+
+
+def build_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh that the flags ask for, of these devices or of the machine's.
+
+  Raises:
+    ConfigError: it cannot be made of them.
+  """
   with naming(config.flag("mesh")):
-    mesh = make_mesh(config.mesh)
+    return make_mesh(config.mesh, devices)
+
+
+def choose(
+  config: Config,
+  mesh: Mesh,
+  stack: LayerStack,
+  shapes: Tree,
+  optimizer: optax.GradientTransformation,
+  limit: float | None = None,
+) -> Choice:
+  """What `--schedule=auto` stands for; `limit` is what the devices have, in bytes, if known.
+
+  Raises:
+    ConfigError: nothing fits.
+  """
+  if config.memory_limit:
+    limit = 1e9 * config.memory_limit
+  with naming(*config.flags("schedule", "memory_limit", "layers", "mesh", "residuals")):
+    return choose_schedule(
+      stack,
+      mesh,
+      shapes,
+      microbatches=config.microbatches,
+      residuals=config.residuals,
+      unroll=config.unroll,
+      slack=config.slack,
+      optimizer=optimizer,
+      memory_limit=limit,
+    )
+
+
+def build_schedule(config: Config, mesh: Mesh) -> Schedule:
+  """The schedule that the flags name, over the mesh's stages.
+
+  Raises:
+    ConfigError: the sizes do not fit; names the flags.
+  """
   # Flags at their defaults decide nothing, and would only lengthen the message.
   optional = [name for name in ("chunks", "backward", "recompute") if getattr(config, name)]
   optional += ["head"] * (config.head != "last")
@@ -153,7 +206,7 @@ def _build_schedule(config: Config) -> tuple[Mesh, Schedule]:
     )
   with naming(*config.flags("layers", "mesh", *optional[: config.chunks > 0])):
     layers_per_stage(config.layers, schedule)
-  return mesh, schedule
+  return schedule
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:

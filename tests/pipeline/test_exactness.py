@@ -49,7 +49,9 @@ def test_gradients_are_those_of_the_unpipelined_model(
   stack, params, batch, key, ((loss, metrics), grads) = oracle(M, 2 * M)
   schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M, backward=backward)
   mesh = jaxpipe.make_mesh(f"stage:{P},data:{data}")
-  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals=residuals, poison=True)
+  step = jaxpipe.pipeline_value_and_grad(
+    stack, schedule, mesh, residuals=residuals, unroll="none", poison=True
+  )
   (got_loss, got_metrics), got = step(jaxpipe.place(params, stack, schedule, mesh), batch, key)
   np.testing.assert_allclose(got_loss, loss, rtol=TOLERANCE)
   assert got_metrics == metrics
@@ -57,8 +59,15 @@ def test_gradients_are_those_of_the_unpipelined_model(
   assert len(errors) == 11 and max(errors.values()) <= TOLERANCE, errors
 
 
-def _chunks(family):
-  return {family.chunks, 1, 2, 3, 4} if family.any_chunks else {family.chunks}
+# Families with conditions of their own on P and V; whatever else is refused fails.
+REPLICATED = {"chimera", "bitpipe", "dualpipe"}
+
+
+def _sizes(name, family):
+  chunks = {family.chunks, 1, 2, 3, 4} if family.any_chunks else {family.chunks}
+  for P, V in itertools.product((1, 2, 3, 4, 8), sorted(chunks)):
+    if not (name in REPLICATED and P % 2) and not (name == "hanayo" and V % 2):
+      yield P, V
 
 
 # Slack, program shape and policy are dealt in turn to the cases of the grid.
@@ -67,8 +76,8 @@ OPTIONS = itertools.cycle(
 )
 EVERY = [
   (name, P, V, M, *next(OPTIONS))
-  for (name, family), P in itertools.product(FAMILIES.items(), (1, 2, 3, 4, 8))
-  for V in sorted(_chunks(family))
+  for name, family in FAMILIES.items()
+  for P, V in _sizes(name, family)
   for M in sorted({1, 2, P - 1, P, P + 1, 2 * P, 3 * P + 1} - {0})
 ]
 
@@ -85,12 +94,9 @@ def unpipelined(M, paths, layers):
 
 @pytest.mark.sampled("name, P, V, M, slack, unroll, residuals", EVERY, 16)
 def test_every_registered_schedule_is_exact(float64, name, P, V, M, slack, unroll, residuals):
-  try:
-    schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M, chunks=V)
-  except ValueError as error:
-    pytest.skip(str(error))  # says which sizes the family has
-  if P > 4 or M > 8:
-    unroll = "none"  # straight lines take long to compile
+  schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M, chunks=V)
+  if schedule.stages * M > 16:
+    unroll = "none"  # straight lines of many ticks take long to compile
   stack, params, batch, key, want, grads = unpipelined(
     M, layer_paths(schedule.stages, schedule), schedule.stages
   )

@@ -22,14 +22,19 @@ NAMES = (
   *("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "v-min", "hanayo", "chimera"),
   *("bitpipe", "dualpipe", "dualpipe-v", "looped-bfs"),
 )
-GRID = [
-  (name, P, M, *rest)
-  for name, P in itertools.product(NAMES, (1, 2, 4))
-  for M in sorted({1, P, P + 1, 3 * P + 1})
-  for rest in itertools.product(
-    (1, 2), (True, False), (0, 1), ("none", "ends", "all"), ("full", "dots", "all")
+REPLICATED = {"chimera", "bitpipe", "dualpipe"}  # P even
+# Data axis, slack, program shape and policy are dealt in turn to the cases of the grid.
+OPTIONS = itertools.cycle(
+  itertools.product(
+    (1, 2), (0, 1), ("none", "ends", "none", "all", "none"), ("full", "dots", "all")
   )
-  if M <= 8 or rest[3] == "none"
+)
+GRID = [
+  (name, P, M, tied, *next(OPTIONS))
+  for name, P in itertools.product(NAMES, (1, 2, 4))
+  if not (name in REPLICATED and P % 2)
+  for M in sorted({1, P, P + 1, 3 * P + 1})
+  for tied in (True, False)
 ]
 
 
@@ -37,14 +42,13 @@ def sharded(name, P, M):
   return jaxpipe.make_schedule(name, devices=P, microbatches=M, head="sharded")
 
 
-@pytest.mark.sampled("name, P, M, data, tied, slack, unroll, residuals", GRID, 10)
+@pytest.mark.sampled("name, P, M, tied, data, slack, unroll, residuals", GRID, 10)
 def test_gradients_are_those_of_the_whole_head(
-  float64, name, P, M, data, tied, slack, unroll, residuals
+  float64, name, P, M, tied, data, slack, unroll, residuals
 ):
-  try:
-    schedule = sharded(name, P, M)
-  except ValueError as error:
-    pytest.skip(str(error))  # says which sizes the family has
+  schedule = sharded(name, P, M)
+  if schedule.stages * M > 16:
+    unroll = "none"  # straight lines of many ticks take long to compile
   stack, batch = tiny.stack(schedule.stages, tied=tied), tiny.batch(M * data)
   mesh, key = jaxpipe.make_mesh(f"stage:{P},data:{data}"), jax.random.key(7)
   params = stack.init(jax.random.key(1), batch)
