@@ -3,7 +3,7 @@
     ./launch/local.sh experiments/bench_step.py
     ./launch/local.sh experiments/bench_step.py --speedup --stages=2
     python experiments/bench_step.py --stages=1 --chunks=4 --schedules=interleaved-1f1b \
-      --dtype=bfloat16 --width=2048 --sequence_length=1024 --unroll=all
+      --dtype=bfloat16 --width=2048 --heads=16 --sequence_length=1024 --unroll=all
 
 The first takes about ten minutes. It compares, in interleaved rounds in one process, with the same
 weights, batch and rematerialization: gradient accumulation on one device, the two pipelines of
@@ -45,13 +45,17 @@ from absl import app, flags
 
 import jaxpipe
 from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
+from jaxpipe.parallel.placing import layers_per_stage
 from jaxpipe.pipeline.lower import lower
-from jaxpipe.pipeline.unroll import cut, estimated_time
+from jaxpipe.pipeline.residuals import residual_policy
+from jaxpipe.pipeline.unroll import SHAPES, cut, estimated_time
 from jaxpipe.schedules import schedule_names
+from jaxpipe.training.flags import exit_with_error
 from jaxpipe.training.peaks import peak_flops
 
 _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the transformer.")
 _WIDTH = flags.DEFINE_integer("width", 256, "Its width.")
+_HEADS = flags.DEFINE_integer("heads", 4, "Its attention heads.")
 _SEQUENCE = flags.DEFINE_integer("sequence_length", 128, "Tokens in a row.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Rows in a batch.")
 _DEVICES = flags.DEFINE_integer("stages", 4, "Pipeline devices, P.")
@@ -107,6 +111,10 @@ class Variant:
 
 
 def main(_: Any) -> None:
+  try:
+    schedules = asked()
+  except ValueError as error:
+    exit_with_error(error)
   if _SPEEDUP.value and _PROCESS.value < 0:
     sys.exit(one_thread.start_processes(_DEVICES.value))
   if _SPEEDUP.value:
@@ -115,8 +123,8 @@ def main(_: Any) -> None:
     vocabulary_size=256,
     layers=_LAYERS.value,
     width=_WIDTH.value,
-    heads=4,
-    kv_heads=4,
+    heads=_HEADS.value,
+    kv_heads=_HEADS.value,
     dtype=_DTYPE.value,
   )
   stack, shape = transformer(config), (_BATCH.value, _SEQUENCE.value)
@@ -126,7 +134,7 @@ def main(_: Any) -> None:
   variants, costs = one_device(stack, batch)
   if not _SPEEDUP.value:
     variants |= usual(stack, mesh, batch)
-  pipelined, refused = registered(stack, mesh, batch, costs)
+  pipelined, refused = registered(stack, mesh, batch, schedules, costs)
   variants |= pipelined
   for _ in range(_ROUNDS.value):
     for variant in variants.values():
@@ -162,11 +170,27 @@ def usual(stack: Any, mesh: Any, batch: Any) -> dict[str, Variant]:
   return {name: compiled(step, params, batch) for name, step in steps.items()}
 
 
-def registered(
-  stack: Any, mesh: Any, batch: Any, costs: one_thread.Costs | None
-) -> tuple[dict[str, Variant], dict[str, str]]:
-  """The schedules, compiled; and those that were refused, with the reason."""
-  variants, refused = {}, {}
+def asked() -> dict[str, jaxpipe.Schedule | str]:
+  """Every schedule that was asked for by its label; or why it cannot be built for these sizes.
+
+  Raises:
+    ValueError: flags that fit no schedule at all.
+  """
+  unknown = set(_SCHEDULES.value) - set(schedule_names())
+  if unknown:
+    known = ", ".join(schedule_names())
+    raise ValueError(f"--schedules: unknown {', '.join(sorted(unknown))}; use some of {known}")
+  shapes = ("auto", *SHAPES)
+  if _UNROLL.value not in shapes:
+    raise ValueError(f"--unroll={_UNROLL.value} is unknown; use {', '.join(shapes)}")
+  if _BATCH.value % _MICROBATCHES.value:
+    raise ValueError(
+      f"--batch_size={_BATCH.value} rows are no multiple of --microbatches={_MICROBATCHES.value}"
+    )
+  if _LAYERS.value % _DEVICES.value:
+    raise ValueError(f"--layers={_LAYERS.value} cannot fill --stages={_DEVICES.value} evenly")
+  residual_policy(_RESIDUALS.value)
+  found: dict[str, jaxpipe.Schedule | str] = {}
   for label, options in requests():
     try:
       schedule = jaxpipe.make_schedule(
@@ -175,17 +199,34 @@ def registered(
         chunks=_CHUNKS.value or None,
         **options,
       )
-      step = jaxpipe.pipeline_value_and_grad(
-        *(stack, schedule, mesh),
-        residuals=_RESIDUALS.value,
-        slack=_SLACK.value,
-        unroll=_UNROLL.value,
-      )
-      params = stack.init(jax.random.key(0), batch, schedule, mesh)
-      variants[label] = compiled(step, params, batch)
+      layers_per_stage(_LAYERS.value, schedule)
+      found[label] = schedule
     except ValueError as error:
-      refused[label] = str(error)
+      found[label] = str(error)
+  return found
+
+
+def registered(
+  stack: Any,
+  mesh: Any,
+  batch: Any,
+  schedules: dict[str, jaxpipe.Schedule | str],
+  costs: one_thread.Costs | None,
+) -> tuple[dict[str, Variant], dict[str, str]]:
+  """The schedules, compiled; and those that these sizes do not allow, with the reason."""
+  variants, refused = {}, {}
+  for label, schedule in schedules.items():
+    if isinstance(schedule, str):
+      refused[label] = schedule
       continue
+    step = jaxpipe.pipeline_value_and_grad(
+      *(stack, schedule, mesh),
+      residuals=_RESIDUALS.value,
+      slack=_SLACK.value,
+      unroll=_UNROLL.value,
+    )
+    params = stack.init(jax.random.key(0), batch, schedule, mesh)
+    variants[label] = compiled(step, params, batch)
     if costs:
       times, work = costs(schedule.stages)
       program = lower(schedule, slack=_SLACK.value)
@@ -247,10 +288,11 @@ def ratio(mine: Sequence[float], base: Sequence[float]) -> float:
 
 def write(rows: list[dict[str, Any]], refused: dict[str, str]) -> None:
   """Prints the table, and writes it where `--out` says."""
-  names = ("layers", "width", "sequence_length", "batch_size", "stages", "microbatches")
-  setting = {
-    name: flags.FLAGS[name].value for name in (*names, "residuals", "dtype", "rounds", "steps")
-  }
+  names = (
+    *("layers", "width", "heads", "sequence_length", "batch_size", "stages", "microbatches"),
+    *("chunks", "residuals", "dtype", "unroll", "slack", "speedup", "rounds", "steps"),
+  )
+  setting = {name: flags.FLAGS[name].value for name in names}
   setting |= {"jax": jax.__version__, "platform": jax.devices()[0].platform}
   if _FORMAT.value == "json":
     text = json.dumps({"setting": setting, "rows": rows, "refused": refused}, indent=2)

@@ -42,7 +42,7 @@ _LAYERS = flags.DEFINE_integer("layers", 8, "Layers of the transformer.")
 _WIDTH = flags.DEFINE_integer("width", 256, "Its width.")
 _SEQUENCE = flags.DEFINE_integer("sequence_length", 128, "Tokens in a row.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Rows in a batch.")
-_RESIDUALS = flags.DEFINE_enum("residuals", "dots", ["dots", "all", "full"], "What F keeps.")
+_RESIDUALS = flags.DEFINE_string("residuals", "dots", "What F keeps; see experiments/lm.py --help.")
 _SLACK = flags.DEFINE_integer("slack", 0, "Ticks between send and use.")
 _UNROLL = flags.DEFINE_enum(
   "unroll", "auto", ["auto", "none", "ends", "all"], "Shape of the program."

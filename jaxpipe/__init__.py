@@ -8,7 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from jaxpipe.models.linen import linen
   from jaxpipe.models.stack import LayerStack, StackError
+  from jaxpipe.models.tables import Tables
   from jaxpipe.parallel.mesh import MeshError, make_mesh
   from jaxpipe.parallel.placing import place, unplace
   from jaxpipe.pipeline.check import check
@@ -40,9 +42,11 @@ _HOME = {
   "Schedule": "jaxpipe.schedules",
   "ScheduleError": "jaxpipe.schedules",
   "StackError": "jaxpipe.models.stack",
+  "Tables": "jaxpipe.models.tables",
   "Timeline": "jaxpipe.schedules",
   "check": "jaxpipe.pipeline.check",
   "choose_schedule": "jaxpipe.training.choose",
+  "linen": "jaxpipe.models.linen",
   "load": "jaxpipe.training.load",
   "make_mesh": "jaxpipe.parallel.mesh",
   "make_schedule": "jaxpipe.schedules",

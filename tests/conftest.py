@@ -8,7 +8,7 @@ start, `--grid-seed` repeats it, and `--whole-grid` runs every case.
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import pytest
@@ -96,3 +96,14 @@ def sample_grid(request: pytest.FixtureRequest) -> Callable[[Sequence[Case], int
     return _sample(request.config, f"{request.node.nodeid} {calls}", cases, count)
 
   return sample
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+  """Double precision for one test; elsewhere the suite runs in JAX's default."""
+  import jax
+
+  before = jax.config.jax_enable_x64
+  jax.config.update("jax_enable_x64", True)
+  yield
+  jax.config.update("jax_enable_x64", before)

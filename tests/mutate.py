@@ -112,9 +112,10 @@ def first_failure(copy: pathlib.Path) -> str | None:
       "-x",
       "-q",
       "-n",
-      "2",
+      "0",
       "-p",
       "no:cacheprovider",
+      "--grid-seed=0",
     ]
     environment = os.environ | {"PYTHONPATH": str(copy)}
     done = subprocess.run(

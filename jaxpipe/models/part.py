@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import nnx
 
 Tree = Any
@@ -40,6 +41,10 @@ class Part:
   @classmethod
   def trace(cls, name: str, factory: Factory) -> Part:
     """Builds the module abstractly (no arrays) and refuses what cannot be pipelined."""
+    if _is_linen(factory):
+      raise StackError(
+        f"{name} is a Linen module; wrap it: jaxpipe.linen(Module(), example inputs ...)"
+      )
     module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
     for path, value in nnx.iter_graph(module):
       if not isinstance(value, nnx.Variable) and isinstance(value, _ARRAYS):
@@ -77,7 +82,7 @@ class Part:
     if found is None:
       raise StackError(
         f"{self.name} has no method {method}, which a vocabulary cut over the stages needs; add"
-        " it (see `Tables`), or use a schedule whose last stage holds the whole head"
+        " it (see `jaxpipe.Tables`), or use a schedule whose last stage holds the whole head"
       )
     return found(*args)
 
@@ -89,6 +94,13 @@ class Part:
     return self.graph == other.graph and all(
       (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs
     )
+
+
+def _is_linen(factory: Any) -> bool:
+  """Whether it is a Linen module, or the class of one."""
+  return isinstance(factory, nn.Module) or (
+    isinstance(factory, type) and issubclass(factory, nn.Module)
+  )
 
 
 def fresh(factory: Factory, key: jax.Array) -> Tree:

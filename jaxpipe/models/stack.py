@@ -167,7 +167,8 @@ class LayerStack:
     if self.vocabulary is None:
       raise StackError(
         "the schedule cuts the vocabulary over the stages, but the stack does not say where its"
-        " tables are; give LayerStack(vocabulary=Tables(...)), or take a schedule without S and T"
+        " tables are; give LayerStack(vocabulary=jaxpipe.Tables(...)), or take a schedule without S"
+        " and T"
       )
     head = get_path(self._parts["head"].shapes, self.vocabulary.head)
     check_divides(head.shape[0], devices)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.placing import layer_paths, place, unplace
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
 from jaxpipe.pipeline.reference import reference_value_and_grad
+from jaxpipe.pipeline.residuals import Policy
 from jaxpipe.schedules import Schedule
 
 Tree = Any
@@ -89,13 +90,15 @@ def check(
   *,
   params: Tree | None = None,
   key: jax.Array | None = None,
-  residuals: str = "dots",
+  residuals: str | Policy = "dots",
+  slack: int = 0,
+  unroll: str = "auto",
   tolerance: float | None = None,
 ) -> Report:
   """Runs pipeline and reference on one batch and compares every gradient leaf.
 
   Args:
-    stack, schedule, mesh, residuals: as for `pipeline_value_and_grad`.
+    stack, schedule, mesh, residuals, slack, unroll: as for `pipeline_value_and_grad`.
     batch: leaves `[B, ...]`, small enough that one device can hold the whole model.
     params: canonical; default, `stack.init(key, batch)`.
     key: seeds dropout; default, key 0.
@@ -106,7 +109,8 @@ def check(
   """
   key = jax.random.key(0) if key is None else key
   params = stack.init(key, batch) if params is None else params
-  step = pipeline_value_and_grad(stack, schedule, mesh, residuals=residuals, poison=True)
+  options: dict[str, Any] = dict(residuals=residuals, slack=slack, unroll=unroll)
+  step = pipeline_value_and_grad(stack, schedule, mesh, **options, poison=True)
   (loss, metrics), grads = step(place(params, stack, schedule, mesh), batch, key)
   paths = layer_paths(stack.depth, schedule)
   reference = reference_value_and_grad(stack, schedule.microbatches, paths=paths)

@@ -27,7 +27,7 @@ from jaxpipe.pipeline.local import Local, State, Totals
 from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.probe import Probe
 from jaxpipe.pipeline.program import Program
-from jaxpipe.pipeline.residuals import Residuals, residual_policy
+from jaxpipe.pipeline.residuals import Policy, Residuals, residual_policy
 from jaxpipe.pipeline.unroll import Segment, cut
 from jaxpipe.pipeline.varying import vary
 from jaxpipe.schedules import Schedule
@@ -40,7 +40,7 @@ def pipeline_value_and_grad(
   schedule: Schedule,
   mesh: Mesh,
   *,
-  residuals: str = "dots",
+  residuals: str | Policy = "dots",
   slack: int = 0,
   unroll: str = "auto",
   poison: bool = False,
@@ -53,8 +53,9 @@ def pipeline_value_and_grad(
     schedule: any legal schedule of F, R, B, I and W, over any placement; stages with replicas add
       their gradients. Weights lie whole on their devices, so that G and X have nothing to do.
     mesh: has an axis `stage` of `schedule.devices`, and may have an axis `data`.
-    residuals: what F keeps: `dots` (matmuls with weights, never attention scores), `all`, or `full`
-      (the stage's input alone).
+    residuals: what F keeps: `dots` (matmuls with weights, never attention scores), `all`, `full`
+      (the stage's input alone), a policy of `jax.checkpoint_policies` by name or as a function, or
+      `names:A,B` for what `checkpoint_name` named; see `residuals`.
     slack: ticks that a transfer may take beyond the one that sends it: with 1, it runs beside the
       next tick's work, and is used the tick after.
     unroll: `none`, one loop over all ticks; `ends`, loops over what is periodic and straight lines

@@ -52,7 +52,8 @@ def counted_costs(
 
 
 def _flops_of(part: Slice) -> float:
-  return _flops(part, *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in part.inputs))
+  avals: list[Any] = [v.aval for v in part.inputs]
+  return _flops(part, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
 
 
 def _flops(function: Any, *args: Any) -> float:

@@ -26,6 +26,8 @@ from jaxpipe.schedules import Kind, Schedule
 
 Tree = Any
 
+_SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
@@ -74,7 +76,8 @@ class MemoryReport:
 
   def __str__(self) -> str:
     rows = [*self.bytes.items(), ("total", self.total)]
-    return "\n".join(f"{kind.replace('_', ' '):14} {n / 2**20:12,.2f} MiB" for kind, n in rows)
+    size, name = next((s, name) for s, name in _SIZES if self.total >= s or s == 1)
+    return "\n".join(f"{kind.replace('_', ' '):14} {n / size:12,.2f} {name}" for kind, n in rows)
 
 
 def memory_report(

@@ -24,6 +24,7 @@ from jaxpipe.pipeline.executor import pipeline_value_and_grad
 from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.probe import Clock
 from jaxpipe.pipeline.program import IDLE, Program
+from jaxpipe.pipeline.residuals import Policy, residual_policy
 from jaxpipe.pipeline.unroll import Segment, cut, exchanges, tick_durations, tick_times
 from jaxpipe.schedules import Costs, Kind, Schedule, Timeline, simulate
 from jaxpipe.schedules.peaks import peaks
@@ -103,32 +104,34 @@ def measure(
   key: jax.Array | None = None,
   *,
   steps: int = 5,
+  residuals: str | Policy = "dots",
   slack: int = 0,
   unroll: str = "auto",
-  **options: Any,
 ) -> Measured:
   """Runs a step several times, with clock readings round every action and without.
 
   Where several processes run the program, their clocks must be one, as on one machine.
 
   Args:
-    stack, schedule, mesh, slack, unroll: as for `pipeline_value_and_grad`.
+    stack, schedule, mesh, residuals, slack, unroll: as for `pipeline_value_and_grad`.
     params, batch, key: as for the step that it returns.
     steps: how many of each are timed, after one of each that is not.
-    **options: further ones of `pipeline_value_and_grad`.
 
   Raises:
     ValueError: fewer than one step, and what `pipeline_value_and_grad` raises.
   """
   if steps < 1:
     raise ValueError(f"steps={steps} measure nothing; use 1 or more")
-  program = lower(schedule.check(), slack=slack)
+  keeps_input = residual_policy(residuals).stage_input
+  program = lower(schedule.check(), keeps_input=keeps_input, slack=slack)
   segments = cut(program, unroll)
   clock = Clock(mesh.axis_names)
-  build = lambda **more: pipeline_value_and_grad(  # noqa: E731
-    stack, schedule, mesh, slack=slack, unroll=unroll, **options, **more
+  plain, probed = (
+    pipeline_value_and_grad(
+      *(stack, schedule, mesh), residuals=residuals, slack=slack, unroll=unroll, probe=probe
+    )
+    for probe in (None, clock)
   )
-  plain, probed = build(), build(probe=clock)
   seconds, times = [], []
   for _ in range(1 + steps):
     # In turn, so that whatever else the machine does meets both alike.

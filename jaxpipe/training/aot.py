@@ -146,16 +146,16 @@ def estimate(found: CompiledStep, schedule: Schedule, device: Device) -> Estimat
   actions = {scope: cost for scope in SCOPES if (cost := found.action(scope))}
   if device.clock is None or not {"F"} < actions.keys():
     return None
-  costs = _costs(actions, found.every_tick.most, schedule.stages)
+  costs = _costs(actions, found.every_tick.most, schedule.stages, schedule.devices)
   timeline = simulate(schedule, costs, execution="coupled")
   return Estimate(timeline, (timeline.makespan + found.once.most) / device.clock)
 
 
-def _costs(actions: Mapping[str, Cost], tick: int, stages: int) -> Costs:
+def _costs(actions: Mapping[str, Cost], tick: int, stages: int, devices: int) -> Costs:
   """Cycles as costs: every action also pays for the tick that it runs on.
 
   The last stage takes the dearest way through its branches, the others the cheapest. A fused B
-  counts as two halves; S and T cost nothing here.
+  counts as two halves. S and T share three P-ths of the head.
   """
 
   def by_stage(name: str, share: float = 1) -> list[float]:
@@ -173,4 +173,5 @@ def _costs(actions: Mapping[str, Cost], tick: int, stages: int) -> Costs:
     input_grad=by_stage("I") if "I" in actions else by_stage("B", 0.5),
     weight_grad=by_stage("W") if "W" in actions else by_stage("B", 0.5),
     recompute=by_stage("R") if "R" in actions else None,
+    head=devices * sum(actions[k].most + tick for k in ("S", "T") if k in actions) / 3,
   )

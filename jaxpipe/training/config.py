@@ -16,6 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxpipe.models.transformer import TransformerConfig
+from jaxpipe.pipeline.residuals import residual_policy
+from jaxpipe.pipeline.unroll import SHAPES
 from jaxpipe.training.errors import ConfigError, naming
 
 DTYPES = ("float32", "bfloat16")
@@ -78,7 +80,7 @@ class Config:
   )
   chunks: int = _free(0, "stages V that each device holds; 0: the schedule's own number")
   microbatches: int = _free(4, "microbatches M of a step")
-  backward: str = _free("", "fused or split; default: the schedule's own")
+  backward: str = _free("", "fused, split or deferred; default: the schedule's own")
   recompute: bool = _free(False, "recompute as an action of its own, which the schedule places")
   head: str = _free(
     "last", "last: the last stage has the head; sharded: every device a share, and of the embedding"
@@ -117,6 +119,11 @@ class Config:
     self._check("seed", 0 <= self.seed < 2**32, "is no seed; use 0 to 4294967295")
     good = self.prompt.isascii() or self.prompt.encode("utf-8", "ignore").decode() == self.prompt
     self._check("prompt", good, "is not UTF-8; write it in UTF-8")
+    shapes = ("auto", *SHAPES)
+    self._check("unroll", self.unroll in shapes, f"is unknown; use {', '.join(shapes)}")
+    self._check("slack", self.slack in (0, 1), "ticks cannot be executed; use 0 or 1")
+    with naming(self.flag("residuals")):
+      residual_policy(self.residuals)
     if self.schedule == AUTO:
       for name, free in (("chunks", 0), ("backward", ""), ("recompute", False), ("head", "last")):
         message = f"is for a schedule by name, --schedule=auto decides it; leave --{name} out"
@@ -184,7 +191,7 @@ _AT_LEAST_ONE = (
 )
 _AT_LEAST_ZERO = (
   *("mlp_width", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "chunks"),
-  *("checkpoint_every", "validate_every", "sample_length", "temperature", "slack", "memory_limit"),
+  *("checkpoint_every", "validate_every", "sample_length", "temperature", "memory_limit"),
 )
 
 

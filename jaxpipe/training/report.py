@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxpipe.models.transformer import flops_per_token
-from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.parallel.placing import shardings
 from jaxpipe.pipeline.memory import MemoryReport, memory_report
 from jaxpipe.schedules import draw_text, simulate
 from jaxpipe.training.metrics import Record
@@ -25,8 +25,8 @@ Tree = Any
 
 def describe(setup: Setup) -> str:
   """The plan of a run: mesh, timetable with both bubbles, parameters, expected memory, data."""
-  width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
   # A timetable is broken at a terminal's edge, never in a file.
+  width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
   device = setup.mesh.devices.flat[0]
   axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
   total, held = count_parameters(setup)
@@ -48,10 +48,11 @@ def describe(setup: Setup) -> str:
 
 
 def count_parameters(setup: Setup) -> tuple[int, int]:
-  """Parameters in total, and on each device: its share of the layers, and both ends."""
-  sizes = {part: _count(tree) for part, tree in setup.stack.param_shapes().items()}
-  total = sum(sizes.values())
-  return total, total - sizes["layers"] + sizes["layers"] // setup.mesh.shape[STAGE]
+  """Parameters in total, and on each device: its share of all that is cut over the stages."""
+  shapes = setup.stack.param_shapes()
+  places = shardings(shapes, setup.stack, setup.schedule, setup.mesh)
+  here = jax.tree.map(lambda place, p: math.prod(place.shard_shape(p.shape)), places, shapes)
+  return _count(shapes), sum(jax.tree.leaves(here))
 
 
 def plan_memory(setup: Setup) -> MemoryReport:

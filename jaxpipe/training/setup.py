@@ -95,7 +95,7 @@ def build(config: Config) -> Setup:
     ValueError: anything that does not fit; one line with the flag or file, and the remedy.
   """
   mesh = build_mesh(config)
-  named = None if config.schedule == AUTO else build_schedule(config, mesh)
+  schedule = None if config.schedule == AUTO else build_schedule(config, mesh)
   config.model(vocabulary_size=1)  # the shapes must fit whatever the tokenizer will say
   _check_batch(config, mesh)
   folder = RunDir(pathlib.Path(config.run_dir))
@@ -107,13 +107,15 @@ def build(config: Config) -> Setup:
     check_data(folder.path, record, config, dict(train.identity))
   model = config.model(data.tokenizer.vocabulary_size)
   stack, optimizer, shapes = transformer(model), make_optimizer(config), batch_shapes(config)
-  choice = None if named else choose(config, mesh, stack, shapes, optimizer)
-  schedule = named or choice.schedule
+  choice = None
+  if schedule is None:
+    choice = choose(config, mesh, stack, shapes, optimizer)
+    schedule = choice.schedule
   with naming(*config.flags("head", "tokenizer", "mesh")):
     param_specs(stack.param_shapes(), stack, schedule)
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
-  with naming(*config.flags("residuals", "unroll", "slack", "schedule")):
+  with naming(config.flag("schedule")):
     value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, unroll=config.unroll, **options)
   setup = Setup(
     config=config,

@@ -13,15 +13,6 @@ from jaxpipe.pipeline.check import leaf_errors
 BASELINES = (vmap_roll_value_and_grad, scan_gpipe_value_and_grad)
 
 
-@pytest.fixture
-def float64():
-  """Double precision for one test; elsewhere the suite runs in JAX's default."""
-  before = jax.config.jax_enable_x64
-  jax.config.update("jax_enable_x64", True)
-  yield
-  jax.config.update("jax_enable_x64", before)
-
-
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize(("P", "M", "residuals"), [(2, 3, "names:attention"), (4, 4, "full")])
 def test_gradients_are_the_reference_s(baseline, P, M, residuals, float64):

@@ -25,13 +25,16 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_tiny_model_compiles_and_is_described(tmp_path: pathlib.Path) -> None:
-  done = run("--model=tiny", "--schedule=zb-h1", "--format=json", f"--out={tmp_path}/r.json")
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_tiny_model_compiles_and_is_described(tmp_path: pathlib.Path, schedule: str) -> None:
+  done = run("--model=tiny", f"--schedule={schedule}", "--format=json", f"--out={tmp_path}/r.json")
   assert done.returncode == 0, done.stderr
   report = json.loads((tmp_path / "r.json").read_text())
   assert report["device"] == "TPU v5" and report["parameters"] == 295488
   memory = report["memory"]
-  assert memory["fits"] and abs(memory["error"]) < 1
+  # Arrays as small as these take tiles several times their size: the report cannot be near.
+  assert memory["fits"] and -0.8 < memory["error"] < 0.2
+  assert [copy for copy in report["ring_copies"] if not copy["moved"]] == []
   # Parameters and the two moments, the batch, and what tiles of 128 add to small arrays.
   held = memory["predicted"]["parameters"] + memory["predicted"]["optimizer"]
   assert held <= memory["compiler"]["arguments"] <= 1.5 * held

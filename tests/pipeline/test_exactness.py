@@ -183,8 +183,8 @@ def test_bfloat16_arithmetic_keeps_float32_sums():
     params, batch, jax.random.key(1)
   )
   assert {loss.dtype, *(g.dtype for g in jax.tree.leaves(grads))} == {np.dtype("float32")}
-  # bfloat16 has 8 bits: 2^-8 a rounding, some tens of them along the way.
-  report = jaxpipe.check(stack, schedule, mesh, batch, tolerance=0.1)
+  # The same bfloat16 operations in the same order.
+  report = jaxpipe.check(stack, schedule, mesh, batch)
   assert report.ok, str(report)
 
 

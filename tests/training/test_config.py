@@ -34,6 +34,13 @@ ERRORS = [
     {"profile_steps": "9:12", "steps": 5},
     "--profile_steps=9:12 begins after --steps=5; begin before",
   ),
+  ({"unroll": "most"}, "--unroll=most is unknown; use auto, none, ends, all"),
+  ({"slack": 2}, "--slack=2 ticks cannot be executed; use 0 or 1"),
+  ({"memory_limit": -1.0}, "--memory_limit=-1.0 is negative or no number; use 0 or more"),
+  (
+    {"schedule": "auto", "chunks": 2},
+    "--chunks=2 is for a schedule by name, --schedule=auto decides it; leave --chunks out",
+  ),
   ({"prompt": "\udcff"}, '--prompt="\\udcff" is not UTF-8; write it in UTF-8'),
   ({"mesh": ""}, "--mesh=: the mesh is empty; write stage:N"),
   (
