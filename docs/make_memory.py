@@ -81,7 +81,7 @@ and pools are as long as the schedule's lifetimes make them, so that memory is t
 
 Predicted rings / compiled temporary bytes, in MiB, for a transformer of 16 layers, width 64, rows
 of 64 tokens, two rows a microbatch, P={P}, one loop over all ticks, jax {jax.__version__} on CPU,
-by `python docs/make_memory.py`. What lies between the two numbers is the inside of one action, and
+by `.venv/bin/python docs/make_memory.py`. What lies between is the inside of one action, and
 the same for every M. The last column compares the whole report at M={MICROBATCHES[1]} with the
 compiler's arguments, results and temporaries; the worst of all cases here is {worst:.1%}.
 

@@ -68,8 +68,8 @@ def main() -> None:
 
 The loop of a step does not know M: its table does. Instructions of the optimized program and
 seconds to compile it, P={P}, 8 small layers, jax {jax.__version__} on CPU, by
-`python docs/make_program_size.py`; `none` is one loop over all ticks, `ends` has warm-up and drain
-straight ([why](decisions/0008-three-program-shapes.md)).
+`.venv/bin/python docs/make_program_size.py`; `none` is one loop over all ticks, `ends` has warm-up
+and drain straight ([why](decisions/0008-three-program-shapes.md)).
 
 ![instructions and compile time over M](images/program-size.png)
 

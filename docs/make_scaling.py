@@ -1,6 +1,6 @@
 """Measures how long schedules take to build, check and simulate; draws docs/images/scaling.png.
 
-  python docs/make_scaling.py
+  .venv/bin/python docs/make_scaling.py
 
 P=64, V=4 (or a family's own number), M from 32 to 1,024. Takes about five minutes.
 """
@@ -47,7 +47,7 @@ def main() -> None:
     "# Time to build, check and simulate",
     "",
     "P=64, V=4 where a family takes any number, CPU seconds of one core; searches are left out.",
-    "Written by `python docs/make_scaling.py`.",
+    "Written by `.venv/bin/python docs/make_scaling.py`.",
     "",
     "![time against size](images/scaling.png)",
     "",

@@ -1,6 +1,6 @@
 """Writes docs/schedules.md and its pictures from the library.
 
-  python docs/make_schedules.py
+  .venv/bin/python docs/make_schedules.py
 
 Takes about a minute. Everything on the page that can be computed is; the rest stands in the
 registry, beside the schedules.
@@ -27,9 +27,9 @@ Every schedule is data: a list of actions per device, built by name, from PyTorc
 and checked, simulated and drawn by one library that does not need JAX.
 
 ```
-python -m jaxpipe.schedules zb-h1 {flags}                      # a timetable in the terminal
-python -m jaxpipe.schedules zb-h1 {flags} --format png --out x.png
-python -m jaxpipe.schedules compare {flags} --memory_limit 4   # all that fit, best first
+.venv/bin/python -m jaxpipe.schedules zb-h1 {flags}        # a timetable in the terminal
+.venv/bin/python -m jaxpipe.schedules zb-h1 {flags} --format png --out x.png
+.venv/bin/python -m jaxpipe.schedules compare {flags} --memory_limit 4   # all that fit, best first
 ```
 
 P devices, M microbatches, V chunks per device; F forward, I gradient of the input, W gradient of
@@ -45,7 +45,7 @@ is 288. Those that skip stages do less work and stand at the end.
 
 {table}
 
-This page is written by `python docs/make_schedules.py`.
+This page is written by `.venv/bin/python docs/make_schedules.py`.
 """
 
 SECTION = """\
@@ -59,7 +59,7 @@ SECTION = """\
 - **Peak**: {peak}
 - **When**: {use}
 - **Options**: {options}
-- `python -m jaxpipe.schedules {name} {flags}`
+- `.venv/bin/python -m jaxpipe.schedules {name} {flags}`
 """
 
 

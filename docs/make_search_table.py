@@ -1,6 +1,6 @@
 """Writes docs/search.md: what searching gains over the best named schedule that fits.
 
-  python docs/make_search_table.py
+  .venv/bin/python docs/make_search_table.py
 
 Takes about three minutes on one core. OR-tools (`pip install jaxpipe[search]`) must be installed:
 small instances go to the solver.
@@ -63,7 +63,7 @@ lower bound - 1, over those instances that were not proven optimal.
 
 {table}
 
-Worse than a named schedule: {worse}. Reproduce with `python docs/make_search_table.py`
+Worse than a named schedule: {worse}. Reproduce with `.venv/bin/python docs/make_search_table.py`
 (it took {seconds:.0f} s on one core).
 """
 

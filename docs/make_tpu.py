@@ -1,7 +1,7 @@
 """Writes docs/tpu.md: training steps compiled for TPUs that are not there.
 
-    pip install 'jax[tpu]'
-    python docs/make_tpu.py [NAME ...]
+    .venv/bin/pip install -e '.[tpu]'
+    .venv/bin/python docs/make_tpu.py [NAME ...]
 
 Runs experiments/compile_tpu.py once a row (or once for each row named; the others are then left
 out), about half a minute each, `auto` some more, at most 2 GB of memory, and puts what it reports
@@ -29,10 +29,12 @@ LARGE = (
 )
 ROWS = {
   "0.2B 1f1b": f"{SMALL} --schedule=1f1b --unroll=none",
+  "0.2B 1f1b slack": f"{SMALL} --schedule=1f1b --unroll=none --slack=1",
   "0.2B 1f1b auto": f"{SMALL} --schedule=1f1b",
   "0.2B zb-h1": f"{SMALL} --schedule=zb-h1 --unroll=none",
   "0.2B head cut": f"{SMALL} --schedule=1f1b --head=sharded --unroll=none",
   "6.6B 1f1b": f"{MIDDLE} --schedule=1f1b --unroll=none",
+  "6.6B 1f1b slack": f"{MIDDLE} --schedule=1f1b --unroll=none --slack=1",
   "6.6B 1f1b auto": f"{MIDDLE} --schedule=1f1b",
   "6.6B zb-h1": f"{MIDDLE} --schedule=zb-h1 --unroll=none",
   "175B 1f1b": f"{LARGE} --schedule=1f1b --unroll=none",
@@ -42,17 +44,19 @@ TEXT = """# Training steps compiled for TPUs
 
 No TPU was used: libtpu compiles the very training step for a topology on a machine that has only
 CPUs (`experiments/compile_tpu.py`), and the figures are read from the compiled program. jax {jax},
-libtpu {libtpu}. Written by `python docs/make_tpu.py`.
+libtpu {libtpu}. Written by `.venv/bin/python docs/make_tpu.py`.
 
 {table}
 
 - GB of one device. *Predicted* is what `jaxpipe.memory_report` says before compiling; *compiler* is
-  what the compiled program holds altogether; the chip has {chip}.
+  what the compiled program holds altogether; the chip has {chip}. Predictions are for one loop: in
+  straight lines (`auto`) the compiler keeps more values of several ticks at a time.
 - *Ring copies* inside a loop or branch must be 0; *moves* are small rings that the compiler takes
   into vector memory and back.
 - *Transfers*: asynchronous of all, and how many of them inside a conditional.
 - *Hidden*: estimated cycles of what runs between the start and the end of a transfer, the least of
-  all transfers, on a device that does the dearest of it.
+  all transfers, on a device that does the dearest of it. `--slack=1` sends what the tick before
+  made, beside this tick's action; in a straight line the least is that of a tick without work.
 - *F*, *B*, *I*, *W*: million cycles of one action of one stage, and *step* and *MFU* what they
   imply, by the compiler's estimates alone: the clock is the documented peak over the documented
   matrix units, devices wait for their neighbours every tick, and a transfer takes no time. Branches

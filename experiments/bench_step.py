@@ -2,7 +2,7 @@
 
     ./launch/local.sh experiments/bench_step.py
     ./launch/local.sh experiments/bench_step.py --speedup --stages=2
-    python experiments/bench_step.py --stages=1 --chunks=4 --schedules=interleaved-1f1b \
+    .venv/bin/python experiments/bench_step.py --stages=1 --chunks=4 --schedules=interleaved-1f1b \
       --dtype=bfloat16 --width=2048 --heads=16 --sequence_length=1024 --unroll=all
 
 The first takes about ten minutes. It compares, in interleaved rounds in one process, with the same

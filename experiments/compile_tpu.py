@@ -1,7 +1,7 @@
 """Compiles the training step for a TPU without having one, and reads the compiled program.
 
-    pip install 'jax[tpu]'
-    python experiments/compile_tpu.py --topology=v5p:2x2x1 --mesh=stage:4 --schedule=1f1b
+    .venv/bin/pip install -e '.[tpu]'
+    .venv/bin/python experiments/compile_tpu.py --topology=v5p:2x2x1 --mesh=stage:4 --schedule=1f1b
 
 Takes 10 to 100 seconds and holds no parameters: the state is shapes, so that a model of any size
 compiles on a laptop. Prints the memory of one device by kind beside the compiler's own analysis,
@@ -214,7 +214,7 @@ def find_devices() -> list[Any]:
     except RuntimeError as error:
       raise ConfigError(f"--platform=cuda: {str(error).splitlines()[0]}") from error
   if importlib.util.find_spec("libtpu") is None:
-    raise ConfigError("--platform=tpu: libtpu is not installed; pip install 'jax[tpu]'")
+    raise ConfigError("--platform=tpu: libtpu is not installed; .venv/bin/pip install -e '.[tpu]'")
   jax.config.update("jax_platforms", "cpu")  # the TPU is compiled for, never run on
   try:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value)

@@ -31,12 +31,14 @@ class Part:
     factory: builds it from `nnx.Rngs`.
     graph: the static half of `nnx.split`.
     shapes: nested dict of `jax.ShapeDtypeStruct`, the trainable half.
+    kind: the module's class.
   """
 
   name: str
   factory: Factory
   graph: Any
   shapes: Tree
+  kind: type
 
   @classmethod
   def trace(cls, name: str, factory: Factory) -> Part:
@@ -63,7 +65,7 @@ class Part:
           f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
           " make it a float, or compute it in __call__"
         )
-    return cls(name, factory, graph, shapes)
+    return cls(name, factory, graph, shapes, type(module))
 
   def init(self, key: jax.Array) -> Tree:
     """Returns fresh parameters, a nested dict of arrays."""
@@ -73,18 +75,17 @@ class Part:
     return nnx.merge(self.graph, params)(*args)
 
   def call(self, method: str, params: Tree, *args: Any) -> Any:
-    """Calls another method of the module.
+    """Calls another method of the module."""
+    return getattr(nnx.merge(self.graph, params), method)(*args)
 
-    Raises:
-      StackError: it has none of that name.
-    """
-    found = getattr(nnx.merge(self.graph, params), method, None)
-    if found is None:
-      raise StackError(
-        f"{self.name} has no method {method}, which a vocabulary cut over the stages needs; add"
-        " it (see `jaxpipe.Tables`), or use a schedule whose last stage holds the whole head"
-      )
-    return found(*args)
+  def require(self, *methods: str) -> None:
+    """Raises StackError where the module lacks what a cut vocabulary calls."""
+    for method in methods:
+      if not callable(getattr(self.kind, method, None)):
+        raise StackError(
+          f"{self.name} has no method {method}, which a vocabulary cut over the stages needs; add"
+          " it (see `jaxpipe.Tables`), or use a schedule whose last stage holds the whole head"
+        )
 
   def same_kind(self, other: Part) -> bool:
     """Whether both have the same static graph and the same parameter shapes and dtypes."""

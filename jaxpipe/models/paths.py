@@ -11,21 +11,28 @@ Tree = Any
 def get_path(tree: Tree, path: str) -> Any:
   """The leaf, or None where there is none."""
   for name in path.split("/"):
-    tree = tree.get(name) if isinstance(tree, Mapping) else None
+    tree = tree.get(_key(tree, name)) if isinstance(tree, Mapping) else None
   return tree
 
 
 def set_path(tree: Tree, path: str, value: Any) -> Tree:
   """A tree with another leaf there."""
   name, _, rest = path.partition("/")
-  return {**tree, name: set_path(tree.get(name, {}), rest, value) if rest else value}
+  key = _key(tree, name)
+  return {**tree, key: set_path(tree.get(key, {}), rest, value) if rest else value}
 
 
 def without(tree: Tree, paths: Iterable[str]) -> Tree:
   """A tree without these leaves."""
   for path in paths:
     name, _, rest = path.partition("/")
-    tree = {k: v for k, v in tree.items() if k != name or rest}
+    key = _key(tree, name)
+    tree = {k: v for k, v in tree.items() if k != key or rest}
     if rest:
-      tree = {**tree, name: without(tree[name], [rest])}
+      tree = {**tree, key: without(tree[key], [rest])}
   return tree
+
+
+def _key(tree: Mapping[Any, Any], name: str) -> Any:
+  """What a part of a path is called in the tree: Flax numbers the entries of lists."""
+  return int(name) if name not in tree and name.isdecimal() and int(name) in tree else name

@@ -75,7 +75,7 @@ class LayerStack:
       if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
         raise StackError(f"tied: head {theirs} is {a}, embed {ours} is {b}; they must be alike")
     if self.vocabulary:
-      self.vocabulary.check({part: parts[part].shapes for part in ("embed", "head")})
+      self.vocabulary.check({part: parts[part].shapes for part in ("embed", "head")}, self.tied)
 
   @property
   def depth(self) -> int:
@@ -124,7 +124,11 @@ class LayerStack:
 
   def param_shapes(self) -> Tree:
     """The canonical tree as `jax.ShapeDtypeStruct`s."""
-    return jax.eval_shape(self.init_layers_and_ends, jax.random.key(0), jnp.arange(self.depth))
+    embed, layers, head = (self._parts[part].shapes for part in ("embed", "layers", "head"))
+    stacked = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct((self.depth, *leaf.shape), leaf.dtype), layers
+    )
+    return {"embed": embed, "layers": stacked, "head": without(head, self.tied)}
 
   def apply_embed(self, params: Tree, batch: Tree) -> Tree:
     """`embed(batch) -> x`, given the embedding's own parameters."""
@@ -162,7 +166,8 @@ class LayerStack:
       devices: P, of which each is to hold V / P rows.
 
     Raises:
-      StackError: the stack does not say where its tables are, or P does not divide V.
+      StackError: the stack does not say where its tables are, its ends lack the methods that
+        `Tables` lists, or P does not divide V.
     """
     if self.vocabulary is None:
       raise StackError(
@@ -170,6 +175,8 @@ class LayerStack:
         " tables are; give LayerStack(vocabulary=jaxpipe.Tables(...)), or take a schedule without S"
         " and T"
       )
+    self._parts["embed"].require("ids", "enter")
+    self._parts["head"].require("features", "targets")
     head = get_path(self._parts["head"].shapes, self.vocabulary.head)
     check_divides(head.shape[0], devices)
     embed, head = self.vocabulary.embed, self.vocabulary.head
@@ -251,12 +258,13 @@ class LayerStack:
       )
       return self.apply_layer(params, x, True, inputs)
 
-    _check_alike(x, jax.eval_shape(one, layer, x, batch))
+    check_alike(x, jax.eval_shape(one, layer, x, batch))
     jax.eval_shape(self.apply_head, self.head_params(shapes), x, batch)
     return x
 
 
-def _check_alike(x: Tree, y: Tree) -> None:
+def check_alike(x: Tree, y: Tree) -> None:
+  """Raises StackError where y, a layer's output for x, has other shapes, dtypes or structure."""
   if not same_structure(x, y):
     raise StackError(f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}")
   for (path, a), b in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(y), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from jaxpipe.models.part import StackError, Tree
 from jaxpipe.models.paths import get_path
@@ -15,7 +16,7 @@ class Tables:
   Where the vocabulary is cut over the stages (`vocabulary=1` of a schedule), the modules are not
   called whole but by the parts that do not touch the table. For V, D and any number of targets:
 
-      embed(batch)   == embed.enter(table[embed.ids(batch)], batch)
+      embed(batch)   == embed.enter(table[embed.ids(batch)], batch), ids from -V up to V-1
       head(x, batch) == (loss_sum, weight_sum, {"correct": ...}), with
           h [..., D] = head.features(x, batch)       logits [..., V] = h table'
           targets int [...], weights [...] = head.targets(batch)
@@ -32,8 +33,8 @@ class Tables:
   embed: str
   head: str
 
-  def check(self, shapes: Tree) -> None:
-    """Raises StackError where one of them is no table, or they are of two vocabularies."""
+  def check(self, shapes: Tree, tied: Mapping[str, str]) -> None:
+    """Raises StackError where one of them is no table, is tied to what is none, or they differ."""
     found = [get_path(shapes[part], getattr(self, part)) for part in ("embed", "head")]
     if any(getattr(table, "ndim", None) != 2 for table in found):
       raise StackError(
@@ -45,6 +46,13 @@ class Tables:
         f"vocabulary: the embedding has {found[0].shape[0]} rows, the head {found[1].shape[0]};"
         " both must have one for every token"
       )
+
+    for theirs, ours in tied.items():
+      if (theirs == self.head) != (ours == self.embed):
+        raise StackError(
+          f"vocabulary: head {theirs} is tied to embed {ours}, and the tables are embed"
+          f" {self.embed} and head {self.head}; a table can be tied to the other table only"
+        )
 
 
 def check_divides(V: int, P: int) -> None:

@@ -175,9 +175,20 @@ def check_placed(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> None:
 
   It sees that they are sharded as `place` shards them, which a tree that was never placed is not.
   """
-  if set(params) != {"embed", "layers", "head"}:
-    raise ValueError(f"params has the keys {sorted(params)}; it needs embed, layers and head")
-  want = shardings(params, stack, schedule, mesh)
+  shapes = stack.param_shapes()
+  need, have = (
+    {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    for tree in (shapes, params)
+  )
+  for name in sorted({*need, *have}):
+    if name not in need or name not in have or np.shape(have[name]) != need[name].shape:
+      found = np.shape(have[name]) if name in have else "missing"
+      wanted = need[name].shape if name in need else "nothing"
+      raise ValueError(
+        f"params{name} is {found}, and the stack has {wanted} there; give the step a tree of the"
+        " shape of stack.init(...)"
+      )
+  want = shardings(shapes, stack, schedule, mesh)
   for (path, leaf), sharding in zip(
     jax.tree.leaves_with_path(params), jax.tree.leaves(want), strict=True
   ):

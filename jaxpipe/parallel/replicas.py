@@ -11,6 +11,7 @@ stored twice.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -49,18 +50,32 @@ def owned(placement: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in placement.table)
   each = S // P
   rows: list[list[int]] = [[] for _ in range(P)]
+
+  def give(stage: int, asked: set[int]) -> bool:
+    """Finds the stage an owner, moving stages that have one to other homes where that helps."""
+    homes = [d for v in range(placement.chunks) for d in range(P) if placement.stage(d, v) == stage]
+    for d in homes:
+      if d not in asked:
+        asked.add(d)
+        moved = next((s for s in rows[d] if len(rows[d]) == each and give(s, asked)), None)
+        if moved is not None:
+          rows[d].remove(moved)
+        if len(rows[d]) < each:
+          rows[d].append(stage)
+          return True
+    return False
+
   # Chunk by chunk: of two mirrored pipelines, the first owns.
-  for v in range(placement.chunks):
-    for d in range(P):
-      stage = placement.stage(d, v)
-      if len(rows[d]) < each and not any(stage in row for row in rows):
-        rows[d].append(stage)
-  if S % P or any(len(row) < each for row in rows):
+  order = [placement.stage(d, v) for v in range(placement.chunks) for d in range(P)]
+  if S % P or not all([give(stage, set()) for stage in dict.fromkeys(order)]):
     raise ValueError(
       f"{S} stages with replicas cannot be owned evenly by {P} devices: {list(map(list, rows))};"
       " use placement='mirrored', or stages that live on one device each"
     )
-  return tuple(map(tuple, rows))
+  # In the order of the chunks that hold them.
+  return tuple(
+    tuple(sorted(row, key=functools.partial(placement.chunk, d))) for d, row in enumerate(rows)
+  )
 
 
 def rounds(placement: Any) -> tuple[Round, ...]:

@@ -63,10 +63,12 @@ def leaf_errors(grads: Tree, reference: Tree) -> dict[str, float]:
   """
   got, want = jax.device_get((grads, reference))
   pairs = list(zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True))
-  largest = max(float(np.abs(r).max()) for (_, r), _ in pairs)
+  largest = max(float(np.abs(r).max(initial=0)) for (_, r), _ in pairs)
   floor = max(1e-3 * largest, np.finfo(np.float64).tiny)
   return {
-    jax.tree_util.keystr(path): _no_nan(np.abs(g - r).max() / max(np.abs(r).max(), floor))
+    jax.tree_util.keystr(path): _no_nan(
+      np.abs(g - r).max(initial=0) / max(np.abs(r).max(initial=0), floor)
+    )
     for (path, r), g in pairs
   }
 

@@ -17,10 +17,12 @@ twice:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
+from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline.interpret import Equation, Var, bind, read, run
 from jaxpipe.pipeline.varying import axes_of, bind_varying, collectives, unvarying, vary
 
@@ -35,9 +37,11 @@ def trace(function: Callable[..., Any], *args: Any) -> Any:
     args: trees of arrays or stand-ins, varying over the mesh as the jaxpr's inputs will.
 
   Raises:
-    ValueError: a loop or branch starts from a constant in a function that also communicates.
+    ValueError: a loop or branch starts from a constant in a function that also communicates, or it
+      communicates in a way that waits for devices which are doing something else.
   """
   closed, over_mesh = _trace_anywhere(function, args)
+  _refuse_what_waits_for_all(closed)
 
   def flat(*leaves: Any) -> list[Any]:
     if over_mesh:
@@ -106,6 +110,45 @@ def used(equations: Sequence[Equation], outputs: Iterable[Any] = ()) -> list[Var
   return list(dict.fromkeys(v for v in reads if isinstance(v, Var)))
 
 
+def _off_mesh(function: Callable[..., Any], shapes: Sequence[Any]) -> Any:
+  """The jaxpr of a function that knows nothing of a mesh."""
+  try:
+    return jax.make_jaxpr(function)(*shapes)
+  except (TypeError, ValueError):
+    pass
+  # A Pallas kernel wants to be told over which axes its results vary, wherever types say so.
+  # Tracing inside `shard_map` is a state of the thread: another one is outside.
+  config: Any = jax.config
+  x64, precision = config.jax_enable_x64, config.jax_default_matmul_precision
+
+  def trace() -> Any:
+    with jax.enable_x64(x64), jax.default_matmul_precision(precision):
+      return jax.make_jaxpr(function)(*shapes)
+
+  with ThreadPoolExecutor(1) as outside:
+    return outside.submit(trace).result()
+
+
+def _refuse_what_waits_for_all(closed: Any) -> None:
+  """Stages take different branches: of what one stage's devices do, other stages know nothing.
+
+  A `ppermute` waits for every pair in the program, and gave wrong values or hung; groups of other
+  collectives wait for their own devices alone.
+  """
+  for name, axes in collectives(closed):
+    if STAGE in axes:
+      raise ValueError(
+        f"a layer, embedding or head calls {name} over the axis `{STAGE}`, along which other"
+        " devices run other stages at the time: it would never end; use other axes only"
+      )
+    if name == "ppermute":
+      raise ValueError(
+        f"a layer, embedding or head calls ppermute over {', '.join(sorted(axes))}: it waits for"
+        " devices of other stages, which do other work at the time; use all_gather, psum_scatter or"
+        " all_to_all, which wait for their own group alone"
+      )
+
+
 def _trace_anywhere(function: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, bool]:
   """The function's jaxpr, and whether it was traced over the mesh."""
   # [1] Over the mesh wherever that works: what a layer reduces over an axis is differentiated
@@ -116,8 +159,8 @@ def _trace_anywhere(function: Callable[..., Any], args: Sequence[Any]) -> tuple[
     refused = error
   # [2] Derivatives are taken here too, while custom rules still stand. An error that has nothing to
   # do with the mesh is raised once more.
-  closed = jax.make_jaxpr(function)(*jax.tree.map(unvarying, args))
-  if names := sorted({*collectives(closed)}):
+  closed = _off_mesh(function, jax.tree.map(unvarying, args))
+  if names := sorted({name for name, _ in collectives(closed)}):
     raise ValueError(
       "a loop or a branch starts from a constant, but becomes something that differs between"
       f" devices, and there is {', '.join(names)} beside it: start it from the data, such as"

@@ -25,6 +25,7 @@ from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.local import Local, State, Totals
 from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.order import blocks
 from jaxpipe.pipeline.probe import Probe
 from jaxpipe.pipeline.program import Program
 from jaxpipe.pipeline.residuals import Policy, Residuals, residual_policy
@@ -50,8 +51,8 @@ def pipeline_value_and_grad(
 
   Args:
     stack: a `LayerStack`.
-    schedule: any legal schedule of F, R, B, I and W, over any placement; stages with replicas add
-      their gradients. Weights lie whole on their devices, so that G and X have nothing to do.
+    schedule: any legal schedule of F, R, B, I, W, S and T, over any placement; stages with replicas
+      add their gradients. Weights lie whole on their devices, so that G and X have nothing to do.
     mesh: has an axis `stage` of `schedule.devices`, and may have an axis `data`.
     residuals: what F keeps: `dots` (matmuls with weights, never attention scores), `all`, `full`
       (the stage's input alone), a policy of `jax.checkpoint_policies` by name or as a function, or
@@ -112,7 +113,8 @@ class Pipeline:
     policy: what F keeps; None where only forwards run.
 
   Raises:
-    ValueError: the mesh is of another size, or the layers do not fill the stages.
+    ValueError: the mesh is of another size, the layers do not fill the stages, devices cannot own
+      equally many of them, or the stack lacks what a vocabulary cut over the stages needs.
   """
 
   stack: Any
@@ -126,6 +128,8 @@ class Pipeline:
   def __post_init__(self) -> None:
     check_mesh(self.schedule, self.mesh)
     layers_per_stage(self.stack.depth, self.schedule)
+    replicas.owned(self.schedule.placement)
+    _ = self.specs  # which looks for what a schedule cuts over the stages
 
   @property
   def axes(self) -> tuple[str, ...]:
@@ -166,9 +170,8 @@ class Pipeline:
     if self.shards > 1:
       rows += lax.axis_index(DATA) * len(rows)
     batch, key, rows = vary((batch, key, rows), self.axes)
-    blocking = self.mesh.devices.flat[0].platform == "cpu"
     here = Local(
-      *(self.stack, self.program, self.axes, self.poison, blocking, self.probe),
+      *(self.stack, self.program, self.axes, self.poison, blocks(self.mesh), self.probe),
       *(params, batch, key, rows, self.policy is not None),
     )
     return Device.build(here, self.layers, self.policy)

@@ -72,7 +72,7 @@ def opened(jaxpr: Any) -> Any:
 
 
 def _called(equation: Equation) -> Any:
-  """The jaxpr that a call-like equation calls, or None."""
+  """The jaxpr that a call-like equation calls, or None for any other equation."""
   if equation.primitive.name not in _CALLS:
     return None
-  return next((equation.params[k] for k in ("jaxpr", "call_jaxpr") if k in equation.params), None)
+  return next(equation.params[k] for k in ("jaxpr", "call_jaxpr") if k in equation.params)

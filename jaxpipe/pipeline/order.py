@@ -9,8 +9,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxpipe.pipeline.rings import Tree
+
+
+def blocks(mesh: Mesh) -> bool:
+  """Whether a device of the mesh that waits in a transfer works on nothing else, as CPUs do."""
+  return bool(mesh.devices.flat[0].platform == "cpu")
 
 
 def after(made: Tree, held: Tree) -> Tree:

@@ -18,11 +18,24 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxpipe.pipeline import equations as eq
-from jaxpipe.pipeline.slices import LayerSplit
+from jaxpipe.pipeline.interpret import opened
+from jaxpipe.pipeline.slices import LayerSplit, Slice
 from jaxpipe.pipeline.tape import Tape
 from jaxpipe.schedules import Kind
 
 Tree = Any
+
+
+def forward_only(
+  layer: Callable[[Tree, Tree, Tree], Tree], params: Tree, inputs: Tree, x: Tree
+) -> LayerSplit:
+  """A layer that is never differentiated: all slices but its forward are empty."""
+  closed = eq.trace(layer, params, inputs, x)
+  jaxpr = opened(closed)
+  consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+  forward = Slice(jaxpr.invars, jaxpr.eqns, jaxpr.outvars, consts, (), ())
+  none, n = Slice([], [], [], {}, (), ()), len(jaxpr.outvars)
+  return LayerSplit(forward, forward, None, none, none, none, (), n, n)
 
 
 def split(
@@ -39,7 +52,8 @@ def split(
   Args:
     layer: `(params, inputs, x) -> y`, y with the structure, shapes and dtypes of x.
     params: tree of float arrays, or stand-ins of the same shapes, dtypes and mesh axes.
-    inputs: tree of whatever else the layer reads; never differentiated.
+    inputs: tree of whatever else the layer reads; never differentiated. What is made of the entry
+      `batch` differs between microbatches like what is made of x.
     x: its input; integer and boolean leaves pass through without a gradient.
     policy: a `jax.checkpoint` policy saying what F keeps; None keeps what `jax.vjp` does.
     recompute: whether an R of its own computes again what F did not keep; else I and B do.
@@ -48,8 +62,10 @@ def split(
     The slices.
   """
   tape = Tape.trace(layer, params, inputs, x, policy)
-  # [1] Equal residuals are kept once; those that do not depend on x are computed again.
-  kept = tape.read_by_backward([v for v in eq.used([], tape.residuals) if v in tape.moving])
+  # [1] Equal residuals are kept once; those made of parameters or numbers are computed again, and
+  # the batch is at hand.
+  residuals = [v for v in eq.used([], tape.residuals) if v in tape.moving and v not in tape.given]
+  kept = tape.read_by_backward(residuals)
   at_hand = [*kept, *tape.dy]
   # [2] What of the backward depends on neither the cotangent nor parameters alone.
   again = tape.made_again(at_hand)

@@ -17,11 +17,12 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxpipe.models.stack import check_alike
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.residuals import Policy, Residuals
 from jaxpipe.pipeline.rings import Index, Tree
 from jaxpipe.pipeline.slices import LayerSplit, Saved
-from jaxpipe.pipeline.split import split
+from jaxpipe.pipeline.split import forward_only, split
 from jaxpipe.pipeline.storage import Layout, Pools, Storage
 from jaxpipe.pipeline.varying import axes_of, vary
 from jaxpipe.schedules import Kind
@@ -194,8 +195,8 @@ def cut_stack(
     recompute: whether the schedule has R.
 
   Raises:
-    ValueError: the layer has a loop or branch that cannot be traced over a mesh, or nothing that
-      bears a name of the policy's.
+    ValueError: the layer has a loop or branch that cannot be traced over a mesh, an output unlike
+      its input, or nothing that bears a name of the policy's.
   """
   training = policy is not None
   keeps_input = bool(policy and policy.stage_input)
@@ -204,12 +205,13 @@ def cut_stack(
     # Like x, whichever way the layer is traced: a leaf of y that depends on nothing has a cotangent
     # like every other.
     y = stack.apply_layer(params, x, training, inputs)
+    check_alike(x, y)
     return vary(y, axes_of(jax.tree.leaves(x)))
 
   def cut(keep: Policy | None) -> LayerSplit:
     return split(layer, params, inputs, x, keep, recompute=recompute and not keeps_input)
 
-  one = policy.traced(cut) if policy else cut(None)
+  one = policy.traced(cut) if policy else forward_only(layer, params, inputs, x)
   saved = dict(enumerate(one.saved)) if training else {}
   scratch = None
   if keeps_input and recompute:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 
 from jaxpipe.pipeline import equations as eq
 from jaxpipe.pipeline.floats import float_leaves, with_float_leaves
+from jaxpipe.pipeline.interpret import opened
 from jaxpipe.pipeline.slices import LayerSplit, Saved, Slice
 from jaxpipe.schedules import Kind
 
@@ -30,7 +32,7 @@ class Tape:
   residuals: Sequence[Any]
   dx: Sequence[Any]
   dparams: Sequence[Any]
-  moving: set[eq.Var]  # all that differs between microbatches
+  moving: set[eq.Var]  # all that depends on x, on the batch or on dy
   cotangents: set[eq.Var]  # all that depends on dy
 
   @classmethod
@@ -51,16 +53,19 @@ class Tape:
 
     dy = float_leaves(x)  # as stand-ins: y is like x
     closed = eq.trace(both, params, inputs, x, dy)
-    jaxpr = getattr(closed, "jaxpr", closed)
+    jaxpr = opened(closed)
     n_given, n_x = len(jax.tree.leaves((params, inputs))), len(jax.tree.leaves(x))
     given, x_in, dy_in = _take(jaxpr.invars, n_given, n_x, len(dy))
     equations = list(jaxpr.eqns)
+    _warn_of_effects(equations)
+    # A dropout mask is drawn again, for it is made of numbers; what is made of data is kept.
+    batch = [given[i] for i in _batch_leaves(params, inputs)]
     y, residuals, dx, dparams = _take(jaxpr.outvars, *counts)
     return cls(
       equations,
       dict(zip(jaxpr.constvars, closed.consts, strict=True)),
       *(given, x_in, dy_in, y, residuals, dx, dparams),
-      eq.depends(equations, [*x_in, *dy_in]),
+      eq.depends(equations, [*x_in, *batch, *dy_in]),
       eq.depends(equations, dy_in),
     )
 
@@ -154,6 +159,24 @@ def _vjp(
   )
   dparams, dx = back(dy)
   return y, jax.tree.leaves(back), dx, dparams
+
+
+def _batch_leaves(params: Tree, inputs: Tree) -> list[int]:
+  """Places of the batch's own leaves among the leaves of `(params, inputs)`."""
+  found = jax.tree.leaves_with_path((params, inputs))
+  batch = (jax.tree_util.SequenceKey(1), jax.tree_util.DictKey("batch"))
+  return [i for i, (path, _) in enumerate(found) if path[:2] == batch]
+
+
+def _warn_of_effects(equations: Sequence[eq.Equation]) -> None:
+  # A sum over an axis has an effect too, which is to name the axis.
+  names = sorted({e.primitive.name for e in equations if e.effects})
+  if names := [name for name in names if "debug" in name or "callback" in name]:
+    warnings.warn(
+      f"a layer calls {', '.join(names)}, which a pipeline leaves out: it computes values only; run"
+      " jaxpipe.reference_value_and_grad to see what a layer prints",
+      stacklevel=2,
+    )
 
 
 def _take(items: Sequence[Any], *counts: int) -> list[list[Any]]:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
 from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.order import blocks
 from jaxpipe.pipeline.probe import Clock
 from jaxpipe.pipeline.program import IDLE, Program
 from jaxpipe.pipeline.residuals import Policy, residual_policy
@@ -152,7 +153,7 @@ def measure(
     step=float(step),
     program=program,
     segments=segments,
-    blocking=jax.default_backend() == "cpu",
+    blocking=blocks(mesh),
   )
 
 

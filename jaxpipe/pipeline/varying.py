@@ -18,6 +18,9 @@ from jaxpipe.pipeline.interpret import Equation, bind, opened, run
 
 Axes = frozenset[str]
 
+# Equations that name a mesh axis and send nothing along it.
+_SILENT = {"pvary", "pcast", "axis_index"}
+
 
 def bind_varying(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
   """The rule for an equation that was traced on values that do not vary."""
@@ -54,12 +57,13 @@ def unvarying(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=kind.weak_type)
 
 
-def collectives(jaxpr: Any) -> Iterator[str]:
-  """Names of the equations, here and in bodies and branches, that name a mesh axis."""
+def collectives(jaxpr: Any) -> Iterator[tuple[str, frozenset[str]]]:
+  """Equations, here and in bodies and branches, that communicate: name, and over which axes."""
   for equation in opened(jaxpr).eqns:
-    named = (equation.params.get(k) for k in ("axes", "axis_name"))
-    if any(isinstance(axis, str) for names in named for axis in _each(names)):
-      yield str(equation.primitive.name)
+    named = (_each(equation.params.get(k)) for k in ("axes", "axis_name"))
+    axes = frozenset(axis for names in named for axis in names if isinstance(axis, str))
+    if axes and equation.primitive.name not in _SILENT:
+      yield str(equation.primitive.name), axes
     for inner in (j for value in equation.params.values() for j in _each(value)):
       if hasattr(opened(inner), "eqns"):
         yield from collectives(inner)

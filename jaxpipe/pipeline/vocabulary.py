@@ -222,7 +222,9 @@ class ShardedEnds:
     """Rows of this shard that the microbatch looks up, and which of them lie here."""
     params = self.local.params["embed"]
     rows = len(self.local.stack.embed_table(params))
-    row = lenient(self.local.stack.ids)(params, batch) - first_row(rows)
+    ids = lenient(self.local.stack.ids)(params, batch)
+    # Below zero they count from the end, as in the whole table.
+    row = jnp.where(ids < 0, ids + lax.axis_size(STAGE) * rows, ids) - first_row(rows)
     inside = (row >= 0) & (row < rows)
     return jnp.where(inside, row, 0), inside
 

@@ -21,6 +21,7 @@ from jaxpipe.parallel.mesh import DATA, STAGE
 from jaxpipe.pipeline.flops import counted_costs
 from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.memory import memory_report
+from jaxpipe.pipeline.order import blocks
 from jaxpipe.pipeline.residuals import Policy, residual_policy
 from jaxpipe.pipeline.unroll import cut, estimated_time
 from jaxpipe.schedules import Costs, Schedule, make_schedule
@@ -116,14 +117,13 @@ def choose_schedule(
 
   def timed() -> Iterator[Candidate]:
     keeps_input = residual_policy(residuals).stage_input
-    blocking = mesh.devices.flat[0].platform == "cpu"
     for entry in entries:
       schedule = entry.timeline and entry.timeline.schedule
       # Who leaves layers out trains another model.
       if schedule and not schedule.paths and stack.depth % schedule.stages == 0:
         program = lower(schedule, keeps_input=keeps_input, slack=slack)
         times = scale_costs(costs, schedule.devices, schedule.stages)
-        time = estimated_time(program, cut(program, unroll), times, blocking=blocking)
+        time = estimated_time(program, cut(program, unroll), times, blocking=blocks(mesh))
         yield Candidate(entry.label, schedule, time)
 
   candidates = sorted(timed(), key=lambda candidate: candidate.time)

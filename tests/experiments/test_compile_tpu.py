@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
-  reason="libtpu is not installed; pip install 'jax[tpu]'",
+  reason="libtpu is not installed; .venv/bin/pip install -e '.[tpu]'",
 )
 
 
@@ -65,7 +65,7 @@ def test_without_libtpu_it_says_what_to_install(tmp_path: pathlib.Path) -> None:
   command = [sys.executable, "-c", code, str(ROOT / "experiments" / "compile_tpu.py")]
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-  assert done.returncode == 2 and "pip install 'jax[tpu]'" in done.stderr
+  assert done.returncode == 2 and ".venv/bin/pip install -e '.[tpu]'" in done.stderr
 
 
 def test_an_unknown_flag_exits_2_with_one_line() -> None:

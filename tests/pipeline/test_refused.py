@@ -1,0 +1,195 @@
+"""What cannot run, or would run wrongly, is refused when a step is built or first traced."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+
+import jaxpipe
+from jaxpipe.models.part import StackError
+from jaxpipe.models.stack import LayerStack
+from jaxpipe.models.tables import Tables
+from jaxpipe.models.transformer import Embed, Head, Layer, TransformerConfig
+from jaxpipe.parallel.replicas import owned
+
+F32 = dict(dtype="float32", param_dtype="float32", dropout=0.0)
+BATCH = {"x": jnp.ones((4, 3))}
+GPIPE = jaxpipe.make_schedule("gpipe", devices=2, microbatches=2)
+
+
+class In(nnx.Module):
+  def __init__(self, rngs):
+    self.inner = nnx.Linear(3, 8, rngs=rngs)
+
+  def __call__(self, batch):
+    return self.inner(batch["x"])
+
+
+class Out(nnx.Module):
+  def __init__(self, rngs):
+    self.weight = nnx.Param(jnp.ones((8,)))
+
+  def __call__(self, x, batch):
+    return jnp.sum(x @ self.weight[...]), 1.0 * len(x), {}
+
+
+def layer(function):
+  """A layer of one matmul and `function`."""
+
+  class Middle(nnx.Module):
+    def __init__(self, rngs):
+      self.inner = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x, context):
+      return x + function(self.inner(x), context)
+
+  return Middle
+
+
+def stack(function, depth=2):
+  return LayerStack(embed=In, layers=[layer(function)] * depth, head=Out)
+
+
+def swap(h, _):
+  return lax.ppermute(h, "data", [(0, 1), (1, 0)])
+
+
+def total(h, _):
+  return h + lax.psum(h.sum(), "stage")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+  "function, message",
+  [
+    (swap, "calls ppermute over data: it waits for devices of other stages"),
+    (total, "over the axis `stage`, along which other devices run other stages"),
+  ],
+)
+def test_collectives_that_wait_for_other_stages(function, message):
+  """The first gave wrong gradients in silence, the second never ended."""
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
+  with pytest.raises(ValueError, match=message):
+    jaxpipe.memory_report(stack(function), schedule, jaxpipe.make_mesh("stage:2,data:2"), BATCH)
+
+
+def test_a_collective_within_a_group_is_none_of_these():
+  mean = lambda h, _: h - lax.pmean(h, "data")  # noqa: E731
+  schedule = jaxpipe.make_schedule("zb-h1", devices=2, microbatches=2)
+  jaxpipe.memory_report(stack(mean), schedule, jaxpipe.make_mesh("stage:2,data:2"), BATCH)
+
+
+@pytest.mark.parametrize(
+  "tied, tables",
+  [({"table": "other"}, Tables("table", "table")), ({"other": "table"}, Tables("table", "table"))],
+)
+def test_a_table_tied_to_what_is_no_table(tied, tables):
+  """Every device took the whole of it for its own shard: gradients were wrong in silence."""
+  config = TransformerConfig(vocabulary_size=16, layers=2, width=8, heads=2, kv_heads=1, **F32)
+
+  def with_other(part):
+    class Both(part):
+      def __init__(self, rngs):
+        super().__init__(config, rngs=rngs)
+        self.other = nnx.Param(jnp.ones((16, 8)))
+
+    return Both
+
+  with pytest.raises(StackError, match="a table can be tied to the other table only"):
+    LayerStack(
+      embed=with_other(Embed),
+      layers=[lambda rngs: Layer(config, rngs=rngs)] * 2,
+      head=with_other(Head),
+      tied=tied,
+      vocabulary=tables,
+    )
+
+
+def test_ends_without_the_methods_of_a_cut_vocabulary():
+  class Table(In):
+    def __init__(self, rngs):
+      super().__init__(rngs)
+      self.table = nnx.Param(jnp.ones((16, 8)))
+
+  class TableOut(Out):
+    def __init__(self, rngs):
+      super().__init__(rngs)
+      self.table = nnx.Param(jnp.ones((16, 8)))
+
+  plain = LayerStack(
+    embed=Table,
+    layers=[layer(lambda h, _: h)] * 2,
+    head=TableOut,
+    vocabulary=Tables("table", "table"),
+  )
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2, head="sharded")
+  with pytest.raises(StackError, match="embed has no method ids"):
+    jaxpipe.pipeline_value_and_grad(plain, schedule, jaxpipe.make_mesh("stage:2"))
+
+
+def test_owners_of_replicated_stages_are_found_where_there_are_any():
+  """Stages that were given away in the order of the chunks left none for the second device."""
+  found = owned(jaxpipe.Placement(((0, 1, 2), (0, 1, 3))))
+  assert [len(row) for row in found] == [2, 2]
+  assert {0, 2} | {1, 3} == {s for row in found for s in row} and 2 in found[0] and 3 in found[1]
+
+
+def test_stages_that_devices_cannot_own_evenly():
+  with pytest.raises(
+    ValueError, match="3 stages with replicas cannot be owned evenly by 2 devices"
+  ):
+    owned(jaxpipe.Placement(((0, 1), (0, 2))))
+
+
+@pytest.mark.parametrize("module", [nn.Dense(8), nn.Dense])
+def test_a_linen_module_that_nobody_wrapped(module):
+  with pytest.raises(StackError, match=r"embed is a Linen module; wrap it: jaxpipe\.linen"):
+    LayerStack(embed=module, layers=[layer(lambda h, _: h)], head=Out)
+
+
+class Halved(layer(lambda h, _: h)):
+  def __call__(self, x, context):
+    return super().__call__(x, context).astype(jnp.bfloat16)
+
+
+def test_a_layer_that_returns_another_dtype():
+  schedule, mesh = GPIPE, jaxpipe.make_mesh("stage:2")
+  params = stack(lambda h, _: h).init(jax.random.key(0), BATCH, schedule, mesh)
+  wrong = LayerStack(embed=In, layers=[Halved] * 2, head=Out)
+  with pytest.raises(StackError, match=r"takes float32\[2, 8\] but returns bfloat16\[2, 8\]"):
+    jaxpipe.pipeline_value_and_grad(wrong, schedule, mesh)(params, BATCH)
+
+
+def test_parameters_of_another_stack():
+  schedule, mesh = GPIPE, jaxpipe.make_mesh("stage:2")
+  plain = stack(lambda h, _: h)
+  params = plain.init(jax.random.key(0), BATCH, schedule, mesh)
+  step = jaxpipe.pipeline_value_and_grad(plain, schedule, mesh)
+  short = {**params, "layers": {"inner": {"kernel": params["layers"]["inner"]["kernel"]}}}
+  with pytest.raises(
+    ValueError, match=r"\['inner'\]\['bias'\] is missing, and the stack has \(2, 8"
+  ):
+    step(short, BATCH)
+
+
+def test_a_print_that_a_pipeline_leaves_out_is_told():
+  def chatty(h, _):
+    jax.debug.print("{}", h.sum())
+    return h
+
+  with pytest.warns(UserWarning, match="a layer calls debug_.*, which a pipeline leaves out"):
+    jaxpipe.memory_report(stack(chatty), GPIPE, jaxpipe.make_mesh("stage:2"), BATCH)
+
+
+def test_negative_ids_count_from_the_end_of_a_cut_table():
+  """A padding id of -1 got a row of zeros, and its row no gradient."""
+  cut = tiny.stack(4, **F32)
+  batch = tiny.batch(4)
+  batch["tokens"] = batch["tokens"] - 16 * (batch["tokens"] > 9)
+  schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2, head="sharded")
+  assert (batch["tokens"] < 0).any()
+  report = jaxpipe.check(cut, schedule, jaxpipe.make_mesh("stage:2"), batch)
+  assert report.ok, str(report)
