@@ -3,9 +3,9 @@
     .venv/bin/pip install -e '.[tpu]'
     .venv/bin/python docs/make_tpu.py [NAME ...]
 
-Runs experiments/compile_tpu.py once a row (or once for each row named; the others are then left
-out), about half a minute each, `auto` some more, at most 2 GB of memory, and puts what it reports
-into a table.
+Runs experiments/compile_tpu.py once a row, about half a minute each, `auto` some more, at most 2 GB
+of memory, and puts what it reports into a table. Given names, it runs those rows alone, and leaves
+the others as they stand on the page.
 """
 
 import importlib.metadata
@@ -77,8 +77,9 @@ def main() -> None:
   """Compiles every row, and writes the page."""
   chosen = sys.argv[1:] or list(ROWS)
   reports = {name: compile_row(ROWS[name]) for name in chosen}
-  table = [HEAD, ("---",) * len(HEAD), *(cells(name, r) for name, r in reports.items())]
-  commands = [f"    {name:15} {' '.join(ROWS[name].split())}" for name in chosen]
+  rows = old_rows() | {name: cells(name, report) for name, report in reports.items()}
+  table = [HEAD, ("---",) * len(HEAD), *(rows[name] for name in ROWS if name in rows)]
+  commands = [f"    {name:15} {' '.join(ROWS[name].split())}" for name in ROWS if name in rows]
   text = TEXT.format(
     jax=importlib.metadata.version("jax"),
     libtpu=importlib.metadata.version("libtpu"),
@@ -87,6 +88,13 @@ def main() -> None:
     commands="\n".join(commands),
   )
   OUT.write_text(text)
+
+
+def old_rows() -> dict[str, tuple[str, ...]]:
+  """The rows of the page as it stands, by name."""
+  lines = [line for line in OUT.read_text().splitlines() if line.startswith("| ")]
+  found = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+  return {row[0]: row for row in found if row[0] in ROWS}
 
 
 def compile_row(flags: str) -> dict[str, Any]:

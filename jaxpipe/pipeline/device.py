@@ -158,18 +158,22 @@ class Device:
 
   def recompute(self, state: State, now: Now) -> State:
     """R: fills the cells that F left empty."""
+    if self.local.program.keeps_input:
 
-    def run(storage: Storage) -> tuple[Leaves, Storage]:
-      if self.local.program.keeps_input:
+      def forward(storage: Storage) -> tuple[Leaves, Storage]:
         return [], self.stage.forward(self.call(now), self.ends.input(state, now), storage)[1]
-      return [], self.stage.recompute(self.call(now), storage)
 
-    return self.act(state, now, Kind.R, run, [])[1]
+      return self.act(state, now, Kind.R, forward, [])[1]
+
+    def run(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
+      return [], self.stage.recompute(self.call(now), storage, made)
+
+    return self.act_apart(state, now, Kind.R, run, [])[1]
 
   def backward(self, state: State, now: Now) -> tuple[Leaves, State]:
     """B and I: the gradient of the stage's input. Idle devices return what nobody reads."""
     idle = self.local.idle(float_leaves(self.local.x))
-    dy = lambda: rings.get(state.gradients, now.gradients)  # noqa: E731
+    dy = lambda: rings.load(state.gradients, now.gradients)  # noqa: E731
     x = lambda: self.ends.input(state, now) if self.stage.scratch else []  # noqa: E731
 
     def fused(_: Leaves, grads: Tree) -> tuple[Leaves, Tree]:
@@ -178,25 +182,13 @@ class Device:
 
     dx, grads = now.when([Kind.B], fused, lambda *same: same, idle, state.grads["layers"])
     state = state._replace(grads={**state.grads, "layers": grads})
-    waiting = self.stage.waiting
-    cells, lengths = waiting.one_each()
-
-    def split(_: Leaves, pools: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
-      storage = Storage(self.stage.layout, state.pools, now.cells)
-      made = Storage(waiting, pools, cells)
-      dx, made = self.stage.input_grad(self.call(now), storage, x(), sliced, made)
-      return dx, made.pools
-
-    made = self.stage.allocate(waiting.pools, lengths)
     # Read outside the branch: what arrives later in the tick is then written in place.
     sliced = dy() if CODE[Kind.I] in now.doing.kinds else []
-    dx, made = now.when([Kind.I], split, lambda *same: same, dx, made)
 
-    # A branch of its own, which only writes.
-    def keep(storage: Storage) -> tuple[Leaves, Storage]:
-      return [], storage.take(Storage(waiting, made, cells))
+    def split(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
+      return self.stage.input_grad(self.call(now), storage, x(), sliced, made)
 
-    return dx, self.act(state, now, Kind.I, keep, [])[1]
+    return self.act_apart(state, now, Kind.I, split, dx)
 
   def weight_grad(self, state: State, now: Now) -> State:
     """W: the gradient of the stage's weights, from what I left."""
@@ -228,6 +220,34 @@ class Device:
     leaves, pools = now.when([kind], go, lambda *same: same, idle, mine)
     return leaves, state._replace(pools=_replaced(state.pools, written, pools))
 
+  def act_apart(
+    self,
+    state: State,
+    now: Now,
+    kind: Kind,
+    run: Callable[[Leaves, Storage, Storage], tuple[Leaves, Storage]],
+    idle: Leaves,
+  ) -> tuple[Leaves, State]:
+    """The same for `run(leaves, storage, made)`, which reads the pools that it is to write to.
+
+    It fills `made`, pools of its own; a second branch, which only writes, moves them.
+    """
+    left = self.stage.left[kind]
+    cells, lengths = left.one_each()
+
+    def go(leaves: Leaves, pools: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
+      storage = Storage(self.stage.layout, state.pools, now.cells)
+      leaves, made = run(leaves, storage, Storage(left, pools, cells))
+      return leaves, made.pools
+
+    made = self.stage.allocate(left.pools, lengths)
+    leaves, made = now.when([kind], go, lambda *same: same, idle, made)
+
+    def keep(storage: Storage) -> tuple[Leaves, Storage]:
+      return [], storage.take(Storage(left, made, cells))
+
+    return leaves, self.act(state, now, kind, keep, [])[1]
+
   def payload(self, now: Now, y: Leaves, dx: Leaves) -> Leaves:
     """What this tick sends: y, or dx in its place."""
     gradient = with_float_leaves(y, dx)
@@ -251,10 +271,10 @@ class Device:
         away = payload if state.flight is None else state.flight
         here = lax.ppermute(away, STAGE, pairs)
       if route.activations:
-        activations = rings.put(activations, here, getattr(now, f"arriving_activation_{r}"))
+        activations = rings.store(activations, here, getattr(now, f"arriving_activation_{r}"))
       if route.gradients:
         slot = getattr(now, f"arriving_gradient_{r}")
-        gradients = rings.put(gradients, float_leaves(here), slot)
+        gradients = rings.store(gradients, float_leaves(here), slot)
     flight = None if state.flight is None else payload
     return state._replace(activations=activations, gradients=gradients, flight=flight)
 

@@ -62,7 +62,7 @@ class WholeEnds:
       x = lenient(self.local.stack.apply_embed)(self.local.params["embed"], batch)
       return jax.tree.leaves(self.local.vary(x))
 
-    arrived = lambda ring: rings.get(ring, now.activations)  # noqa: E731
+    arrived = lambda ring: rings.load(ring, now.activations)  # noqa: E731
     kinds = (Kind.F, Kind.R, Kind.B, Kind.I)
     leaves: Leaves = now.at_end("first", kinds, embed, arrived, state.activations)
     return leaves
@@ -81,7 +81,8 @@ class WholeEnds:
     def train(totals: Totals, grads: Tree, ring: Tree) -> tuple[Totals, Tree, Tree]:
       value_and_grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
       (value, aux), (dp, dy) = lenient(value_and_grad)(*args)
-      return count(totals, value, aux), accumulate(grads, dp), rings.put(ring, dy, now.gradients)
+      ring = rings.store(ring, dy, now.gradients)
+      return count(totals, value, aux), accumulate(grads, dp), ring
 
     totals, grads, ring = now.at_end(
       "last",

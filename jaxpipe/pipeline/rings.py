@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxpipe.pipeline.varying import vary
 
@@ -50,6 +51,32 @@ def put(ring: Tree, value: Tree, *index: Index) -> Tree:
     return lax.dynamic_update_slice(leaf, new.reshape(*(1 for _ in index), *new.shape), start)
 
   return jax.tree.map(write, ring, value)
+
+
+def load(ring: Tree, *index: Index) -> Tree:
+  """`get`, for what one action leaves for a later one: the ring keeps its layout."""
+  return _row_major(get(ring, *index))
+
+
+def store(ring: Tree, value: Tree, *index: Index) -> Tree:
+  """`put`, for what one action leaves for a later one."""
+  return put(ring, _row_major(value), *index)
+
+
+def _row_major(tree: Tree) -> Tree:
+  """The tree, each leaf laid out as rings are.
+
+  Left to itself, XLA lays a ring out as the action that reads it likes best, and converts all of it
+  between actions that like different layouts. On CPU it does not, and the constraint would copy.
+  """
+
+  def one(leaf: jax.Array) -> jax.Array:
+    order = Layout(tuple(range(leaf.ndim)))
+    constrain = lambda leaf: with_layout_constraint(leaf, order)  # noqa: E731
+    laid: jax.Array = lax.platform_dependent(leaf, cpu=lambda leaf: leaf, default=constrain)
+    return laid
+
+  return jax.tree.map(one, tree)
 
 
 def add(ring: Tree, value: Tree, *index: Index) -> Tree:

@@ -11,7 +11,7 @@ no R, each backward does so in cells that live only inside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,7 +54,8 @@ class Stage:
     layers: layers in a stage.
     layout: where saved values lie between actions.
     scratch: where they lie inside a backward that runs the forward again; None where none does.
-    waiting: where I puts what it makes, before it goes to its cells.
+    left: where R and I put what they make, before it goes to its cells: they read other cells of
+      the same pools, and XLA copies whole what a conditional both reads and returns.
     allocate: allocates pools, given the shapes of their cells and their lengths.
   """
 
@@ -62,7 +63,7 @@ class Stage:
   layers: int
   layout: Layout
   scratch: Layout | None
-  waiting: Layout
+  left: Mapping[Kind, Layout]
   allocate: Callable[[Sequence[jax.ShapeDtypeStruct], Sequence[int]], Pools]
 
   def primal(self, call: Call, x: Leaves) -> Leaves:
@@ -81,18 +82,17 @@ class Stage:
 
     return _loop(self.layers, layer, (x, storage))
 
-  def recompute(self, call: Call, storage: Storage) -> Storage:
-    """R, where F kept something of every layer."""
+  def recompute(self, call: Call, storage: Storage, made: Storage) -> Storage:
+    """R, where F kept something of every layer: returns `made`, as I does."""
     again = self.split.recompute
     if again is None:
-      return storage
+      return made
 
     def layer(i: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
-      storage = carry[1]
-      made = again(*call.given(i), *storage.read(again.reads, i))
-      return [], storage.write(again.makes, i, made)
+      new = again(*call.given(i), *storage.read(again.reads, i))
+      return [], carry[1].write(again.makes, i, new)
 
-    return _loop(self.layers, layer, ([], storage))[1]
+    return _loop(self.layers, layer, ([], made))[1]
 
   def backward(
     self, call: Call, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
@@ -219,8 +219,11 @@ def cut_stack(
   elif keeps_input:
     scratch = Layout.of({n: v for n, v in saved.items() if v.made is Kind.F}, layers)
     saved = {n: _made_by(Kind.I, v) for n, v in saved.items() if v.last is Kind.W}
-  waiting = Layout.of({n: v for n, v in saved.items() if v.made is Kind.I}, layers)
-  return Stage(one, layers, Layout.of(saved, layers), scratch, waiting, allocate)
+  left = {
+    kind: Layout.of({n: v for n, v in saved.items() if v.made is kind}, layers)
+    for kind in ((Kind.I,) if keeps_input else (Kind.R, Kind.I))
+  }
+  return Stage(one, layers, Layout.of(saved, layers), scratch, left, allocate)
 
 
 def _made_by(kind: Kind, value: Saved) -> Saved:

@@ -5,8 +5,8 @@ value of each stage and microbatch has a cell of its own there, by the tick tabl
 frees the next one fills, whichever value it is: what W waits for takes the cells of what I
 consumed.
 
-`_store` and `_load` are the one place that every saved value passes, on its way in and out: a
-format of fewer bits, or another memory, would stand there and in `Layout.pools`.
+`Storage.write` and `Storage.read` are the one place that every saved value passes, on its way in
+and out: a format of fewer bits, or another memory, would stand there and in `Layout.pools`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax import lax
-from jax.experimental.layout import Layout as Order
-from jax.experimental.layout import with_layout_constraint
 
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.program import Value
@@ -95,7 +92,7 @@ class Storage:
     """One layer's saved values of these numbers."""
     places = [self.layout.position[n] for n in numbers]
     return [
-      _load(rings.get(self.pools[self.layout.values[i].pool], self.cells[i], layer)) for i in places
+      rings.load(self.pools[self.layout.values[i].pool], self.cells[i], layer) for i in places
     ]
 
   def write(self, numbers: Sequence[int], layer: Index, values: Sequence[jax.Array]) -> Storage:
@@ -104,7 +101,7 @@ class Storage:
     for n, value in zip(numbers, values, strict=True):
       i = self.layout.position[n]
       pool = self.layout.values[i].pool
-      pools[pool] = rings.put(pools[pool], _store(value), self.cells[i], layer)
+      pools[pool] = rings.store(pools[pool], value, self.cells[i], layer)
     return dataclasses.replace(self, pools=pools)
 
   def take(self, other: Storage) -> Storage:
@@ -116,23 +113,3 @@ class Storage:
       pool = self.layout.values[mine].pool
       pools[pool] = rings.put(pools[pool], value, self.cells[mine])
     return dataclasses.replace(self, pools=pools)
-
-
-def _store(value: jax.Array) -> jax.Array:
-  return _row_major(value)
-
-
-def _load(stored: jax.Array) -> jax.Array:
-  return _row_major(stored)
-
-
-def _row_major(value: jax.Array) -> jax.Array:
-  """The value, laid out as its pool is.
-
-  Left to itself, XLA lays a pool out as the action that reads it likes best, and converts all of it
-  between actions that like different layouts. On CPU it does not, and the constraint would copy.
-  """
-  order = Order(tuple(range(value.ndim)))
-  constrain = lambda value: with_layout_constraint(value, order)  # noqa: E731
-  laid: jax.Array = lax.platform_dependent(value, cpu=lambda value: value, default=constrain)
-  return laid

@@ -62,7 +62,7 @@ class ShardedEnds:
     def embed(column: str, m: jax.Array, ring: Tree) -> Tree:
       batch = local.microbatch(m)
       x = lenient(local.stack.enter)(local.params["embed"], self._look_up(batch), batch)
-      return rings.put(ring, jax.tree.leaves(local.vary(x)), now.column(column, "slot"))
+      return rings.store(ring, jax.tree.leaves(local.vary(x)), now.column(column, "slot"))
 
     for column in local.program.meetings.of(EMBEDDING):
       ring = now.meet(column, embed, ring)
@@ -70,7 +70,7 @@ class ShardedEnds:
 
   def input(self, state: State, now: Now) -> Leaves:
     """The stage's input; at the first stage, too, it has arrived."""
-    leaves: Leaves = rings.get(state.activations, now.activations)
+    leaves: Leaves = rings.load(state.activations, now.activations)
     return leaves
 
   def leave(self, state: State, now: Now, y: Leaves) -> State:
@@ -78,7 +78,7 @@ class ShardedEnds:
     ring = state.vocabulary["y"]
 
     def send(column: str, m: jax.Array, ring: Tree) -> Tree:
-      return rings.put(ring, self._from_home(y, now, column), now.column(column, "slot"))
+      return rings.store(ring, self._from_home(y, now, column), now.column(column, "slot"))
 
     for column in self.local.program.meetings.of(OUTPUT):
       ring = now.meet(column, send, ring)
@@ -109,8 +109,8 @@ class ShardedEnds:
     made = {name: ring[name] for name in ring if name not in ("y", "scale")}
 
     def run(made: Tree) -> Tree:
-      y = rings.get(ring["y"], now.vocabulary)
-      return rings.put(made, self._score(y, now.microbatch), now.vocabulary)
+      y = rings.load(ring["y"], now.vocabulary)
+      return rings.store(made, self._score(y, now.microbatch), now.vocabulary)
 
     made = now.when([Kind.S], run, lambda same: same, made)
     state = state._replace(vocabulary={**ring, **made})
@@ -122,7 +122,7 @@ class ShardedEnds:
     """The barrier, where only forwards run: the loss."""
 
     def run(column: str, m: jax.Array, totals: Totals) -> Totals:
-      held = rings.get(state.vocabulary, now.column(column, "slot"))
+      held = rings.load(state.vocabulary, now.column(column, "slot"))
       return self._count(totals, held, m)[0]
 
     return state._replace(totals=now.meet(column, run, state.totals))
@@ -135,14 +135,14 @@ class ShardedEnds:
       column: str, m: jax.Array, totals: Totals, grads: Tree, gradients: Tree, scales: Tree
     ) -> Any:
       slot, params, batch = now.column(column, "slot"), local.params["head"], local.microbatch(m)
-      held = rings.get(ring, slot)
+      held = rings.load(ring, slot)
       totals, lse = self._count(totals, held, m)
       scale = jnp.exp(held["m"] - lse)
       table = local.stack.head_table(params)
       dh = local.vary(cross_entropy.dh(held["a"], scale, table, self._targets(m)))
       dp, dy = lenient(self._features_gradient)(params, held["y"], batch, dh)
-      gradients = rings.put(gradients, dy, now.column(column, "gradient"))
-      return totals, accumulate(grads, _once(dp)), gradients, rings.put(scales, scale, slot)
+      gradients = rings.store(gradients, dy, now.column(column, "gradient"))
+      return totals, accumulate(grads, _once(dp)), gradients, rings.store(scales, scale, slot)
 
     totals, grads, gradients, scales = now.meet(
       column, run, state.totals, state.grads["head"], state.gradients, ring["scale"]
@@ -159,7 +159,7 @@ class ShardedEnds:
     stack, params = self.local.stack, self.local.params["head"]
 
     def run(grads: Tree) -> Tree:
-      held = rings.get(state.vocabulary, now.vocabulary)
+      held = rings.load(state.vocabulary, now.vocabulary)
       h = self._features(held["y"], now.microbatch)
       targets = self._targets(now.microbatch)
       table = cross_entropy.dtable(held["e"], held["scale"], h, targets)

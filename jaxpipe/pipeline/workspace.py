@@ -42,10 +42,12 @@ def workspace(device: Device, state: State, cells: Any) -> int:
     Kind.F: of_slice(stage.split.forward),
     Kind.R: of_slice(stage.split.recompute),
     Kind.B: of_slice(stage.split.backward) + again,
-    # What I makes lies in pools of its own before it goes to its cells.
-    Kind.I: of_slice(stage.split.input_grad) + again + _pools(stage.waiting),
+    Kind.I: of_slice(stage.split.input_grad) + again,
     Kind.W: of_slice(stage.split.weight_grad),
   }
+  # What R and I make lies in pools of its own before it goes to its cells.
+  for kind, layout in stage.left.items():
+    of_kind[kind] += _pools(layout)
   head = device.ends.heaviest()
   widest = max(live_peak(head.eqns, head.outvars), *(of_kind.get(k, 0) for k in program.kinds))
   # What is sent and what arrives; with slack, what is on its way besides.
