@@ -165,6 +165,9 @@ class Device:
 
       return self.act(state, now, Kind.R, forward, [])[1]
 
+    if Kind.R not in self.stage.apart:
+      return state
+
     def run(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
       return [], self.stage.recompute(self.call(now), storage, made)
 
@@ -228,25 +231,30 @@ class Device:
     run: Callable[[Leaves, Storage, Storage], tuple[Leaves, Storage]],
     idle: Leaves,
   ) -> tuple[Leaves, State]:
-    """The same for `run(leaves, storage, made)`, which reads the pools that it is to write to.
+    """The same for `run(idle, storage, made)`, which reads one storage and writes the other.
 
-    It fills `made`, pools of its own; a second branch, which only writes, moves them.
+    Both are the pools, and a branch that read and returned them would be two copies of them: one
+    of both is scratch, and a branch of its own moves what lies there; see `Apart`.
     """
-    left = self.stage.left[kind]
-    cells, lengths = left.one_each()
+    apart = self.stage.apart[kind]
+    cells, lengths = apart.layout.one_each()
+    pools = Storage(self.stage.layout, state.pools, now.cells)
+    scratch = self.stage.allocate(apart.layout.pools, lengths)
+    if apart.before:
 
-    def go(leaves: Leaves, pools: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
-      storage = Storage(self.stage.layout, state.pools, now.cells)
-      leaves, made = run(leaves, storage, Storage(left, pools, cells))
+      def fetch(scratch: list[jax.Array]) -> list[jax.Array]:
+        return Storage(apart.layout, scratch, cells).take(pools).pools
+
+      read = Storage(apart.layout, now.when([kind], fetch, lambda same: same, scratch), cells)
+      return self.act(state, now, kind, lambda made: run(idle, read, made), idle)
+
+    def go(leaves: Leaves, scratch: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
+      leaves, made = run(leaves, pools, Storage(apart.layout, scratch, cells))
       return leaves, made.pools
 
-    made = self.stage.allocate(left.pools, lengths)
-    leaves, made = now.when([kind], go, lambda *same: same, idle, made)
-
-    def keep(storage: Storage) -> tuple[Leaves, Storage]:
-      return [], storage.take(Storage(left, made, cells))
-
-    return leaves, self.act(state, now, kind, keep, [])[1]
+    leaves, scratch = now.when([kind], go, lambda *same: same, idle, scratch)
+    made = Storage(apart.layout, scratch, cells)
+    return leaves, self.act(state, now, kind, lambda pools: ([], pools.take(made)), [])[1]
 
   def payload(self, now: Now, y: Leaves, dx: Leaves) -> Leaves:
     """What this tick sends: y, or dx in its place."""

@@ -46,6 +46,28 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class Apart:
+  """How an action avoids to read and write the same pools, which XLA would then copy whole.
+
+  Attributes:
+    layout: of pools of the action's own, for what it reads or for what it makes: the smaller.
+    before: whether it is what the action reads, fetched before it runs; else it is what it makes,
+      which goes to its cells after.
+  """
+
+  layout: Layout
+  before: bool
+
+  @classmethod
+  def of(cls, saved: Mapping[int, Saved], reads: Sequence[int], kind: Kind, layers: int) -> Apart:
+    """The smaller of the two."""
+    read = Layout.of({n: saved[n] for n in reads}, layers)
+    made = Layout.of({n: value for n, value in saved.items() if value.made is kind}, layers)
+    before = read.one_each_bytes() <= made.one_each_bytes()
+    return cls(read if before else made, before)
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
   """The actions of a stage of `layers` layers.
 
@@ -54,8 +76,7 @@ class Stage:
     layers: layers in a stage.
     layout: where saved values lie between actions.
     scratch: where they lie inside a backward that runs the forward again; None where none does.
-    left: where R and I put what they make, before it goes to its cells: they read other cells of
-      the same pools, and XLA copies whole what a conditional both reads and returns.
+    apart: what of R and I does not touch the pools itself.
     allocate: allocates pools, given the shapes of their cells and their lengths.
   """
 
@@ -63,7 +84,7 @@ class Stage:
   layers: int
   layout: Layout
   scratch: Layout | None
-  left: Mapping[Kind, Layout]
+  apart: Mapping[Kind, Apart]
   allocate: Callable[[Sequence[jax.ShapeDtypeStruct], Sequence[int]], Pools]
 
   def primal(self, call: Call, x: Leaves) -> Leaves:
@@ -83,7 +104,7 @@ class Stage:
     return _loop(self.layers, layer, (x, storage))
 
   def recompute(self, call: Call, storage: Storage, made: Storage) -> Storage:
-    """R, where F kept something of every layer: returns `made`, as I does."""
+    """R, where F kept something of every layer: returns `made` with what it makes, as I does."""
     again = self.split.recompute
     if again is None:
       return made
@@ -121,13 +142,13 @@ class Stage:
   ) -> tuple[Leaves, Storage]:
     """I: returns dx, and `made` with what W waits for; arguments as for B.
 
-    It does not write to the pools that it reads: XLA would copy them whole. `made` has a cell of
-    its own for every value, and `Storage.take` moves them.
+    `storage` and `made` share no pool: see `Apart`.
     """
     slice_ = self.split.input_grad
     kept = self._kept(call, storage, x)
     # What F would have kept for W lives in the scratch only; here it begins to wait.
-    staying = [n for n in made.layout.position if n not in slice_.makes]
+    mine = self.layout.position.items()
+    staying = [n for n, i in mine if self.layout.values[i].made is Kind.I and n not in slice_.makes]
 
     def layer(j: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
       (dy, made), i = carry, self.layers - 1 - j
@@ -219,11 +240,12 @@ def cut_stack(
   elif keeps_input:
     scratch = Layout.of({n: v for n, v in saved.items() if v.made is Kind.F}, layers)
     saved = {n: _made_by(Kind.I, v) for n, v in saved.items() if v.last is Kind.W}
-  left = {
-    kind: Layout.of({n: v for n, v in saved.items() if v.made is kind}, layers)
-    for kind in ((Kind.I,) if keeps_input else (Kind.R, Kind.I))
-  }
-  return Stage(one, layers, Layout.of(saved, layers), scratch, left, allocate)
+  # A second forward inside I leaves nothing to be read from the pools.
+  reads = {Kind.I: one.input_grad.reads if scratch is None else ()}
+  if one.recompute is not None:
+    reads[Kind.R] = one.recompute.reads
+  apart = {kind: Apart.of(saved, numbers, kind, layers) for kind, numbers in reads.items()}
+  return Stage(one, layers, Layout.of(saved, layers), scratch, apart, allocate)
 
 
 def _made_by(kind: Kind, value: Saved) -> Saved:

@@ -12,6 +12,7 @@ and out: a format of fewer bits, or another memory, would stand there and in `La
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,11 @@ class Layout:
     """The pools that an action of this kind writes to, ascending."""
     return sorted({value.pool for value in self.values if value.made is kind})
 
+  def one_each_bytes(self) -> int:
+    """Bytes of pools in which every value has its own cell."""
+    cells = (self.pools[value.pool] for value in self.values)
+    return sum(math.prod(cell.shape) * cell.dtype.itemsize for cell in cells)
+
   def one_each(self) -> tuple[list[int], list[int]]:
     """Cells where every value has its own, and how many each pool then has."""
     lengths = [0] * len(self.pools)
@@ -105,11 +111,11 @@ class Storage:
     return dataclasses.replace(self, pools=pools)
 
   def take(self, other: Storage) -> Storage:
-    """A storage that holds all layers of another's values as well."""
+    """A storage that holds all layers of the values that both have, as another holds them."""
     pools = list(self.pools)
-    for n, i in other.layout.position.items():
-      value = rings.get(other.pools[other.layout.values[i].pool], other.cells[i])
-      mine = self.layout.position[n]
+    for n in sorted(self.layout.position.keys() & other.layout.position.keys()):
+      mine, theirs = self.layout.position[n], other.layout.position[n]
+      value = rings.get(other.pools[other.layout.values[theirs].pool], other.cells[theirs])
       pool = self.layout.values[mine].pool
       pools[pool] = rings.put(pools[pool], value, self.cells[mine])
     return dataclasses.replace(self, pools=pools)

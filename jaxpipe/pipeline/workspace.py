@@ -17,7 +17,6 @@ import jax
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.interpret import Equation, Var, opened
 from jaxpipe.pipeline.local import State
-from jaxpipe.pipeline.storage import Layout
 from jaxpipe.schedules import Kind
 
 # Equations whose operands and results lie in memory; all others are fused into their readers.
@@ -37,7 +36,7 @@ def workspace(device: Device, state: State, cells: Any) -> int:
   """
   stage, program = device.stage, device.local.program
   of_slice = lambda part: live_peak(part.equations, part.outputs) if part else 0  # noqa: E731
-  again = _pools(stage.scratch) if stage.scratch else 0
+  again = stage.scratch.one_each_bytes() if stage.scratch else 0
   of_kind = {
     Kind.F: of_slice(stage.split.forward),
     Kind.R: of_slice(stage.split.recompute),
@@ -45,9 +44,8 @@ def workspace(device: Device, state: State, cells: Any) -> int:
     Kind.I: of_slice(stage.split.input_grad) + again,
     Kind.W: of_slice(stage.split.weight_grad),
   }
-  # What R and I make lies in pools of its own before it goes to its cells.
-  for kind, layout in stage.left.items():
-    of_kind[kind] += _pools(layout)
+  for kind, apart in stage.apart.items():
+    of_kind[kind] += apart.layout.one_each_bytes()
   head = device.ends.heaviest()
   widest = max(live_peak(head.eqns, head.outvars), *(of_kind.get(k, 0) for k in program.kinds))
   # What is sent and what arrives; with slack, what is on its way besides.
@@ -109,11 +107,6 @@ def _bodies(equation: Equation) -> Iterator[Any]:
 
 def _variables(items: Sequence[Any]) -> list[Var]:
   return [v for v in items if isinstance(v, Var)]
-
-
-def _pools(layout: Layout) -> int:
-  """Bytes of pools in which every value has a cell of its own."""
-  return sum(n * _bytes(cell) for cell, n in zip(layout.pools, layout.one_each()[1], strict=True))
 
 
 def _bytes(array: Any) -> int:
