@@ -5,7 +5,7 @@
 
 Runs experiments/compile_tpu.py once a row, about half a minute each, `auto` some more, at most 2 GB
 of memory, and puts what it reports into a table. Given names, it runs those rows alone, and leaves
-the others as they stand on the page.
+the others as they stand on the page, if they are of the same versions and commands.
 """
 
 import importlib.metadata
@@ -76,25 +76,33 @@ HEAD = (
 def main() -> None:
   """Compiles every row, and writes the page."""
   chosen = sys.argv[1:] or list(ROWS)
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
   reports = {name: compile_row(ROWS[name]) for name in chosen}
-  rows = old_rows() | {name: cells(name, report) for name, report in reports.items()}
+  rows = old_rows(versions) | {name: cells(name, report) for name, report in reports.items()}
   table = [HEAD, ("---",) * len(HEAD), *(rows[name] for name in ROWS if name in rows)]
-  commands = [f"    {name:15} {' '.join(ROWS[name].split())}" for name in ROWS if name in rows]
+  commands = [command(name) for name in ROWS if name in rows]
   text = TEXT.format(
-    jax=importlib.metadata.version("jax"),
-    libtpu=importlib.metadata.version("libtpu"),
+    **versions,
     chip=", ".join(sorted({f"{r['memory']['chip'] / 1e9:g}" for r in reports.values()})),
     table="\n".join(f"| {' | '.join(row)} |" for row in table),
-    commands="\n".join(commands),
+    commands="".join(commands).rstrip("\n"),
   )
   OUT.write_text(text)
 
 
-def old_rows() -> dict[str, tuple[str, ...]]:
+def old_rows(versions: dict[str, str]) -> dict[str, tuple[str, ...]]:
   """The rows of the page as it stands, by name."""
-  lines = [line for line in OUT.read_text().splitlines() if line.startswith("| ")]
+  page = OUT.read_text() if OUT.exists() else ""
+  if "jax {jax},\nlibtpu {libtpu}.".format(**versions) not in page:
+    return {}
+  lines = [line for line in page.splitlines() if line.startswith("| ")]
   found = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
-  return {row[0]: row for row in found if row[0] in ROWS}
+  return {row[0]: row for row in found if row[0] in ROWS and command(row[0]) in page}
+
+
+def command(name: str) -> str:
+  """A row's flags, as the page shows them."""
+  return f"    {name:16} {' '.join(ROWS[name].split())}\n"
 
 
 def compile_row(flags: str) -> dict[str, Any]:

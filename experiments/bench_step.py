@@ -187,7 +187,9 @@ def asked() -> dict[str, jaxpipe.Schedule | str]:
     raise ValueError(
       f"--batch_size={_BATCH.value} rows are no multiple of --microbatches={_MICROBATCHES.value}"
     )
-  if _LAYERS.value % _DEVICES.value:
+  if _SLACK.value not in (0, 1):
+    raise ValueError(f"--slack={_SLACK.value} ticks cannot be executed; use 0 or 1")
+  if _LAYERS.value % _DEVICES.value:  # the baselines have one stage a device
     raise ValueError(f"--layers={_LAYERS.value} cannot fill --stages={_DEVICES.value} evenly")
   residual_policy(_RESIDUALS.value)
   found: dict[str, jaxpipe.Schedule | str] = {}
@@ -229,7 +231,8 @@ def registered(
     variants[label] = compiled(step, params, batch)
     if costs:
       times, work = costs(schedule.stages)
-      program = lower(schedule, slack=_SLACK.value)
+      keeps_input = residual_policy(_RESIDUALS.value).stage_input
+      program = lower(schedule, keeps_input=keeps_input, slack=_SLACK.value)
       ticks = estimated_time(program, cut(program, _UNROLL.value), times, blocking=True)
       variants[label].predicted = _MICROBATCHES.value * work / ticks
   return variants, refused

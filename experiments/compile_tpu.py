@@ -137,7 +137,7 @@ def prepare(config: Config) -> Job:
   model, optimizer = config.model(_VOCABULARY.value), make_optimizer(config)
   stack = transformer(model)
   shapes = batch_shapes(config)
-  schedule = named or choose(config, mesh, stack, shapes, optimizer, device.memory).schedule
+  schedule = named or choose(config, mesh, stack, shapes, optimizer).schedule
   state = placed_shapes(state_shapes(stack, optimizer), stack, schedule, mesh)
   batch = on_all(shapes, mesh)
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
@@ -186,7 +186,9 @@ def compile_and_read(job: Job) -> dict[str, Any]:
     "parameters": job.parameters,
     "compile_seconds": round(seconds, 1),
     **describe(found, job.predicted, job.device),
-    "estimate": describe_estimate(found, job.schedule, job.device, flops, job.mesh.size)
+    "estimate": describe_estimate(
+      found, job.schedule, job.device, flops, job.mesh.size, config.slack
+    )
     if one_loop(job)
     else {},
   }

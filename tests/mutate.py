@@ -66,8 +66,8 @@ FAULTS = [
   Fault(
     "stale buffer",
     "pipeline/device.py",
-    "gradients = rings.put(gradients, float_leaves(here), slot)",
-    "gradients = rings.put(state.gradients, float_leaves(here), slot)",
+    "gradients = rings.store(gradients, float_leaves(here), slot)",
+    "gradients = rings.store(state.gradients, float_leaves(here), slot)",
   ),
   Fault(
     "swapped chunk",

@@ -35,4 +35,4 @@ def without(tree: Tree, paths: Iterable[str]) -> Tree:
 
 def _key(tree: Mapping[Any, Any], name: str) -> Any:
   """What a part of a path is called in the tree: Flax numbers the entries of lists."""
-  return int(name) if name not in tree and name.isdecimal() and int(name) in tree else name
+  return int(name) if name.isdecimal() and not any(isinstance(key, str) for key in tree) else name

@@ -114,8 +114,9 @@ def _off_mesh(function: Callable[..., Any], shapes: Sequence[Any]) -> Any:
   """The jaxpr of a function that knows nothing of a mesh."""
   try:
     return jax.make_jaxpr(function)(*shapes)
-  except (TypeError, ValueError):
-    pass
+  except (TypeError, ValueError) as error:
+    if "manual_axis_type" not in str(error) and "vma" not in str(error):
+      raise
   # A Pallas kernel wants to be told over which axes its results vary, wherever types say so.
   # Tracing inside `shard_map` is a state of the thread: another one is outside.
   config: Any = jax.config

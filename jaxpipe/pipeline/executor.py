@@ -129,7 +129,8 @@ class Pipeline:
     check_mesh(self.schedule, self.mesh)
     layers_per_stage(self.stack.depth, self.schedule)
     replicas.owned(self.schedule.placement)
-    _ = self.specs  # which looks for what a schedule cuts over the stages
+    if self.schedule.vocabulary:
+      self.stack.tables(self.schedule.devices)
 
   @property
   def axes(self) -> tuple[str, ...]:

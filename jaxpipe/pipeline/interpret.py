@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax.extend import core
@@ -69,6 +69,14 @@ def read(values: dict[Var, Any], v: Any) -> Any:
 def opened(jaxpr: Any) -> Any:
   """The jaxpr without its constants; jax 0.12 has one class for both kinds, jax 0.10 two."""
   return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def bodies(equation: Equation) -> Iterator[Any]:
+  """The jaxprs that an equation runs: of a loop, of the branches of a conditional, of a call."""
+  for value in equation.params.values():
+    for one in value if isinstance(value, tuple | list) else (value,):
+      if hasattr(opened(one), "eqns"):
+        yield opened(one)
 
 
 def _called(equation: Equation) -> Any:

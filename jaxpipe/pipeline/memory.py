@@ -41,7 +41,7 @@ class MemoryReport:
       the inside of the action that needs most.
     units: what an F, an I and a W change in what actions leave for later ones, over what F keeps:
       `memory` of `make_schedule`, with which schedules are planned within a limit.
-    unit: bytes that F keeps of one stage and microbatch.
+    unit: bytes that F keeps of one stage and microbatch; 1 where it keeps nothing.
   """
 
   bytes: Mapping[str, int]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from jaxpipe.pipeline import equations as eq
 from jaxpipe.pipeline.floats import float_leaves, with_float_leaves
-from jaxpipe.pipeline.interpret import opened
+from jaxpipe.pipeline.interpret import bodies, opened
 from jaxpipe.pipeline.slices import LayerSplit, Saved, Slice
 from jaxpipe.schedules import Kind
 
@@ -169,14 +169,22 @@ def _batch_leaves(params: Tree, inputs: Tree) -> list[int]:
 
 
 def _warn_of_effects(equations: Sequence[eq.Equation]) -> None:
-  # A sum over an axis has an effect too, which is to name the axis.
-  names = sorted({e.primitive.name for e in equations if e.effects})
-  if names := [name for name in names if "debug" in name or "callback" in name]:
+  if names := sorted({*_callbacks(equations)}):
     warnings.warn(
-      f"a layer calls {', '.join(names)}, which a pipeline leaves out: it computes values only; run"
-      " jaxpipe.reference_value_and_grad to see what a layer prints",
+      f"a layer calls {', '.join(names)}, which a pipeline leaves out or repeats: it computes"
+      " values only; run jaxpipe.reference_value_and_grad to see what a layer prints",
       stacklevel=2,
     )
+
+
+def _callbacks(equations: Sequence[eq.Equation]) -> Iterator[str]:
+  # A sum over an axis has an effect too, which is to name the axis.
+  for equation in equations:
+    name = str(equation.primitive.name)
+    if equation.effects and ("debug" in name or "callback" in name):
+      yield name
+    for body in bodies(equation):
+      yield from _callbacks(body.eqns)
 
 
 def _take(items: Sequence[Any], *counts: int) -> list[list[Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxpipe.pipeline.interpret import Equation, bind, opened, run
+from jaxpipe.pipeline.interpret import Equation, bind, bodies, opened, run
 
 Axes = frozenset[str]
 
@@ -64,9 +64,8 @@ def collectives(jaxpr: Any) -> Iterator[tuple[str, frozenset[str]]]:
     axes = frozenset(axis for names in named for axis in names if isinstance(axis, str))
     if axes and equation.primitive.name not in _SILENT:
       yield str(equation.primitive.name), axes
-    for inner in (j for value in equation.params.values() for j in _each(value)):
-      if hasattr(opened(inner), "eqns"):
-        yield from collectives(inner)
+    for inner in bodies(equation):
+      yield from collectives(inner)
 
 
 def _scan(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:

@@ -9,13 +9,13 @@ and not a bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jaxpipe.pipeline.device import Device
-from jaxpipe.pipeline.interpret import Equation, Var, opened
+from jaxpipe.pipeline.interpret import Equation, Var, bodies
 from jaxpipe.pipeline.local import State
 from jaxpipe.schedules import Kind
 
@@ -92,17 +92,9 @@ def _steps(equations: Sequence[Equation], outputs: Sequence[Any]) -> list[tuple[
     made = lies.intersection(equation.outvars)
     sources.update((v, {v} if v in made else reads) for v in equation.outvars)
     if made:
-      inside = max((live_peak(body.eqns, body.outvars) for body in _bodies(equation)), default=0)
+      inside = max((live_peak(body.eqns, body.outvars) for body in bodies(equation)), default=0)
       steps.append((reads | made, inside))
   return [*steps, (of(outputs), 0)]
-
-
-def _bodies(equation: Equation) -> Iterator[Any]:
-  """The jaxprs that an equation runs: of a loop, or of the branches of a conditional."""
-  for value in equation.params.values():
-    for one in value if isinstance(value, tuple | list) else (value,):
-      if hasattr(opened(one), "eqns"):
-        yield opened(one)
 
 
 def _variables(items: Sequence[Any]) -> list[Var]:

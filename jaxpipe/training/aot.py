@@ -141,13 +141,15 @@ class Estimate:
   seconds: float
 
 
-def estimate(found: CompiledStep, schedule: Schedule, device: Device) -> Estimate | None:
+def estimate(
+  found: CompiledStep, schedule: Schedule, device: Device, slack: int = 0
+) -> Estimate | None:
   """Returns the step time on paper, None where cycles or clock are unknown."""
   actions = {scope: cost for scope in SCOPES if (cost := found.action(scope))}
   if device.clock is None or not {"F"} < actions.keys():
     return None
   costs = _costs(actions, found.every_tick.most, schedule.stages, schedule.devices)
-  timeline = simulate(schedule, costs, execution="coupled")
+  timeline = simulate(schedule, costs, execution="coupled", slack=slack)
   return Estimate(timeline, (timeline.makespan + found.once.most) / device.clock)
 
 

@@ -65,7 +65,7 @@ def _cycles(found: CompiledStep) -> dict[str, Any]:
 
 
 def describe_estimate(
-  found: CompiledStep, schedule: Schedule, device: Device, flops: float, devices: int
+  found: CompiledStep, schedule: Schedule, device: Device, flops: float, devices: int, slack: int
 ) -> dict[str, float]:
   """The step time and utilisation that the cycles imply; empty where they are unknown.
 
@@ -73,8 +73,9 @@ def describe_estimate(
     found, schedule: what runs.
     device, devices: on what, and on how many of them.
     flops: of the model, in one step.
+    slack: ticks between send and use.
   """
-  paper = estimate(found, schedule, device)
+  paper = estimate(found, schedule, device, slack)
   if paper is None or device.clock is None or device.peak is None:
     return {}
   return {

@@ -90,7 +90,7 @@ def choose_schedule(
   optimizer: Any = None,
   memory_limit: float | None = None,
 ) -> Choice:
-  """Chooses among the registered schedules that compute the whole model.
+  """Chooses among the registered schedules that compute the whole model, with the head whole.
 
   Args:
     stack, mesh, residuals, unroll, slack: as for `pipeline_value_and_grad`.
@@ -104,13 +104,13 @@ def choose_schedule(
   """
   sizes: dict[str, Any] = dict(devices=mesh.shape[STAGE], microbatches=microbatches)
   policy: dict[str, Any] = dict(residuals=residuals, slack=slack, optimizer=optimizer)
-  costs = _costs(stack, mesh, example_batch, microbatches, residuals)
 
   def report(schedule: Schedule) -> Any:
     return memory_report(stack, schedule, mesh, example_batch, **policy)
 
   # Families that plan within a limit want it in what F keeps of a P-th part of the layers.
   one, room = report(make_schedule("1f1b", **sizes)), None
+  costs = _costs(stack, mesh, example_batch, microbatches, residuals)
   if memory_limit is not None:
     room = max(memory_limit - one.total + one.rings, 0) / one.unit
   entries = compare(**sizes, costs=costs, memory=one.units, memory_limit=room)

@@ -27,6 +27,7 @@ from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.memory import memory_report
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.schedules import Schedule, make_schedule
+from jaxpipe.training.aot import Device
 from jaxpipe.training.choose import Choice, choose_schedule
 from jaxpipe.training.config import AUTO, Config
 from jaxpipe.training.errors import ConfigError, naming
@@ -95,7 +96,9 @@ def build(config: Config) -> Setup:
     ValueError: anything that does not fit; one line with the flag or file, and the remedy.
   """
   mesh = build_mesh(config)
-  schedule = None if config.schedule == AUTO else build_schedule(config, mesh)
+  # Sizes that 1F1B has, auto can have: checked before any text is read.
+  first = "1f1b" if config.schedule == AUTO else config.schedule
+  schedule = build_schedule(dataclasses.replace(config, schedule=first), mesh)
   config.model(vocabulary_size=1)  # the shapes must fit whatever the tokenizer will say
   _check_batch(config, mesh)
   folder = RunDir(pathlib.Path(config.run_dir))
@@ -108,7 +111,7 @@ def build(config: Config) -> Setup:
   model = config.model(data.tokenizer.vocabulary_size)
   stack, optimizer, shapes = transformer(model), make_optimizer(config), batch_shapes(config)
   choice = None
-  if schedule is None:
+  if config.schedule == AUTO:
     choice = choose(config, mesh, stack, shapes, optimizer)
     schedule = choice.schedule
   with naming(*config.flags("head", "tokenizer", "mesh")):
@@ -164,15 +167,13 @@ def choose(
   stack: LayerStack,
   shapes: Tree,
   optimizer: optax.GradientTransformation,
-  limit: float | None = None,
 ) -> Choice:
-  """What `--schedule=auto` stands for; `limit` is what the devices have, in bytes, if known.
+  """What `--schedule=auto` stands for, within `--memory_limit` or what the devices have.
 
   Raises:
     ConfigError: nothing fits.
   """
-  if config.memory_limit:
-    limit = 1e9 * config.memory_limit
+  limit = 1e9 * config.memory_limit or Device.of(list(mesh.devices.flat)).memory
   with naming(*config.flags("schedule", "memory_limit", "layers", "mesh", "residuals")):
     return choose_schedule(
       stack,

@@ -154,6 +154,29 @@ def test_tied_parameters_exist_once_and_sum_their_gradients():
   assert jax.tree.structure(untied) == jax.tree.structure(params)
 
 
+class Tables(nnx.Module):
+  """Entries of a list, which Flax numbers."""
+
+  def __init__(self, rngs):
+    self.tables = nnx.List(nnx.Param(jnp.full((3,), float(i))) for i in range(2))
+
+  def __call__(self, *args):
+    return args
+
+
+def test_entries_of_a_list_can_be_tied():
+  """Paths are strings, and the keys of a list are numbers."""
+  stack = LayerStack(embed=Tables, layers=[Layer], head=Tables, tied={"tables/0": "tables/1"})
+  shapes = stack.param_shapes()
+  assert [*shapes["head"]["tables"]] == [1]
+  ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+  head = stack.head_params(ones)
+  assert [*sorted(head["tables"])] == [0, 1]
+  untied = stack.untie({**ones, "head": head})
+  assert (untied["embed"]["tables"][1] == 2).all() and (untied["embed"]["tables"][0] == 1).all()
+  assert jax.tree.structure(untied) == jax.tree.structure(ones)
+
+
 @pytest.mark.parametrize("devices, data", [(1, 1), (2, 2), (4, 1)])
 def test_placed_initialisation_equals_the_unpipelined_one(devices, data):
   stack = tiny.stack(8, dtype="float32", param_dtype="float32")

@@ -14,6 +14,8 @@ import tiny
 import jaxpipe
 from jaxpipe.parallel.placing import layer_paths
 from jaxpipe.pipeline.check import leaf_errors
+from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.unroll import cut
 from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.transforms.recompute import with_recompute
 
@@ -108,6 +110,24 @@ def test_every_registered_schedule_is_exact(float64, name, P, V, M, slack, unrol
   np.testing.assert_allclose(loss, want, rtol=TOLERANCE)
   errors = leaf_errors(jaxpipe.unplace(got, stack, schedule), grads)
   assert len(errors) == 11 and max(errors.values()) <= TOLERANCE, errors
+
+
+# Loops with straight ends: they take half a minute to compile.
+STEADY = list(
+  itertools.product(("gpipe", "1f1b", "zb-h1", "interleaved-1f1b", "zb-v"), (3, 4), (0, 1))
+)
+
+
+@pytest.mark.slow
+@pytest.mark.sampled("name, P, slack", STEADY, 1)
+def test_loops_with_straight_ends_are_exact(float64, name, P, slack):
+  schedule = jaxpipe.make_schedule(name, devices=P, microbatches=4 * P)
+  segments = cut(lower(schedule, slack=slack), "ends")
+  assert {True, False} == {segment.repeats > 1 for segment in segments}
+  stack, batch = tiny.stack(schedule.stages), tiny.batch(4 * P)
+  mesh = jaxpipe.make_mesh(f"stage:{P}")
+  report = jaxpipe.check(stack, schedule, mesh, batch, slack=slack, unroll="ends")
+  assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("residuals", ["full", "dots", "all"])

@@ -175,11 +175,17 @@ def test_parameters_of_another_stack():
     step(short, BATCH)
 
 
-def test_a_print_that_a_pipeline_leaves_out_is_told():
-  def chatty(h, _):
-    jax.debug.print("{}", h.sum())
-    return h
+def chatty(h, _):
+  jax.debug.print("{}", h.sum())
+  return h
 
+
+def chatty_inside(h, _):
+  return lax.fori_loop(0, 2, lambda _, h: chatty(h, None), h)
+
+
+@pytest.mark.parametrize("chatty", [chatty, chatty_inside])
+def test_a_print_that_a_pipeline_leaves_out_is_told(chatty):
   with pytest.warns(UserWarning, match="a layer calls debug_.*, which a pipeline leaves out"):
     jaxpipe.memory_report(stack(chatty), GPIPE, jaxpipe.make_mesh("stage:2"), BATCH)
 

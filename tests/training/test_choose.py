@@ -7,7 +7,10 @@ import tiny
 
 import jaxpipe
 from jaxpipe.pipeline.flops import counted_costs
+from jaxpipe.training import setup
+from jaxpipe.training.aot import Device
 from jaxpipe.training.choose import Candidate, _choose, choose_schedule
+from jaxpipe.training.errors import ConfigError
 
 F32 = dict(dtype="float32", param_dtype="float32", dropout=0.0)
 
@@ -73,3 +76,17 @@ def test_counted_costs_are_those_of_matmuls():
   assert 1 < dots.input_grad < 1.5
   # The stage's forward runs again before its backward.
   assert full.input_grad == pytest.approx(dots.input_grad + 1)
+
+
+def test_what_a_device_has_is_the_limit_of_a_run(make_config, tmp_path, monkeypatch):
+  """Only --memory_limit was a limit, although a device says what it has."""
+  small = Device("a small one", memory=1000, peak=None, clock=None)
+  monkeypatch.setattr(setup.Device, "of", lambda devices: small)
+  with pytest.raises(ConfigError, match="no schedule fits a memory_limit of 1,000 bytes"):
+    setup.build(make_config(tmp_path, schedule="auto", microbatches=2, mesh="stage:2"))
+
+
+def test_sizes_are_checked_before_any_text_is_read(make_config, tmp_path):
+  config = make_config(tmp_path, schedule="auto", layers=5, text="/no/such/text")
+  with pytest.raises(ConfigError, match="5 layers cannot fill 4 stages evenly"):
+    setup.build(config)
