@@ -59,11 +59,13 @@ class Apart:
   before: bool
 
   @classmethod
-  def of(cls, saved: Mapping[int, Saved], reads: Sequence[int], kind: Kind, layers: int) -> Apart:
-    """The smaller of the two."""
+  def of(
+    cls, saved: Mapping[int, Saved], reads: Sequence[int], kind: Kind, layers: int, fetch: bool
+  ) -> Apart:
+    """The smaller of the two, or what is made where nothing is to be fetched."""
     read = Layout.of({n: saved[n] for n in reads}, layers)
     made = Layout.of({n: value for n, value in saved.items() if value.made is kind}, layers)
-    before = read.one_each_bytes() <= made.one_each_bytes()
+    before = fetch and read.one_each_bytes() <= made.one_each_bytes()
     return cls(read if before else made, before)
 
 
@@ -204,6 +206,7 @@ def cut_stack(
   allocate: Callable[[Sequence[jax.ShapeDtypeStruct], Sequence[int]], Pools],
   *,
   recompute: bool = False,
+  fetch: bool = True,
 ) -> Stage:
   """Cuts one layer of a stack and returns the stage that runs `layers` of it.
 
@@ -214,6 +217,7 @@ def cut_stack(
     policy: what F keeps; None where only forwards run.
     allocate: see `Stage`.
     recompute: whether the schedule has R.
+    fetch: whether R and I may fetch what they read before they run; see `Apart`.
 
   Raises:
     ValueError: the layer has a loop or branch that cannot be traced over a mesh, an output unlike
@@ -244,7 +248,7 @@ def cut_stack(
   reads = {Kind.I: one.input_grad.reads if scratch is None else ()}
   if one.recompute is not None:
     reads[Kind.R] = one.recompute.reads
-  apart = {kind: Apart.of(saved, numbers, kind, layers) for kind, numbers in reads.items()}
+  apart = {kind: Apart.of(saved, numbers, kind, layers, fetch) for kind, numbers in reads.items()}
   return Stage(one, layers, Layout.of(saved, layers), scratch, apart, allocate)
 
 
