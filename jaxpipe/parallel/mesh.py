@@ -1,32 +1,55 @@
 """The device mesh and the names of its axes.
 
-`stage` is always the outermost axis: neighbours on it exchange one activation a tick, far less than
-what the inner axes reduce, so that it can lie on the slowest network.
+    stage      layers; neighbours exchange one activation a tick
+    data       rows of the batch; gradients are added once a step
+    fsdp       rows of the batch, and each parameter in as many pieces
+    expert     rows of the batch, and experts
+    sequence   positions of a row
+    tensor     heads, hidden units, the vocabulary
+
+From the outside in: `stage` exchanges the least and can lie on the slowest network, `tensor` waits
+for its peers several times a layer. Every mesh has all six, most of them of one device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 STAGE = "stage"
 DATA = "data"
-AXES = (STAGE, DATA)
+FSDP = "fsdp"
+EXPERT = "expert"
+SEQUENCE = "sequence"
+TENSOR = "tensor"
+AXES = (STAGE, DATA, FSDP, EXPERT, SEQUENCE, TENSOR)
+# Devices along these hold different rows of every microbatch.
+ROWS = (DATA, FSDP, EXPERT)
+# Axes that may lie between hosts or slices, over the slow network.
+SLOW = (STAGE, DATA)
 
 
 class MeshError(ValueError):
   """The mesh that was asked for does not exist, or does not fit the devices."""
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-  """Reads `stage:4,data:2` into `{"stage": 4, "data": 2}`, always in the order of `AXES`.
+def parse_mesh(text: str, devices: int | None = None) -> dict[str, int]:
+  """Reads `stage:4,data:2` into `{"stage": 4, "data": 2, ...}`, all axes in the order of `AXES`.
+
+  Args:
+    text: a size for each axis that has more than one device; one of them may be -1, which takes
+      all devices that the others leave.
+    devices: how many there are; only for -1.
 
   Raises:
-    MeshError: an unknown axis, an axis twice, or a size below 1.
+    MeshError: an unknown axis, an axis twice, a size below 1, more than one -1, or devices that the
+      other sizes do not divide.
   """
   sizes: dict[str, int] = {}
   for item in filter(None, text.split(",")):
@@ -35,34 +58,102 @@ def parse_mesh(text: str) -> dict[str, int]:
       raise MeshError(f"mesh {text!r}: no axis {name!r}; the axes are {', '.join(AXES)}")
     if name in sizes:
       raise MeshError(f"mesh {text!r}: axis {name!r} stands twice")
-    if not (size.isascii() and size.isdecimal()) or int(size) < 1:
+    if size != "-1" and (not (size.isascii() and size.isdecimal()) or int(size) < 1):
       raise MeshError(
         f"mesh {text!r}: {name}:{size} is not a size; write {name}:N with N at least 1"
+        " (or -1 for all that the others leave)"
       )
     sizes[name] = int(size)
   if not sizes:
     raise MeshError("the mesh is empty; write stage:N")
-  return {name: sizes.get(name, 1) for name in AXES}
+  return {name: 1 for name in AXES} | _inferred(text, sizes, devices)
 
 
-def make_mesh(sizes: str | dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Returns a mesh with the axes `stage` and `data`, over the first devices that it needs.
+def _inferred(text: str, sizes: dict[str, int], devices: int | None) -> dict[str, int]:
+  """The sizes, with a number in place of -1."""
+  free = [name for name, size in sizes.items() if size == -1]
+  if not free:
+    return sizes
+  given = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) > 1:
+    raise MeshError(f"mesh {text!r}: {' and '.join(free)} are both -1; only one can be inferred")
+  if devices is None:
+    raise MeshError(f"mesh {text!r}: {free[0]}:-1 needs the number of devices; write the size")
+  if devices % given:
+    near = max(n for n in range(1, devices + 1) if devices % n == 0 and n <= given)
+    raise MeshError(
+      f"mesh {text!r}: {given} does not divide the {devices} devices, so that {free[0]}:-1 has no"
+      f" size; let the others multiply to {near}"
+    )
+  return {**sizes, free[0]: devices // given}
+
+
+def make_mesh(
+  sizes: str | Mapping[str, int],
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  slow: str | None = None,
+) -> Mesh:
+  """Returns a mesh with all the axes of `AXES`.
 
   Args:
-    sizes: `"stage:4,data:2"`, or the same as a dict; an axis left out has size 1.
-    devices: default, all of `jax.devices()`.
+    sizes: `"stage:4,data:2,tensor:2"`, or the same as a dict; an axis left out has size 1, and one
+      may be -1 (all devices that the others leave).
+    devices: default, all of `jax.devices()`; the first that the mesh needs are taken.
+    slow: axis that lies across hosts or slices, `stage` or `data`: devices of one host (of one
+      slice, on TPU) then stand together along all others. None takes the devices in order.
 
   Raises:
-    MeshError: see `parse_mesh`; or fewer devices than the mesh needs.
+    MeshError: see `parse_mesh`; fewer devices than the mesh needs, or hosts that do not divide the
+      slow axis.
   """
   text = sizes if isinstance(sizes, str) else ",".join(f"{k}:{v}" for k, v in sizes.items())
-  shape = parse_mesh(text)
   found = list(jax.devices() if devices is None else devices)
+  shape = parse_mesh(text, len(found))
   need = math.prod(shape.values())
   if need > len(found):
     raise MeshError(
       f"mesh {text} needs {need} devices but there are {len(found)} ({found[0].platform});"
       f" take a smaller mesh, or on CPU force {need}: ./launch/local.sh --devices={need} SCRIPT"
     )
-  grid = np.array(found[:need], dtype=object).reshape(tuple(shape.values()))
+  grid = _grid(tuple(shape.values()), found[:need], text, slow)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def row_shards(mesh: Mesh) -> int:
+  """Devices of a mesh that hold different rows of a microbatch."""
+  return math.prod(dict(mesh.shape).get(axis, 1) for axis in ROWS)
+
+
+def _grid(
+  shape: tuple[int, ...], devices: Sequence[Any], text: str, slow: str | None
+) -> np.ndarray:
+  """The devices as an array, those of one host or slice together."""
+  if slow is None:
+    return _near(shape, devices)
+  if slow not in SLOW:
+    raise MeshError(f"axis {slow!r} cannot lie on the slow network; use {' or '.join(SLOW)}")
+  groups: dict[int, list[Any]] = {}
+  for device in devices:
+    # Hosts of one TPU slice share its fast network.
+    one = getattr(device, "slice_index", None)
+    groups.setdefault(device.process_index if one is None else one, []).append(device)
+  axis, members = AXES.index(slow), {len(group) for group in groups.values()}
+  if len(members) > 1:
+    raise MeshError(
+      f"mesh {text}: hosts have {sorted(members)} devices of it; use as many of every host"
+    )
+  if shape[axis] % len(groups):
+    raise MeshError(
+      f"mesh {text}: {len(groups)} hosts or slices do not divide {slow}:{shape[axis]}; use"
+      f" {slow}:{-(-shape[axis] // len(groups)) * len(groups)}, or another slow axis"
+    )
+  inner = tuple(n // len(groups) if i == axis else n for i, n in enumerate(shape))
+  return np.concatenate([_near(inner, groups[g]) for g in sorted(groups)], axis=axis)
+
+
+def _near(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+  """The devices of one network as an array; on TPU, neighbours of the mesh are those of the torus."""
+  if devices[0].platform == "tpu" and len(devices) > 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return np.array(devices, dtype=object).reshape(shape)

@@ -160,7 +160,7 @@ def check_mesh(schedule: Any, mesh: Mesh) -> None:
   if strange or any(kind is not AxisType.Auto for kind in mesh.axis_types):
     raise ValueError(
       f"mesh axes {dict(mesh.shape)} of types {[kind.name for kind in mesh.axis_types]}: only"
-      f" {' and '.join(AXES)} are supported, as Auto axes; build it with jaxpipe.make_mesh"
+      f" {', '.join(AXES)} are supported, as Auto axes; build it with jaxpipe.make_mesh"
     )
   found = dict(mesh.shape).get(STAGE, 0)
   if found != schedule.devices:

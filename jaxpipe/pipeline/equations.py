@@ -22,7 +22,8 @@ from typing import Any
 
 import jax
 
-from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.parallel import axes
+from jaxpipe.parallel.mesh import AXES, STAGE
 from jaxpipe.pipeline.interpret import Equation, Var, bind, read, run
 from jaxpipe.pipeline.varying import axes_of, bind_varying, collectives, unvarying, vary
 
@@ -120,10 +121,11 @@ def _off_mesh(function: Callable[..., Any], shapes: Sequence[Any]) -> Any:
   # A Pallas kernel wants to be told over which axes its results vary, wherever types say so.
   # Tracing inside `shard_map` is a state of the thread: another one is outside.
   config: Any = jax.config
+  sizes = {axis: axes.size(axis) for axis in AXES}
   x64, precision = config.jax_enable_x64, config.jax_default_matmul_precision
 
   def trace() -> Any:
-    with jax.enable_x64(x64), jax.default_matmul_precision(precision):
+    with jax.enable_x64(x64), jax.default_matmul_precision(precision), axes.outside(sizes):
       return jax.make_jaxpr(function)(*shapes)
 
   with ThreadPoolExecutor(1) as outside:
@@ -136,15 +138,15 @@ def _refuse_what_waits_for_all(closed: Any) -> None:
   A `ppermute` waits for every pair in the program, and gave wrong values or hung; groups of other
   collectives wait for their own devices alone.
   """
-  for name, axes in collectives(closed):
-    if STAGE in axes:
+  for name, over in collectives(closed):
+    if STAGE in over:
       raise ValueError(
         f"a layer, embedding or head calls {name} over the axis `{STAGE}`, along which other"
         " devices run other stages at the time: it would never end; use other axes only"
       )
     if name == "ppermute":
       raise ValueError(
-        f"a layer, embedding or head calls ppermute over {', '.join(sorted(axes))}: it waits for"
+        f"a layer, embedding or head calls ppermute over {', '.join(sorted(over))}: it waits for"
         " devices of other stages, which do other work at the time; use all_gather, psum_scatter or"
         " all_to_all, which wait for their own group alone"
       )

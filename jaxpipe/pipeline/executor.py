@@ -18,8 +18,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
-from jaxpipe.parallel import replicas
-from jaxpipe.parallel.mesh import DATA, STAGE
+from jaxpipe.parallel import axes, replicas
+from jaxpipe.parallel.mesh import ROWS, STAGE, row_shards
 from jaxpipe.parallel.placing import check_mesh, check_placed, layers_per_stage, param_specs
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
@@ -139,8 +139,8 @@ class Pipeline:
 
   @property
   def shards(self) -> int:
-    """Data shards."""
-    return dict(self.mesh.shape).get(DATA, 1)
+    """Devices that hold different rows of a microbatch."""
+    return row_shards(self.mesh)
 
   @property
   def layers(self) -> int:
@@ -154,11 +154,12 @@ class Pipeline:
 
   def over_mesh(self, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     """`local(params, batch, key)` on every device, each with its own part of all three."""
-    data = DATA if self.shards > 1 else None
+    shape = dict(self.mesh.shape)
+    rows = tuple(axis for axis in ROWS if shape.get(axis, 1) > 1) or None
     return jax.shard_map(
       local,
       mesh=self.mesh,
-      in_specs=(self.specs, Spec(None, data), Spec()),
+      in_specs=(self.specs, Spec(None, rows), Spec()),
       out_specs=out_specs,
     )
 
@@ -168,8 +169,7 @@ class Pipeline:
     params["layers"] = replicas.gather(params["layers"], self.schedule.placement, self.layers)
     params = vary(params, self.axes)
     rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
-    if self.shards > 1:
-      rows += lax.axis_index(DATA) * len(rows)
+    rows += axes.index(ROWS) * len(rows)
     batch, key, rows = vary((batch, key, rows), self.axes)
     here = Local(
       *(self.stack, self.program, self.axes, self.poison, blocks(self.mesh), self.probe),

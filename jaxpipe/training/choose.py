@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxpipe.parallel.mesh import DATA, STAGE
+from jaxpipe.parallel.mesh import STAGE, row_shards
 from jaxpipe.pipeline.flops import counted_costs
 from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.memory import memory_report
@@ -138,7 +138,7 @@ def choose_schedule(
 
 
 def _costs(stack: Any, mesh: Mesh, batch: Tree, microbatches: int, residuals: Any) -> Costs:
-  each = microbatches * dict(mesh.shape).get(DATA, 1)
+  each = microbatches * row_shards(mesh)
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // each, *leaf.shape[1:]), leaf.dtype), batch
   )

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxpipe.data import EvaluationBatches, TextData, TokenBatches, prepare_text
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.transformer import TransformerConfig, transformer
-from jaxpipe.parallel.mesh import DATA, STAGE, make_mesh
+from jaxpipe.parallel.mesh import STAGE, make_mesh, row_shards
 from jaxpipe.parallel.placing import layers_per_stage, param_specs
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.memory import memory_report
@@ -213,7 +213,7 @@ def build_schedule(config: Config, mesh: Mesh) -> Schedule:
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:
-  M, shards = config.microbatches, mesh.shape[DATA]
+  M, shards = config.microbatches, row_shards(mesh)
   if config.batch_size % (M * shards):
     flags = " ".join(config.flags("batch_size", "microbatches", "mesh"))
     raise ConfigError(

@@ -34,7 +34,7 @@ def test_every_device_holds_its_own_layers(placement, want):
   placed = jaxpipe.place(labels, Stack, plan, mesh)
   shards = sorted(placed["layers"].addressable_shards, key=lambda s: s.index[0].start or 0)
   assert [s.data.tolist() for s in shards] == want
-  assert [s.device for s in shards] == list(mesh.devices[:, 0])
+  assert [s.device for s in shards] == list(mesh.devices.flat)
   assert jaxpipe.unplace(placed, Stack, plan)["layers"].tolist() == list(range(12))
   assert labels["layers"].tolist() == list(range(12))
 
