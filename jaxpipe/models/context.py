@@ -60,7 +60,13 @@ class Context:
       key = jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
     return cls(batch, training, key, rows)
 
-  def dropout(self, x: jax.Array, rate: float, iteration: int | jax.Array = 0) -> jax.Array:
+  def dropout(
+    self,
+    x: jax.Array,
+    rate: float,
+    iteration: int | jax.Array = 0,
+    positions: jax.Array | None = None,
+  ) -> jax.Array:
     """Zeroes elements of x with probability `rate` and scales the rest by `1 / (1 - rate)`.
 
     Masks are drawn row by row, keyed by (step, layer, microbatch, row) and by the number of the
@@ -69,6 +75,8 @@ class Context:
     Args:
       x: float array `[rows, ...]`.
       rate: probability in [0, 1).
+      positions: int32 [n], where x is `[rows, n, ...]` and its second dim may be cut over the mesh:
+        the number of each position in the whole row, which is then part of the key.
       iteration: inside a `lax.scan` or loop, its number; calls are counted while a layer is traced,
         and a loop's body is traced once, so that all iterations would drop alike.
 
@@ -85,7 +93,13 @@ class Context:
       raise ValueError(f"dropout wants x [{self.rows.shape[0]} rows, ...]; got shape {x.shape}")
     draw = jax.random.fold_in(jax.random.fold_in(self.key, self._draws), iteration)
     self._draws += 1  # counts the calls within one layer while it is traced
-    keep = jax.vmap(
-      lambda row: jax.random.bernoulli(jax.random.fold_in(draw, row), 1 - rate, x.shape[1:])
-    )(self.rows)
+
+    def of_row(row: jax.Array) -> jax.Array:
+      key = jax.random.fold_in(draw, row)
+      if positions is None:
+        return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+      one = lambda p: jax.random.bernoulli(jax.random.fold_in(key, p), 1 - rate, x.shape[2:])  # noqa: E731
+      return jax.vmap(one)(positions)
+
+    keep = jax.vmap(of_row)(self.rows)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jaxpipe.models.part import Factory, Part, StackError, fresh, same_structure
 from jaxpipe.models.paths import get_path, set_path, without
 from jaxpipe.models.tables import Tables, check_divides
 from jaxpipe.parallel.placing import Tree, init_placed
+from jaxpipe.parallel.rules import NONE, Rules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +41,8 @@ class LayerStack:
       `/`-joined, such as `{"table": "table"}`. The head's copy does not exist in the tree.
     vocabulary: where the tables over the vocabulary are, for schedules that cut them over the
       stages; None where both ends stay whole.
+    rules: how parameters lie over `tensor` and `expert`, and over which axes the modules share
+      their work; by default over none. `fsdp` needs no rules.
 
   Raises:
     StackError: no layers, layers of several kinds, mutable state, tied shapes that differ, or
@@ -51,6 +54,7 @@ class LayerStack:
   head: Factory
   tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
   vocabulary: Tables | None = None
+  rules: Rules = NONE
   _parts: dict[str, Part] = dataclasses.field(init=False, repr=False, compare=False)
 
   def __post_init__(self) -> None:
@@ -105,21 +109,32 @@ class LayerStack:
       return jax.jit(self.init_layers_and_ends)(key, jnp.arange(self.depth))
     return init_placed(self, key, schedule, mesh)
 
-  def init_layers_and_ends(self, key: jax.Array, layers: jax.Array) -> Tree:
-    """Parameters of the layers numbered in `layers` (int32 [n]), and those of both ends."""
+  def init_layers_and_ends(
+    self,
+    key: jax.Array,
+    layers: jax.Array,
+    cut: Callable[[str, Tree], Tree] = lambda part, tree: tree,
+  ) -> Tree:
+    """Parameters of the layers numbered in `layers` (int32 [n]), and those of both ends.
+
+    Args:
+      key, layers: see `init`.
+      cut: what to keep of a part (one layer, or an end) as soon as it is made.
+    """
     inits = {id(f): functools.partial(fresh, f) for f in self.layers}
     number = {name: n for n, name in enumerate(inits)}
     which = jnp.array([number[id(factory)] for factory in self.layers], jnp.int32)
 
     def one(i: jax.Array) -> Tree:
-      return jax.lax.switch(which[i], list(inits.values()), jax.random.fold_in(key, i + 2))
+      made = jax.lax.switch(which[i], list(inits.values()), jax.random.fold_in(key, i + 2))
+      return cut("layers", made)
 
     # lax.map, not vmap: one compiled body gives every layer, so that values do not depend on how
     # many layers this device creates.
     return {
-      "embed": self._parts["embed"].init(jax.random.fold_in(key, 0)),
+      "embed": cut("embed", self._parts["embed"].init(jax.random.fold_in(key, 0))),
       "layers": jax.lax.map(one, layers),
-      "head": without(self._parts["head"].init(jax.random.fold_in(key, 1)), self.tied),
+      "head": cut("head", without(self._parts["head"].init(jax.random.fold_in(key, 1)), self.tied)),
     }
 
   def param_shapes(self) -> Tree:

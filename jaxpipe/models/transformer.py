@@ -1,13 +1,14 @@
 """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
-Dims: B batch rows, T positions, D model width, N query heads, K key/value heads, H head width,
+Dims: B batch rows, T positions (S of the whole row where `sequence` cuts it), D model width, N query heads, K key/value heads, H head width,
 F MLP width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpipe.models.attention import attend, check_heads
 from jaxpipe.models.context import Context
+from jaxpipe.models.cross_entropy import cross_entropy, look_up
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.tables import Tables
+from jaxpipe.parallel.mesh import SEQUENCE, TENSOR
+from jaxpipe.parallel.redco import transformer_rules
+from jaxpipe.parallel.sequence import own_positions, take_own
+from jaxpipe.parallel.tensor import enter_tensor, leave_tensor, own_piece
 
 Attention = Callable[..., jax.Array]
 
@@ -41,6 +48,12 @@ class TransformerConfig:
     attention: `(query [B,T,N,H], key [B,T,K,H], value [B,T,K,H], is_causal=True) -> [B,T,N,H]`.
       The default softmaxes in float32 whatever its inputs, so a float64 oracle gives its own.
     rope_base: base of the rotary frequencies.
+    positions_cut: whether activations between attention and MLP are cut over `tensor` by positions
+      (sequence parallelism: Korthikanti et al., arXiv 2205.05198); the same bytes are sent, and
+      norms, dropouts and what travels between stages are divided by `tensor` too.
+    ulysses: of the devices along `sequence`, how many exchange heads for positions; the others
+      exchange keys and values in a ring. 1: all in the ring.
+    logits_chunk: positions whose logits live at once; 0: all of a microbatch's.
 
   Raises:
     ValueError: shapes that do not divide, or an unknown `mlp`.
@@ -59,6 +72,9 @@ class TransformerConfig:
   param_dtype: Any = jnp.float32
   attention: Attention = jax.nn.dot_product_attention
   rope_base: float = 10_000.0
+  positions_cut: bool = False
+  ulysses: int = 1
+  logits_chunk: int = 0
 
   def __post_init__(self) -> None:
     if self.width % self.heads or (self.width // self.heads) % 2:
@@ -86,28 +102,31 @@ class TransformerConfig:
 
 
 class Embed(nnx.Module):
-  """`batch["tokens"]` int [B, T] -> x [B, T, D]."""
+  """`batch["tokens"]` int [B, S] -> x [B, T, D], this device's positions."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-    self.dtype = config.dtype
+    self.config = config
     shape = (config.vocabulary_size, config.width)
     self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
 
   def __call__(self, batch: Any) -> jax.Array:
-    return self.enter(jnp.take(self.table[...], self.ids(batch), axis=0), batch)
+    rows_BTD = look_up(self.table[...], self.ids(batch))
+    return self.enter(leave_tensor(rows_BTD, self.config.positions_cut), batch)
 
   def ids(self, batch: Any) -> jax.Array:
     """Rows of the table, [B, T]."""
-    tokens: jax.Array = batch["tokens"]
-    return tokens
+    return take_own(batch["tokens"])
 
   def enter(self, rows_BTD: jax.Array, batch: Any) -> jax.Array:
     """x, of the rows that were looked up."""
-    return rows_BTD.astype(self.dtype)
+    return rows_BTD.astype(self.config.dtype)
 
 
 class Layer(nnx.Module):
   """Pre-norm attention and MLP, each added to its input.
+
+  Each enters `tensor` with what it multiplies by matrices cut along their outputs, and leaves it
+  with the sum of what matrices cut along their inputs give (Megatron-LM, arXiv:1909.08053).
 
   What a residual policy can keep by name: `query` and `key` (rotated), `value`, `attention` (the
   values mixed), `attention_out`, `mlp_up`, and with `swiglu` `mlp_gate`.
@@ -129,25 +148,41 @@ class Layer(nnx.Module):
     self.down = _linear(config, config.hidden, D, rngs, out)
 
   def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-    rate = self.config.dropout
-    x_BTD = x_BTD + context.dropout(self.attend(self.attention_norm(x_BTD)), rate)
-    return x_BTD + context.dropout(self.mix(self.mlp_norm(x_BTD)), rate)
+    cut, rate = self.config.positions_cut, self.config.dropout
+    length = context.batch["tokens"].shape[1]
+    at = own_positions(length)
+    mine = own_piece(at, cut)
 
-  def attend(self, x_BTD: jax.Array) -> jax.Array:
-    """Causal attention over the row."""
+    h_BTD = enter_tensor(self.attention_norm(x_BTD), cut)
+    out_BTD = self.attend(h_BTD, at, length, context.batch.get("segments"))
+    x_BTD = x_BTD + context.dropout(leave_tensor(out_BTD, cut), rate, positions=mine)
+    h_BTD = enter_tensor(self.mlp_norm(x_BTD), cut)
+    return x_BTD + context.dropout(leave_tensor(self.mix(h_BTD), cut), rate, positions=mine)
+
+  def attend(
+    self, x_BTD: jax.Array, at_T: jax.Array, length: int, segments: jax.Array | None
+  ) -> jax.Array:
+    """Causal attention over the row, with this device's heads."""
     B, T, _ = x_BTD.shape
-    query = self.query(x_BTD).reshape(B, T, self.config.heads, -1)
-    key = self.key(x_BTD).reshape(B, T, self.config.kv_heads, -1)
-    value = self.value(x_BTD).reshape(B, T, self.config.kv_heads, -1)
-    query, key = rotate(query, self.config.rope_base), rotate(key, self.config.rope_base)
+    config, H = self.config, self.config.head_width
+    query = self.query(x_BTD).reshape(B, T, -1, H)
+    key = self.key(x_BTD).reshape(B, T, -1, H)
+    value = self.value(x_BTD).reshape(B, T, -1, H)
+    query, key = rotate(query, config.rope_base, at_T), rotate(key, config.rope_base, at_T)
     query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
     value = checkpoint_name(value, "value")
-    mixed = self.config.attention(query, key, value, is_causal=True)
+    mixed = attend(
+      *(query, key, value),
+      core=config.attention,
+      ulysses=config.ulysses,
+      segments_BS=segments,
+      length=length,
+    )
     mixed = checkpoint_name(mixed.reshape(B, T, -1), "attention")
     return checkpoint_name(self.attention_out(mixed), "attention_out")
 
   def mix(self, x_BTD: jax.Array) -> jax.Array:
-    """The MLP."""
+    """The MLP, with this device's hidden units."""
     up = checkpoint_name(self.up(x_BTD), "mlp_up")
     if self.config.mlp == "gelu":
       return self.down(nnx.gelu(up))
@@ -158,48 +193,49 @@ class Layer(nnx.Module):
 class Head(nnx.Module):
   """x -> summed cross-entropy (nats), number of targets, metrics.
 
-  Reads `batch["targets"]` int [B, T] and `batch["weights"]` float [B, T], 0 where there is padding.
+  Reads `batch["targets"]` int [B, S] and `batch["weights"]` float [B, S], 0 where there is padding.
   """
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.norm = _norm(config, rngs)
-    self.dtype = config.dtype
+    self.config = config
     shape = (config.vocabulary_size, config.width)
     self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
 
   def __call__(self, x_BTD: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    logits_BTV = self.logits(x_BTD)
-    targets_BT, weights_BT = self.targets(batch)
-    weights_BT = weights_BT.astype(logits_BTV.dtype)
-    top_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    own_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    right_BT = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(logits_BTV.dtype)
-    loss_sum = jnp.sum((top_BT - own_BT) * weights_BT)
-    return loss_sum, jnp.sum(weights_BT), {"correct": jnp.sum(right_BT * weights_BT)}
+    h_BTD, table_VD = self.features(x_BTD, batch), self.table[...].astype(self.config.dtype)
+    sums = cross_entropy(h_BTD, table_VD, *self.targets(batch), self.config.logits_chunk)
+    return sums.loss, sums.weight, {"correct": sums.correct}
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Returns logits [B, T, V], float32 at least."""
-    table_VD = self.table[...].astype(self.dtype)
-    wide = jnp.promote_types(self.dtype, jnp.float32)
+    table_VD = self.table[...].astype(self.config.dtype)
+    wide = jnp.promote_types(self.config.dtype, jnp.float32)
     return jnp.einsum(
       "BTD,VD->BTV", self.features(x_BTD, None), table_VD, preferred_element_type=wide
     )
 
   def features(self, x_BTD: jax.Array, batch: Any) -> jax.Array:
     """What the table multiplies, [B, T, D]."""
-    return self.norm(x_BTD)
+    return enter_tensor(self.norm(x_BTD), self.config.positions_cut)
 
   def targets(self, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """Targets int [B, T] and their weights [B, T]."""
-    return batch["targets"], batch["weights"]
+    """Targets int [B, T] and their weights [B, T], of this device's positions."""
+    return take_own(batch["targets"]), take_own(batch["weights"])
 
 
-def rotate(x_BTNH: jax.Array, base: float) -> jax.Array:
-  """Rotary positions (RoFormer, arXiv 2104.09864): turns pair (h, h + H/2) by t * base^(-2h/H)."""
-  T, H = x_BTNH.shape[1], x_BTNH.shape[3]
+def rotate(x_BTNH: jax.Array, base: float, at_T: jax.Array) -> jax.Array:
+  """Rotary positions (RoFormer, arXiv 2104.09864): turns pair (h, h + H/2) by t * base^(-2h/H).
+
+  Args:
+    x_BTNH: queries or keys.
+    base: of the frequencies.
+    at_T: int [T], the positions t.
+  """
+  H = x_BTNH.shape[3]
   wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
   frequency = base ** (-jnp.arange(0, H, 2, dtype=wide) / H)
-  angle_T1h = (jnp.arange(T, dtype=wide)[:, None] * frequency[None, :])[None, :, None, :]
+  angle_T1h = (at_T.astype(wide)[:, None] * frequency[None, :])[None, :, None, :]
   sin, cos = jnp.sin(angle_T1h).astype(x_BTNH.dtype), jnp.cos(angle_T1h).astype(x_BTNH.dtype)
   a, b = jnp.split(x_BTNH, 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -208,13 +244,26 @@ def rotate(x_BTNH: jax.Array, base: float) -> jax.Array:
 def transformer(config: TransformerConfig) -> LayerStack:
   """Returns the model as a stack that the pipeline can cut."""
   layer = lambda rngs: Layer(config, rngs)  # noqa: E731 - one object, so that layers are one kind
-  return LayerStack(
+  stack = LayerStack(
     embed=lambda rngs: Embed(config, rngs),
     layers=[layer] * config.layers,
     head=lambda rngs: Head(config, rngs),
     tied={"table": "table"} if config.tied else {},
     vocabulary=Tables(embed="table", head="table"),
   )
+  rules = transformer_rules(
+    stack.param_shapes(),
+    config.width,
+    axes=frozenset({TENSOR, SEQUENCE}),
+    check=functools.partial(check_sizes, config),
+  )
+  return dataclasses.replace(stack, rules=rules)
+
+
+def check_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> None:
+  """Raises ValueError where the model cannot be cut over a mesh of these sizes."""
+  t, c = sizes.get(TENSOR, 1), sizes.get(SEQUENCE, 1)
+  check_heads(config.heads, config.kv_heads, t, config.ulysses, c)
 
 
 def flops_per_token(config: TransformerConfig, sequence_length: int) -> int:

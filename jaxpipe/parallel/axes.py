@@ -51,6 +51,13 @@ def largest(x: jax.Array, axes: Axes) -> jax.Array:
   return lax.pmax(x, there) if there else x
 
 
+def smallest(x: jax.Array, axes: Axes) -> jax.Array:
+  """The minimum over the axes; it has no derivative."""
+  there = _there(axes)
+  x = lax.stop_gradient(x)
+  return lax.pmin(x, there) if there else x
+
+
 def gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
   """Joins the pieces of all devices along `dim`: [..., n, ...] -> [..., n * size, ...]."""
   there = _there(axes)

@@ -4,11 +4,13 @@ Canonical: layers in model order along the leading dim. Placed: the same shapes,
 stand the layers of device 0 (chunk by chunk), then those of device 1, and so on, so that an even
 sharding over `stage` gives every device exactly its own. With one chunk a device the two orders are
 the same. Embedding and head are replicated over `stage`, but for their tables where the schedule
-cuts the vocabulary: of those, every device holds V / P rows.
+cuts the vocabulary: of those, every device holds V / P rows. All other dims lie as the stack's
+rules say (see `rules`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,10 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from jaxpipe.parallel.mesh import AXES, STAGE
+from jaxpipe.parallel import axes as axis
+from jaxpipe.parallel.mesh import AXES, FSDP, STAGE, TENSOR
 from jaxpipe.parallel.replicas import owned
+from jaxpipe.parallel.rules import axes_of_entry, check_axes, describe
 
 Tree = Any  # a pytree of arrays
 
@@ -61,24 +65,39 @@ def layer_paths(depth: int, schedule: Any) -> tuple[tuple[int, ...], ...] | None
   )
 
 
-def param_specs(tree: Tree, stack: Any, schedule: Any) -> Tree:
+def param_specs(tree: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
   """Partition specs, one for every leaf of a placed tree of parameters.
 
   Raises:
-    ValueError: the schedule cuts the vocabulary, and the stack's tables cannot be.
+    ValueError: the schedule cuts the vocabulary and the stack's tables cannot be, or the stack's
+      rules do not fit the mesh.
   """
+  sizes = dict(mesh.shape)
+  check_axes(stack.rules, sizes)
   cut = stack.tables(schedule.devices) if schedule.vocabulary else frozenset()
+  if cut and sizes.get(TENSOR, 1) > 1:
+    raise ValueError(
+      f"schedule {schedule.name} cuts the vocabulary over {schedule.devices} stages, and the mesh"
+      f" over tensor:{sizes[TENSOR]} too, which cannot be combined; take a schedule whose last stage"
+      " has the head (head='last')"
+    )
 
-  def spec(path: Any, _: Any) -> Spec:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return Spec(STAGE) if name.split("/")[0] == "layers" or name in cut else Spec()
+  def spec(path: Any, leaf: Any) -> Spec:
+    name = describe(path)
+    if name in cut:
+      rows = leaf.shape[0] // schedule.devices
+      inner = stack.rules.spec(name, (rows, *leaf.shape[1:]), {FSDP: sizes.get(FSDP, 1)})
+      return Spec((STAGE, *axes_of_entry(inner[0])), *inner[1:])
+    if name.startswith("layers/") or name == "layers":
+      return Spec(STAGE, *stack.rules.spec(name, leaf.shape[1:], sizes))
+    return stack.rules.spec(name, leaf.shape, sizes)
 
   return jax.tree.map_with_path(spec, tree)
 
 
 def shardings(tree: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
   """The same as shardings."""
-  specs = param_specs(tree, stack, schedule)
+  specs = param_specs(tree, stack, schedule, mesh)
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
@@ -114,16 +133,12 @@ def init_placed(stack: Any, key: jax.Array, schedule: Any, mesh: Mesh) -> Tree:
   """Creates each device's own layers on that device; see `LayerStack.init`."""
   check_mesh(schedule, mesh)
   order = layer_order(stack.depth, schedule)
-  specs = param_specs(stack.param_shapes(), stack, schedule)
-
-  def local(key: jax.Array, layers: jax.Array) -> Tree:
-    whole = stack.init_layers_and_ends(key, layers)
-    return {"layers": whole["layers"]} | {
-      part: jax.tree.map(_own_rows, specs[part], whole[part]) for part in ("embed", "head")
-    }
+  specs = param_specs(stack.param_shapes(), stack, schedule, mesh)
+  # A layer is cut as soon as it is made: a device never holds more than one of them whole.
+  cuts = {**specs, "layers": jax.tree.map(lambda spec: Spec(*spec[1:]), specs["layers"])}
 
   create = jax.shard_map(
-    local,
+    functools.partial(stack.init_layers_and_ends, cut=lambda part, tree: _cut(cuts[part], tree)),
     mesh=mesh,
     in_specs=(Spec(), Spec(STAGE)),
     out_specs=specs,
@@ -132,13 +147,44 @@ def init_placed(stack: Any, key: jax.Array, schedule: Any, mesh: Mesh) -> Tree:
   return jax.jit(create)(key, order)
 
 
-def _own_rows(spec: Spec, leaf: jax.Array) -> jax.Array:
-  """This device's shard of a leaf that it has whole."""
-  if STAGE not in spec:
+def _cut(specs: Tree, tree: Tree) -> Tree:
+  """This device's pieces of leaves that it has whole; inside `shard_map`."""
+
+  def own(spec: Spec, leaf: jax.Array) -> jax.Array:
+    for dim, entry in enumerate(spec):
+      axes = axes_of_entry(entry)
+      n = leaf.shape[dim] // axis.size(axes)
+      if axes:
+        leaf = lax.dynamic_slice_in_dim(leaf, axis.index(axes) * n, n, dim)
     return leaf
-  rows = leaf.shape[0] // lax.axis_size(STAGE)
-  own: jax.Array = lax.dynamic_slice_in_dim(leaf, lax.axis_index(STAGE) * rows, rows)
-  return own
+
+  return jax.tree.map(own, specs, tree)
+
+
+def gather_fsdp(specs: Tree, tree: Tree) -> Tree:
+  """Leaves whole along `fsdp`, given this device's pieces; inside `shard_map`."""
+
+  def whole(spec: Spec, leaf: jax.Array) -> jax.Array:
+    for dim in _fsdp_dims(spec):
+      leaf = axis.gather(leaf, FSDP, dim)
+    return leaf
+
+  return jax.tree.map(whole, specs, tree)
+
+
+def scatter_fsdp(specs: Tree, tree: Tree) -> Tree:
+  """Its transpose: adds over `fsdp`, and keeps this device's pieces."""
+
+  def piece(spec: Spec, leaf: jax.Array) -> jax.Array:
+    for dim in _fsdp_dims(spec):
+      leaf = axis.scatter(leaf, FSDP, dim)
+    return leaf
+
+  return jax.tree.map(piece, specs, tree)
+
+
+def _fsdp_dims(spec: Spec) -> list[int]:
+  return [dim for dim, entry in enumerate(spec) if FSDP in axes_of_entry(entry)]
 
 
 def map_param_trees(fn: Callable[[Tree], Tree], tree: Tree, other: Callable[[Any], Any]) -> Tree:

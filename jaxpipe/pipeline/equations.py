@@ -25,7 +25,14 @@ import jax
 from jaxpipe.parallel import axes
 from jaxpipe.parallel.mesh import AXES, STAGE
 from jaxpipe.pipeline.interpret import Equation, Var, bind, read, run
-from jaxpipe.pipeline.varying import axes_of, bind_varying, collectives, unvarying, vary
+from jaxpipe.pipeline.varying import (
+  axes_of,
+  axes_of_types,
+  bind_varying,
+  collectives,
+  unvarying,
+  vary,
+)
 
 
 def trace(function: Callable[..., Any], *args: Any) -> Any:
@@ -97,11 +104,17 @@ def depends(equations: Sequence[Equation], sources: Iterable[Var]) -> set[Var]:
 def evaluate(
   equations: Sequence[Equation], values: dict[Var, Any], outputs: Sequence[Any]
 ) -> list[Any]:
-  """Runs `equations` on the values of their inputs and returns those of `outputs`."""
+  """Runs `equations` on the values of their inputs and returns those of `outputs`.
+
+  A value that was saved for a later action has come to vary over all axes on the way, though it may
+  be a sum over some of them; what is computed from it then does, too.
+  """
   values = dict(values)
   for equation in equations:
     args = [read(values, v) for v in equation.invars]
-    values.update(zip(equation.outvars, bind(equation, args), strict=True))
+    known = axes_of(args) <= axes_of_types(v.aval for v in equation.invars)
+    outs = (bind if known else bind_varying)(equation, args)
+    values.update(zip(equation.outvars, outs, strict=True))
   return [read(values, v) for v in outputs]
 
 

@@ -19,8 +19,16 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel import axes, replicas
-from jaxpipe.parallel.mesh import ROWS, STAGE, row_shards
-from jaxpipe.parallel.placing import check_mesh, check_placed, layers_per_stage, param_specs
+from jaxpipe.parallel.mesh import ROWS, STAGE, TENSOR, row_shards
+from jaxpipe.parallel.placing import (
+  check_mesh,
+  check_placed,
+  gather_fsdp,
+  layers_per_stage,
+  param_specs,
+  scatter_fsdp,
+)
+from jaxpipe.parallel.rules import axes_of_entry
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.local import Local, State, Totals
@@ -129,8 +137,7 @@ class Pipeline:
     check_mesh(self.schedule, self.mesh)
     layers_per_stage(self.stack.depth, self.schedule)
     replicas.owned(self.schedule.placement)
-    if self.schedule.vocabulary:
-      self.stack.tables(self.schedule.devices)
+    _ = self.specs  # raises where the parameters do not fit the mesh
 
   @property
   def axes(self) -> tuple[str, ...]:
@@ -147,10 +154,10 @@ class Pipeline:
     """Layers of a stage."""
     return layers_per_stage(self.stack.depth, self.schedule)
 
-  @property
+  @functools.cached_property
   def specs(self) -> Tree:
     """Partition specs of the parameters."""
-    return param_specs(self.stack.param_shapes(), self.stack, self.schedule)
+    return param_specs(self.stack.param_shapes(), self.stack, self.schedule, self.mesh)
 
   def over_mesh(self, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     """`local(params, batch, key)` on every device, each with its own part of all three."""
@@ -165,9 +172,10 @@ class Pipeline:
 
   def build(self, params: Tree, batch: Tree, key: Any) -> tuple[Device, Any]:
     """The device that this is, and its table of cells; inside `over_mesh`."""
-    params = {**params, "head": self.stack.head_params(params)}
-    params["layers"] = replicas.gather(params["layers"], self.schedule.placement, self.layers)
-    params = vary(params, self.axes)
+    layers = replicas.gather(params["layers"], self.schedule.placement, self.layers)
+    # Once a step: every microbatch then finds the weights of its stage whole along `fsdp`.
+    params = gather_fsdp(self.specs, {**params, "layers": layers})
+    params = vary({**params, "head": self.stack.head_params(params)}, self.axes)
     rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
     rows += axes.index(ROWS) * len(rows)
     batch, key, rows = vary((batch, key, rows), self.axes)
@@ -184,10 +192,21 @@ class Pipeline:
     state = device.start()
     for segment in segments:
       state = _run(device, state, segment, table)
-    if self.policy:
-      summed = replicas.reduce(state.grads["layers"], self.schedule.placement, self.layers)
-      state = state._replace(grads={**state.grads, "layers": summed})
-    return _reduce(self.stack, state, self.axes, self.specs if self.policy else None)
+    loss, metrics, weight = _totals(state, self.axes)
+    grads = self._reduce(state.grads, weight) if self.policy else {}
+    return (loss, metrics), grads
+
+  def _reduce(self, grads: Tree, weight: jax.Array) -> Tree:
+    """Sums gradients over the mesh, once, and divides by the whole weight, once."""
+    grads = scatter_fsdp(self.specs, self.stack.untie(grads))
+    summed = replicas.reduce(grads["layers"], self.schedule.placement, self.layers)
+
+    def reduce(spec: Spec, grad: jax.Array) -> jax.Array:
+      cut = {axis for entry in spec for axis in axes_of_entry(entry)}
+      over = tuple(axis for axis in self.axes if axis not in cut)
+      return (lax.psum(grad, over) if over else grad) / weight.astype(grad.dtype)
+
+    return jax.tree.map(reduce, self.specs, {**grads, "layers": summed})
 
   def _table(self, cells: Any) -> dict[str, jax.Array]:
     """This device's columns of the table."""
@@ -250,15 +269,18 @@ def _once(tick: Callable[[State], State], state: State) -> State:
   return lax.fori_loop(0, one, lambda _, state: tick(state), state)
 
 
-def _reduce(stack: Any, state: State, axes: tuple[str, ...], specs: Tree | None) -> Any:
-  """Sums over the mesh, once, and divides by the whole weight, once."""
-  totals = Totals(*lax.psum(tuple(state.totals), axes))
-  loss = totals.loss / totals.weight
-  if specs is None:
-    return (loss, totals.metrics), {}
+def _totals(state: State, over: tuple[str, ...]) -> tuple[jax.Array, Tree, jax.Array]:
+  """The mean loss, metrics, and the weight that sums are divided by.
 
-  def reduce(spec: Spec, grad: jax.Array) -> jax.Array:
-    over = tuple(axis for axis in axes if axis not in spec)
-    return (lax.psum(grad, over) if over else grad) / totals.weight.astype(grad.dtype)
+  Devices along `tensor` finish the same microbatches, and each counts them: loss, weight and
+  gradients are all as many times too large, which a mean does not show. Metrics are sums.
+  """
+  totals = Totals(*lax.psum(tuple(state.totals), over))
+  times = axes.size(TENSOR)
 
-  return (loss, totals.metrics), jax.tree.map(reduce, specs, stack.untie(state.grads))
+  def once(metric: jax.Array) -> jax.Array:
+    whole = jnp.issubdtype(metric.dtype, jnp.integer)
+    return metric // times if whole else metric / times
+
+  metrics = jax.tree.map(once, totals.metrics) if times > 1 else totals.metrics
+  return totals.loss / totals.weight, metrics, totals.weight

@@ -7,14 +7,16 @@ allocated there is counted. What the inside of an action needs is estimated (`wo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from jaxpipe.parallel.mesh import STAGE
-from jaxpipe.parallel.placing import map_param_trees, param_specs
+from jaxpipe.parallel.mesh import FSDP
+from jaxpipe.parallel.placing import map_param_trees
+from jaxpipe.parallel.rules import pieces
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.executor import Pipeline
@@ -35,7 +37,8 @@ class MemoryReport:
 
   Attributes:
     bytes: kind -> bytes. `parameters`, `optimizer`, `batch`; `gradients`, sums over microbatches;
-      `replicas`, the stages that the device holds, where some have replicas; `activations` and
+      `gathered`, the weights that
+      the device works with, where it owns less of them (`fsdp`, replicas); `activations` and
       `gradient_ring`, what travels between stages; `saved`, what actions leave for later ones;
       `vocabulary`, what a shard of the head keeps; `workspace`, an estimate: the tick table, and
       the inside of the action that needs most.
@@ -105,21 +108,25 @@ def memory_report(
   policy = residual_policy(residuals)
   program = lower(schedule.check(), keeps_input=policy.stage_input, slack=slack)
   pipeline = Pipeline(stack, program, mesh, schedule, policy)
+  # The pieces of `parameters` are a step's arguments, and stay beside what is gathered from them.
+  gathers = schedule.placement.replicated or dict(mesh.shape).get(FSDP, 1) > 1
   found: dict[str, int] = {}
   saved: list[tuple[int, int]] = []
 
   def local(params: Tree, batch: Tree, key: jax.Array) -> tuple[()]:
     device, cells = pipeline.build(params, batch, key)
-    found.update(_count(device, cells))
+    found.update(_count(device, cells, gathers))
     saved.append(_saved_bytes(device))
     return ()
 
   shapes = stack.param_shapes()
-  specs = param_specs(shapes, stack, schedule)
+  sizes = dict(mesh.shape)
 
   def stored(params: Tree) -> int:
     shares = jax.tree.map(
-      lambda spec, leaf: _bytes(leaf) // (schedule.devices if STAGE in spec else 1), specs, params
+      lambda spec, leaf: _bytes(leaf) // math.prod(pieces(entry, sizes) for entry in spec),
+      pipeline.specs,
+      params,
     )
     return sum(jax.tree.leaves(shares))
 
@@ -146,12 +153,11 @@ def memory_report(
   )
 
 
-def _count(device: Device, cells: Any) -> dict[str, int]:
+def _count(device: Device, cells: Any, gathers: bool) -> dict[str, int]:
   """What one device holds beside what it is given; inside `shard_map`."""
   state = device.start()
-  replicated = device.local.program.schedule.placement.replicated
   return {
-    "replicas": _bytes(device.local.params["layers"]) if replicated else 0,
+    "gathered": _bytes(device.local.params) if gathers else 0,
     "gradients": _bytes(state.grads),
     "activations": _bytes(state.activations),
     "gradient_ring": _bytes(state.gradients),

@@ -3,7 +3,8 @@
 Three have names of their own, and everything that `jax.checkpoint` understands is one too:
 
     full                         the stage's input alone
-    dots                         matmuls with weights, never attention scores
+    dots                         matmuls with weights and what was summed or exchanged over the
+                                 mesh, never attention scores
     all                          whatever `jax.vjp` does
     nothing_saveable, ...        a policy of `jax.checkpoint_policies`; this one keeps each layer's
                                  input
@@ -24,8 +25,14 @@ import jax
 Out = TypeVar("Out")
 Policy = Callable[..., Any]
 
-_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_WEIGHTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# Nothing is sent twice; but what was gathered is larger than what is kept, and gathered again.
+_SENT = ("psum", "psum_invariant", "reduce_scatter", "all_to_all")
 _NAMES = "names:"
+
+
+def _dots(primitive: Any, *avals: Any, **params: Any) -> Any:
+  return primitive.name in _SENT or _WEIGHTS(primitive, *avals, **params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +78,11 @@ class Residuals:
 
 POLICIES = {
   # Matmuls with weights are kept; attention scores, which dwarf everything, have batch dims.
-  "dots": Residuals("dots", _DOTS),
+  "dots": Residuals("dots", _dots),
   "all": Residuals("all", None),
   # What the second forward keeps for the moment is `dots` again: under `all`, one microbatch's
   # attention scores would cost more than keeping every microbatch's matmuls.
-  "full": Residuals("full", _DOTS, stage_input=True),
+  "full": Residuals("full", _dots, stage_input=True),
 }
 
 

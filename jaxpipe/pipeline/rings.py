@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxpipe.pipeline.varying import vary
+from jaxpipe.pipeline.varying import axes_of, vary
 
 Tree = Any
 Index = int | jax.Array
@@ -48,6 +48,7 @@ def put(ring: Tree, value: Tree, *index: Index) -> Tree:
 
   def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
     start = _start(index, new.ndim)
+    new = vary(new, axes_of([leaf]))  # a sum over an axis does not vary along it
     return lax.dynamic_update_slice(leaf, new.reshape(*(1 for _ in index), *new.shape), start)
 
   return jax.tree.map(write, ring, value)

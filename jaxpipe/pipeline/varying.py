@@ -34,7 +34,12 @@ def bind_varying(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
 
 def axes_of(values: Iterable[Any]) -> Axes:
   """The mesh axes over which any of the values varies."""
-  return frozenset().union(*(jax.typeof(v).manual_axis_type.varying for v in values))
+  return axes_of_types(map(jax.typeof, values))
+
+
+def axes_of_types(types: Iterable[Any]) -> Axes:
+  """The mesh axes over which any value of these types varies."""
+  return frozenset().union(*(kind.manual_axis_type.varying for kind in types))
 
 
 def vary(tree: Any, axes: Collection[str]) -> Any:

@@ -115,7 +115,7 @@ def build(config: Config) -> Setup:
     choice = choose(config, mesh, stack, shapes, optimizer)
     schedule = choice.schedule
   with naming(*config.flags("head", "tokenizer", "mesh")):
-    param_specs(stack.param_shapes(), stack, schedule)
+    param_specs(stack.param_shapes(), stack, schedule, mesh)
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
   with naming(config.flag("schedule")):

@@ -8,11 +8,13 @@ import pytest
 import jaxpipe
 from jaxpipe.parallel.mesh import MeshError, make_mesh, parse_mesh
 from jaxpipe.parallel.placing import layer_order
+from jaxpipe.parallel.rules import NONE
 from jaxpipe.schedules import Placement, Schedule
 
 
 class Stack:
   depth = 12
+  rules = NONE
 
 
 def schedule(placement):
@@ -61,6 +63,7 @@ def test_meshes_that_cannot_be(text, message):
 
 
 def test_stage_is_the_outermost_axis():
-  assert list(parse_mesh("data:2,stage:4")) == ["stage", "data"]
+  names = ["stage", "data", "fsdp", "expert", "sequence", "tensor"]
+  assert list(parse_mesh("data:2,stage:4")) == names
   mesh = make_mesh("data:2,stage:4")
-  assert np.array_equal(mesh.devices[0], np.array(jax.devices()[:2]))
+  assert np.array_equal(mesh.devices[0].flat, np.array(jax.devices()[:2]))
