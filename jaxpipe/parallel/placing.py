@@ -78,7 +78,7 @@ def param_specs(tree: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
   if cut and sizes.get(TENSOR, 1) > 1:
     raise ValueError(
       f"schedule {schedule.name} cuts the vocabulary over {schedule.devices} stages, and the mesh"
-      f" over tensor:{sizes[TENSOR]} too, which cannot be combined; take a schedule whose last stage"
+      f" over tensor:{sizes[TENSOR]}, which cannot be combined; take a schedule whose last stage"
       " has the head (head='last')"
     )
 

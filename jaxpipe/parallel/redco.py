@@ -70,7 +70,7 @@ def _names(
     return _of_table(path, shape, width)
   if len(shape) > 2:
     raise ValueError(
-      f"parameter {path} {list(shape)}: no rule for {len(shape)} dims; give its dims' names in extra"
+      f"parameter {path} {list(shape)}: no rule for {len(shape)} dims; name its dims in extra"
     )
   module = path.rpartition("/")[0]
   if _IN.fullmatch(module):

@@ -21,7 +21,7 @@ from jaxpipe.parallel.mesh import TENSOR
 
 
 def enter_tensor(x_BTD: jax.Array, positions_cut: bool) -> jax.Array:
-  """x with all positions, for matrices that are cut along their outputs."""
+  """X with all positions, for matrices that are cut along their outputs."""
   return axes.gather(x_BTD, TENSOR, 1) if positions_cut else x_BTD
 
 

@@ -3,6 +3,7 @@
 Every device runs the same loop over the ticks of a `Program`, and does on each what its own column
 of the table says. One tick:
 
+    [0] gather where weights are cut over `fsdp`: those of a stage, into a slot of `weights`
     [1] enter  where the vocabulary is sharded: the embedding's shards meet
     [2] F      y, from the stage's input; what is kept goes to its cells
     [3] leave  at the last stage: loss, and dy into `gradients`; or y to the head's shards
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.parallel.placing import gather_fsdp
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.ends import WholeEnds
 from jaxpipe.pipeline.equations import lenient
@@ -45,6 +47,7 @@ from jaxpipe.pipeline.rings import Tree, wide
 from jaxpipe.pipeline.stage import Call, Stage, cut_stack
 from jaxpipe.pipeline.storage import Storage
 from jaxpipe.pipeline.vocabulary import ShardedEnds
+from jaxpipe.pipeline.weights import Weights
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
@@ -58,6 +61,7 @@ class Device:
     local: what it knows.
     ends: embedding and head.
     stage: the actions of one stage.
+    weights: the parameters that they read.
     lengths: cells of each pool.
     totals: zeros of the right types.
   """
@@ -65,15 +69,19 @@ class Device:
   local: Local
   ends: WholeEnds | ShardedEnds
   stage: Stage
+  weights: Weights
   lengths: tuple[int, ...]
   totals: Totals
 
   @classmethod
-  def build(cls, local: Local, layers: int, policy: Residuals | None) -> tuple[Device, Any]:
+  def build(
+    cls, local: Local, pieces: Tree, specs: Tree, layers: int, policy: Residuals | None
+  ) -> tuple[Device, Any]:
     """Traces one layer, cuts it, and finds the types of all that travels.
 
     Args:
       local: the device, as yet without an `x`.
+      pieces, specs: parameters of the device's layers, and how they lie.
       layers: of a stage.
       policy: what F keeps; None where only forwards run.
 
@@ -87,7 +95,8 @@ class Device:
     sums = jax.eval_shape(lenient(stack.apply_head), params["head"], local.x, one)
     totals = Totals(sums[0], *sums[1])
     inputs = dict(batch=one, key=local.key, layer=rows[0], microbatch=rows[0], rows=rows)
-    layer = rings.get(params["layers"], 0)
+    # Only its types are read, and the gather of it is never run.
+    layer = rings.get(gather_fsdp(specs, pieces), 0)
 
     def allocate(shapes: Any, lengths: Any) -> list[jax.Array]:
       return [
@@ -104,7 +113,11 @@ class Device:
     cells, lengths = local.program.cells(stage.layout.values)
     totals = local.zeros(jax.tree.map(_sum_type, totals))
     ends = ShardedEnds if local.program.schedule.vocabulary else WholeEnds
-    return cls(local, ends(local), stage, lengths, totals), cells
+    by_w = stage.split.weight_grad.reads_given(jax.tree.leaves(layer))
+    # All are gathered now, but where the schedule gathers: then only those that W reads.
+    later = [local.program.gathers and not read for read in by_w]
+    weights = Weights.of(pieces, specs, later, layers)
+    return cls(local, ends(local), stage, weights, lengths, totals), cells
 
   def start(self) -> State:
     """The loop's state before the first tick."""
@@ -113,11 +126,13 @@ class Device:
     ring = lambda shapes, name: rings.allocate(  # noqa: E731
       shapes, length(name), local.axes, local.poison
     )
-    sums = local.zeros(jax.tree.map(_sum_type, local.params)) if local.training else {}
+    params = {**local.params, "layers": self.weights.whole()}
+    sums = local.zeros(jax.tree.map(_sum_type, params)) if local.training else {}
     return State(
       activations=ring(x, "activations"),
       gradients=ring(float_leaves(x), "gradients"),
       pools=self.stage.allocate(self.stage.layout.pools, self.lengths),
+      weights=ring(self.weights.slot(), "weights"),
       vocabulary=ring(self.ends.held(), "vocabulary"),
       flight=local.idle(x) if local.program.slack else None,
       grads=sums,
@@ -129,6 +144,7 @@ class Device:
     if self.local.probe:
       row = self.local.probe(START, state, row)
     now = Now(SimpleNamespace(**row), doing)
+    state = self.gather(state, now)  # [0]
     state = self.ends.enter(state, now)  # [1]
     y, state = self.forward(state, now)  # [2]
     state = self.ends.leave(state, now, y)  # [3]
@@ -147,14 +163,22 @@ class Device:
       y = after(state.grads["layers"], y)
     return self.send(state, now, y)  # [9]
 
+  def gather(self, state: State, now: Now) -> State:
+    """G: the weights of a stage."""
+
+    def run(ring: Leaves) -> Leaves:
+      return rings.put(ring, self.weights.gathered(now.chunk * self.stage.layers), now.weights)
+
+    return state._replace(weights=now.when([Kind.G], run, lambda same: same, state.weights))
+
   def forward(self, state: State, now: Now) -> tuple[Leaves, State]:
     """F. Idle devices return something that nobody reads."""
 
     def run(storage: Storage) -> tuple[Leaves, Storage]:
       x = self.ends.input(state, now)
       if not self.local.training or self.stage.layout.pools_of(Kind.F) == []:
-        return self.stage.primal(self.call(now), x), storage
-      return self.stage.forward(self.call(now), x, storage)
+        return self.stage.primal(self.call(state, now), x), storage
+      return self.stage.forward(self.call(state, now), x, storage)
 
     return self.act(state, now, Kind.F, run, self.local.idle(jax.tree.leaves(self.local.x)))
 
@@ -163,7 +187,9 @@ class Device:
     if self.local.program.keeps_input:
 
       def forward(storage: Storage) -> tuple[Leaves, Storage]:
-        return [], self.stage.forward(self.call(now), self.ends.input(state, now), storage)[1]
+        return [], self.stage.forward(self.call(state, now), self.ends.input(state, now), storage)[
+          1
+        ]
 
       return self.act(state, now, Kind.R, forward, [])[1]
 
@@ -171,7 +197,7 @@ class Device:
       return state
 
     def run(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
-      return [], self.stage.recompute(self.call(now), storage, made)
+      return [], self.stage.recompute(self.call(state, now), storage, made)
 
     return self.act_apart(state, now, Kind.R, run, [])[1]
 
@@ -183,7 +209,7 @@ class Device:
 
     def fused(_: Leaves, grads: Tree) -> tuple[Leaves, Tree]:
       storage = Storage(self.stage.layout, state.pools, now.cells)
-      return self.stage.backward(self.call(now), storage, x(), dy(), grads)
+      return self.stage.backward(self.call(state, now), storage, x(), dy(), grads)
 
     dx, grads = now.when([Kind.B], fused, lambda *same: same, idle, state.grads["layers"])
     state = state._replace(grads={**state.grads, "layers": grads})
@@ -191,7 +217,7 @@ class Device:
     sliced = dy() if CODE[Kind.I] in now.doing.kinds else []
 
     def split(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
-      return self.stage.input_grad(self.call(now), storage, x(), sliced, made)
+      return self.stage.input_grad(self.call(state, now), storage, x(), sliced, made)
 
     return self.act_apart(state, now, Kind.I, split, dx)
 
@@ -200,7 +226,7 @@ class Device:
 
     def run(grads: Tree) -> Tree:
       storage = Storage(self.stage.layout, state.pools, now.cells)
-      return self.stage.weight_grad(self.call(now), storage, grads)
+      return self.stage.weight_grad(self.call(state, now), storage, grads)
 
     grads = now.when([Kind.W], run, lambda same: same, state.grads["layers"])
     return state._replace(grads={**state.grads, "layers": grads})
@@ -288,10 +314,10 @@ class Device:
     flight = None if state.flight is None else payload
     return state._replace(activations=activations, gradients=gradients, flight=flight)
 
-  def call(self, now: Now) -> Call:
+  def call(self, state: State, now: Now) -> Call:
     """Arguments of this tick's action on the stage's layers."""
     local, layers = self.local, self.stage.layers
-    first = now.stage * layers
+    first, held = now.stage * layers, now.chunk * layers
     batch = local.microbatch(now.microbatch)
 
     def inputs(i: rings.Index) -> Tree:
@@ -299,7 +325,7 @@ class Device:
         batch=batch, key=local.key, layer=first + i, microbatch=now.microbatch, rows=local.rows
       )
 
-    return Call(local.params["layers"], now.chunk * layers, inputs)
+    return Call(self.weights.reader(state.weights, now.weights, held), held, inputs)
 
 
 def _sum_type(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel import axes, replicas
-from jaxpipe.parallel.mesh import ROWS, STAGE, TENSOR, row_shards
+from jaxpipe.parallel.mesh import FSDP, ROWS, STAGE, TENSOR, row_shards
 from jaxpipe.parallel.placing import (
   check_mesh,
   check_placed,
@@ -59,9 +59,11 @@ def pipeline_value_and_grad(
 
   Args:
     stack: a `LayerStack`.
-    schedule: any legal schedule of F, R, B, I, W, S and T, over any placement; stages with replicas
-      add their gradients. Weights lie whole on their devices, so that G and X have nothing to do.
-    mesh: has an axis `stage` of `schedule.devices`, and may have an axis `data`.
+    schedule: any legal schedule of F, R, B, I, W, S, T, G and X, over any placement; stages with
+      replicas add their gradients. Where the mesh has `fsdp`, weights are gathered at each G; or
+      once a step, by a schedule without G.
+    mesh: from `make_mesh`, its axis `stage` of `schedule.devices`. Rows of the batch lie over
+      `data`, `fsdp` and `expert`; the stack's `rules` say what lies over the other axes.
     residuals: what F keeps: `dots` (matmuls with weights, never attention scores), `all`, `full`
       (the stage's input alone), a policy of `jax.checkpoint_policies` by name or as a function, or
       `names:A,B` for what `checkpoint_name` named; see `residuals`.
@@ -88,7 +90,7 @@ def pipeline_value_and_grad(
     ScheduleError: a schedule that is not legal, or an action kind that cannot be executed.
   """
   policy = residual_policy(residuals)
-  program = lower(schedule.check(), keeps_input=policy.stage_input, slack=slack)
+  program = lower_on(schedule, mesh, policy, slack)
   return _compile(Pipeline(stack, program, mesh, schedule, policy, poison, probe), unroll)
 
 
@@ -108,6 +110,16 @@ def pipeline_forward(
   program = lower(schedule.check().forward_only())
   run = _compile(Pipeline(stack, program, mesh, schedule, None, poison), "none")
   return lambda params, batch: run(params, batch)[0]
+
+
+def lower_on(schedule: Schedule, mesh: Mesh, policy: Residuals, slack: int) -> Program:
+  """The program of a schedule, on a mesh that may cut its weights."""
+  return lower(
+    schedule.check(),
+    keeps_input=policy.stage_input,
+    slack=slack,
+    gathers=dict(mesh.shape).get(FSDP, 1) > 1,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,17 +185,17 @@ class Pipeline:
   def build(self, params: Tree, batch: Tree, key: Any) -> tuple[Device, Any]:
     """The device that this is, and its table of cells; inside `over_mesh`."""
     layers = replicas.gather(params["layers"], self.schedule.placement, self.layers)
-    # Once a step: every microbatch then finds the weights of its stage whole along `fsdp`.
-    params = gather_fsdp(self.specs, {**params, "layers": layers})
-    params = vary({**params, "head": self.stack.head_params(params)}, self.axes)
+    layers = vary(layers, self.axes)
+    ends = {part: gather_fsdp(self.specs[part], params[part]) for part in ("embed", "head")}
+    ends = vary({**ends, "head": self.stack.head_params(ends)}, self.axes)
     rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
     rows += axes.index(ROWS) * len(rows)
     batch, key, rows = vary((batch, key, rows), self.axes)
     here = Local(
       *(self.stack, self.program, self.axes, self.poison, blocks(self.mesh), self.probe),
-      *(params, batch, key, rows, self.policy is not None),
+      *(ends, batch, key, rows, self.policy is not None),
     )
-    return Device.build(here, self.layers, self.policy)
+    return Device.build(here, layers, self.specs["layers"], self.layers, self.policy)
 
   def run(self, segments: Sequence[Segment], params: Tree, batch: Tree, key: Any) -> Any:
     """Walks the table and sums up; inside `over_mesh`."""

@@ -35,6 +35,7 @@ class State(NamedTuple):
   Attributes:
     activations, gradients: rings; see `program.py`.
     pools: saved values.
+    weights: ring of what G gathers, leaf by leaf; empty where weights lie whole.
     vocabulary: ring of what a shard of the head keeps; empty where the last stage has all of it.
     flight: what was sent on the tick before and is still on its way; None without slack.
     grads: sums; empty in evaluation.
@@ -44,6 +45,7 @@ class State(NamedTuple):
   activations: Tree
   gradients: Tree
   pools: Pools
+  weights: list[jax.Array]
   vocabulary: dict[str, Tree]
   flight: Tree | None
   grads: dict[str, Tree]
@@ -133,7 +135,7 @@ class Local:
     stack, program, axes, poison: see `pipeline_value_and_grad`.
     blocking: whether a device that waits in a transfer works on nothing else, as on CPU.
     probe: reads the clock round every action; None for a program that reads none.
-    params: this device's, varying over all axes; the head's with tied leaves.
+    params: embedding and head, varying over all axes; the head's with tied leaves.
     batch: leaves [M, rows, ...]; key, rows: for dropout.
     training: False where only forwards run.
     x: stand-in of the activation that travels between stages; only its type is ever used.

@@ -1,7 +1,7 @@
 """Lowers a schedule to its tick table.
 
-A pair of a forward and a backward is two ticks; gathers and releases of weights are none, where no
-mesh axis shards the weights.
+A pair of a forward and a backward is two ticks. A gather of weights is one where a mesh axis cuts
+them, and none where they lie whole; a release is none.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from jaxpipe.pipeline.slots import Stay, colour
 from jaxpipe.schedules import Action, Kind, Schedule, ScheduleError
 from jaxpipe.schedules.ticks import ticks
 
-# Weights lie whole on their devices: there is nothing to gather and nothing to release.
-_NOTHING_TO_DO = (Kind.G, Kind.X)
+# What reads the weights of its stage.
+_READS_WEIGHTS = (Kind.F, Kind.R, Kind.I, Kind.B)
 
 
-def lower(schedule: Schedule, *, keeps_input: bool = False, slack: int = 0) -> Program:
+def lower(
+  schedule: Schedule, *, keeps_input: bool = False, slack: int = 0, gathers: bool = False
+) -> Program:
   """Returns the program of a legal schedule.
 
   Args:
     schedule: a legal one, or the forward-only part of one.
     keeps_input: keep a stage's input until its R, or else its backward.
     slack: ticks that a transfer may take beyond the one that sends it, 0 or 1.
+    gathers: whether weights are gathered where the schedule says so; else they lie whole.
 
   Raises:
     ScheduleError: the schedule dead-locks, or has actions that the executor does not run.
@@ -35,15 +38,17 @@ def lower(schedule: Schedule, *, keeps_input: bool = False, slack: int = 0) -> P
   """
   if slack not in (0, 1):
     raise ValueError(f"slack={slack} ticks cannot be executed; use 0 or 1")
-  schedule = _without_pairs(schedule)
+  schedule = _in_ticks(schedule, (Kind.X,) if gathers else (Kind.G, Kind.X))
   _refuse_strange(schedule)
   at = _at(schedule, slack)
   sends = list(_sends(schedule, at))
-  stays = list(_stays(schedule, at, sends, keeps_input, slack))
+  # A list: what reads them is known once the last has been found.
+  weights = list(_gathers(schedule, slack)) if gathers else []
+  stays = [*_stays(schedule, at, sends, keeps_input, slack), *(one.stay(at) for one in weights)]
   slot, slots = colour(stays, RINGS)
   routes = _routes(schedule.devices, sends)
   shape = (1 + max(tick for _, tick in at.values()) + slack, schedule.devices)
-  table = _actions(schedule, at, slot, np.zeros(shape, np.int32), slots)
+  table = _actions(schedule, at, weights, slot, np.zeros(shape, np.int32), slots)
   table |= _arrivals(sends, slot, routes, np.zeros(shape, np.int32), slots, slack)
   meetings = find_meetings(schedule, at, slot, shape, slots)
   return Program(
@@ -59,15 +64,52 @@ def lower(schedule: Schedule, *, keeps_input: bool = False, slack: int = 0) -> P
   )
 
 
-def _without_pairs(schedule: Schedule) -> Schedule:
-  """Overlapped pairs as their parts, one after the other, and no gathers of what is whole.
+@dataclasses.dataclass(frozen=True)
+class _Gather:
+  """One G, which may stand in a schedule more than once, and what reads the weights it gathers.
+
+  Attributes:
+    action: the G.
+    device, tick: where and when.
+    readers: the actions until the stage's next G.
+  """
+
+  action: Action
+  device: int
+  tick: int
+  readers: list[Action]
+
+  def stay(self, at: Mapping[Action, tuple[int, int]]) -> Stay:
+    """The stage's weights in their ring."""
+    last = max([self.tick, *(at[action][1] for action in self.readers)])
+    return Stay("weights", self.device, self.tick, last, (self.action.stage, self.tick))
+
+
+def _gathers(schedule: Schedule, slack: int) -> Iterator[_Gather]:
+  for d, row in enumerate(_tick_rows(schedule, slack)):
+    held: dict[int, _Gather] = {}
+    for action, tick in row:
+      if action.kind is Kind.G:
+        held[action.stage] = _Gather(action, d, tick, [])
+        yield held[action.stage]
+      elif action.kind in _READS_WEIGHTS:
+        held[action.stage].readers.append(action)
+
+
+def _tick_rows(schedule: Schedule, slack: int) -> Iterator[list[tuple[Action, int]]]:
+  """Every device's actions, and their ticks."""
+  for row, row_ticks in zip(schedule.order, ticks(schedule, slack), strict=True):
+    yield [(a, t) for step, t in zip(row, row_ticks, strict=True) for a in step.parts]
+
+
+def _in_ticks(schedule: Schedule, without: Sequence[Kind]) -> Schedule:
+  """Overlapped pairs as their parts, one after the other, and nothing that takes no tick.
 
   One device runs one stream: a pair gains nothing beyond the transfers, and those run beside the
   next tick anyway. Two short ticks couple neighbours less than one long one.
   """
   order = tuple(
-    tuple(a for step in row for a in step.parts if a.kind not in _NOTHING_TO_DO)
-    for row in schedule.order
+    tuple(a for step in row for a in step.parts if a.kind not in without) for row in schedule.order
   )
   return dataclasses.replace(schedule, order=order)
 
@@ -79,7 +121,7 @@ def _refuse_strange(schedule: Schedule) -> None:
   if kinds:
     raise ScheduleError(
       f"schedule {schedule.name} has actions of kind {', '.join(kinds)}, which the"
-      f" executor does not run; it runs {', '.join([*CODE, *_NOTHING_TO_DO])}"
+      f" executor does not run; it runs {', '.join([*CODE, Kind.X])}"
     )
   if schedule.vocabulary > 1:
     raise ScheduleError(
@@ -96,12 +138,12 @@ def _refuse_strange(schedule: Schedule) -> None:
 
 
 def _at(schedule: Schedule, slack: int) -> dict[Action, tuple[int, int]]:
-  """Device and tick of each action."""
+  """Device and tick of each action but gathers."""
   return {
     action: (d, tick)
-    for d, (row, row_ticks) in enumerate(zip(schedule.order, ticks(schedule, slack), strict=True))
-    for step, tick in zip(row, row_ticks, strict=True)
-    for action in step.parts
+    for d, row in enumerate(_tick_rows(schedule, slack))
+    for action, tick in row
+    if action.kind is not Kind.G
   }
 
 
@@ -186,6 +228,7 @@ def _routes(devices: int, sends: Iterable[_Send]) -> tuple[Route, ...]:
 def _actions(
   schedule: Schedule,
   at: Mapping[Action, tuple[int, int]],
+  weights: Sequence[_Gather],
   slot: Mapping[Hashable, int],
   zeros: np.ndarray,
   slots: Mapping[str, int],
@@ -206,6 +249,12 @@ def _actions(
     table["chunk"][cell] = schedule.placement.chunk(d, s)
     table["first"][cell] = s == path[0]
     table["last"][cell] = s == path[-1]
+  for one in weights:
+    d, s, cell = one.device, one.action.stage, (one.tick, one.device)
+    table["kind"][cell], table["stage"][cell] = CODE[Kind.G], s
+    table["chunk"][cell] = schedule.placement.chunk(d, s)
+    for tick in (one.tick, *(at[action][1] for action in one.readers)):
+      table["weights"][tick, d] = slot["weights", d, (s, one.tick)]
   return table
 
 

@@ -19,8 +19,7 @@ from jaxpipe.parallel.placing import map_param_trees
 from jaxpipe.parallel.rules import pieces
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
-from jaxpipe.pipeline.executor import Pipeline
-from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.executor import Pipeline, lower_on
 from jaxpipe.pipeline.residuals import Policy, residual_policy
 from jaxpipe.pipeline.rings import wide
 from jaxpipe.pipeline.workspace import workspace
@@ -106,7 +105,7 @@ def memory_report(
     ValueError, ScheduleError: as for `pipeline_value_and_grad`.
   """
   policy = residual_policy(residuals)
-  program = lower(schedule.check(), keeps_input=policy.stage_input, slack=slack)
+  program = lower_on(schedule, mesh, policy, slack)
   pipeline = Pipeline(stack, program, mesh, schedule, policy)
   # The pieces of `parameters` are a step's arguments, and stay beside what is gathered from them.
   gathers = schedule.placement.replicated or dict(mesh.shape).get(FSDP, 1) > 1
@@ -157,7 +156,8 @@ def _count(device: Device, cells: Any, gathers: bool) -> dict[str, int]:
   """What one device holds beside what it is given; inside `shard_map`."""
   state = device.start()
   return {
-    "gathered": _bytes(device.local.params) if gathers else 0,
+    "gathered": _bytes((device.weights.layers, device.local.params)) if gathers else 0,
+    "weights": _bytes(state.weights),
     "gradients": _bytes(state.grads),
     "activations": _bytes(state.activations),
     "gradient_ring": _bytes(state.gradients),

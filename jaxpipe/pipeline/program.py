@@ -9,6 +9,7 @@ to put what arrives. `lower` makes it.
     gradients    the head, or arrival of dx                  I or B
     pools        F, R, I: the saved values, cell by cell     R, I, B, W
     vocabulary   the last stage's output, on every device    S, T, and the end of all S
+    weights      G: a stage's weights, gathered              F, R, I, B, until X
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from jaxpipe.schedules import Action, Kind, Schedule
 
 # What a device does on a tick, as the table's integers.
 IDLE = 0
-CODE = {Kind(letter): code for code, letter in enumerate("FRBIWST", 1)}
+CODE = {Kind(letter): code for code, letter in enumerate("FRBIWSTG", 1)}
 
-RINGS = ("activations", "gradients", "vocabulary")
+RINGS = ("activations", "gradients", "vocabulary", "weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Program:
 
   Attributes:
     schedule: what it runs.
-    at: device and tick of every action.
+    at: device and tick of every action but gathers of weights.
     slack: ticks that a transfer takes beyond the one that sends it.
     keeps_input: whether a stage's input stays in `activations` until its backward.
     slots: length of each ring, the largest need of any device.
@@ -127,6 +128,11 @@ class Program:
   def kinds(self) -> frozenset[Kind]:
     """The kinds that occur."""
     return frozenset(action.kind for action in self.at)
+
+  @property
+  def gathers(self) -> bool:
+    """Whether weights are gathered on ticks of their own."""
+    return self.slots["weights"] > 0
 
   def length(self, ring: str) -> int:
     """Slots to allocate: one more than are used, which stands for "nowhere".

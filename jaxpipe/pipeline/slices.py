@@ -31,6 +31,11 @@ class Slice:
   reads: tuple[int, ...]
   makes: tuple[int, ...]
 
+  def reads_given(self, given: Sequence[Any]) -> list[bool]:
+    """For each of the first inputs, as many as are given, whether the slice reads it."""
+    read = {*eq.used(self.equations, self.outputs)}
+    return [v in read for v, _ in zip(self.inputs, given, strict=False)]
+
   def __call__(self, *leaves: jax.Array) -> Leaves:
     values = self.consts | dict(zip(self.inputs, leaves, strict=True))
     return eq.evaluate(self.equations, values, self.outputs)

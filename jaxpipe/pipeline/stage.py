@@ -28,21 +28,21 @@ from jaxpipe.pipeline.varying import axes_of, vary
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
-# inputs(i) are the further inputs of the chunk's i-th layer.
+# Of the chunk's i-th layer: its parameters, or its further inputs.
 Inputs = Callable[[Index], Tree]
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """One action's arguments: the device's parameters, where its chunk begins, its inputs."""
+  """One action's arguments: its chunk's parameters, where the chunk begins, further inputs."""
 
-  params: Tree
+  params: Inputs
   first_layer: Index
   inputs: Inputs
 
   def given(self, i: Index) -> Leaves:
     """Leaves of the i-th layer's parameters and further inputs."""
-    return jax.tree.leaves((rings.get(self.params, self.first_layer + i), self.inputs(i)))
+    return jax.tree.leaves((self.params(i), self.inputs(i)))
 
 
 @dataclasses.dataclass(frozen=True)
