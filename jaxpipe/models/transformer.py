@@ -1,5 +1,8 @@
 """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
+With experts in place of the MLP, x is a pair: the residual stream, and of every row the losses of
+its routers so far, which the head adds to its own.
+
 Dims: B batch rows, T positions (S of the whole row where `sequence` cuts it), D model width, N query heads, K key/value heads, H head width,
 F MLP width, V vocabulary.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpipe.models.attention import attend, check_heads
 from jaxpipe.models.context import Context
 from jaxpipe.models.cross_entropy import cross_entropy, look_up
+from jaxpipe.models.moe import Experts, MoeConfig, check_experts, expert_dims
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.tables import Tables
 from jaxpipe.parallel.mesh import SEQUENCE, TENSOR
@@ -54,6 +58,7 @@ class TransformerConfig:
     ulysses: of the devices along `sequence`, how many exchange heads for positions; the others
       exchange keys and values in a ring. 1: all in the ring.
     logits_chunk: positions whose logits live at once; 0: all of a microbatch's.
+    moe: experts of width `mlp_width` in place of every layer's MLP, gated; None: no experts.
 
   Raises:
     ValueError: shapes that do not divide, or an unknown `mlp`.
@@ -75,6 +80,7 @@ class TransformerConfig:
   positions_cut: bool = False
   ulysses: int = 1
   logits_chunk: int = 0
+  moe: MoeConfig | None = None
 
   def __post_init__(self) -> None:
     if self.width % self.heads or (self.width // self.heads) % 2:
@@ -101,6 +107,13 @@ class TransformerConfig:
     return self.mlp_width or wide
 
 
+class Stream(NamedTuple):
+  """What layers with experts pass on: x [B, T, D], and losses of its routers for every row [B]."""
+
+  x: jax.Array
+  aux: jax.Array
+
+
 class Embed(nnx.Module):
   """`batch["tokens"]` int [B, S] -> x [B, T, D], this device's positions."""
 
@@ -109,7 +122,7 @@ class Embed(nnx.Module):
     shape = (config.vocabulary_size, config.width)
     self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
 
-  def __call__(self, batch: Any) -> jax.Array:
+  def __call__(self, batch: Any) -> jax.Array | Stream:
     rows_BTD = look_up(self.table[...], self.ids(batch))
     return self.enter(leave_tensor(rows_BTD, self.config.positions_cut), batch)
 
@@ -117,9 +130,12 @@ class Embed(nnx.Module):
     """Rows of the table, [B, T]."""
     return take_own(batch["tokens"])
 
-  def enter(self, rows_BTD: jax.Array, batch: Any) -> jax.Array:
+  def enter(self, rows_BTD: jax.Array, batch: Any) -> jax.Array | Stream:
     """x, of the rows that were looked up."""
-    return rows_BTD.astype(self.config.dtype)
+    x_BTD = rows_BTD.astype(self.config.dtype)
+    if not self.config.moe:
+      return x_BTD
+    return Stream(x_BTD, jnp.zeros(len(x_BTD), jnp.promote_types(x_BTD.dtype, jnp.float32)))
 
 
 class Layer(nnx.Module):
@@ -142,22 +158,29 @@ class Layer(nnx.Module):
     self.value = _linear(config, D, config.kv_heads * H, rngs)
     self.attention_out = _linear(config, config.heads * H, D, rngs, out)
     self.mlp_norm = _norm(config, rngs)
+    if config.moe:
+      self.experts = _experts(config, rngs, out)
+      return
     self.up = _linear(config, D, config.hidden, rngs)
     if config.mlp == "swiglu":
       self.gate = _linear(config, D, config.hidden, rngs)
     self.down = _linear(config, config.hidden, D, rngs, out)
 
-  def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-    cut, rate = self.config.positions_cut, self.config.dropout
-    length = context.batch["tokens"].shape[1]
-    at = own_positions(length)
-    mine = own_piece(at, cut)
+  def __call__(self, x: Any, context: Context) -> Any:
+    cut, moe = self.config.positions_cut, self.config.moe
+    x_BTD, length = x.x if moe else x, context.batch["tokens"].shape[1]
+    at_T = own_positions(length)
+    mine = own_piece(at_T, cut)
+    drop = functools.partial(context.dropout, rate=self.config.dropout, positions=mine)
 
     h_BTD = enter_tensor(self.attention_norm(x_BTD), cut)
-    out_BTD = self.attend(h_BTD, at, length, context.batch.get("segments"))
-    x_BTD = x_BTD + context.dropout(leave_tensor(out_BTD, cut), rate, positions=mine)
-    h_BTD = enter_tensor(self.mlp_norm(x_BTD), cut)
-    return x_BTD + context.dropout(leave_tensor(self.mix(h_BTD), cut), rate, positions=mine)
+    out_BTD = self.attend(h_BTD, at_T, length, context.batch.get("segments"))
+    x_BTD = x_BTD + drop(leave_tensor(out_BTD, cut))
+    h_BTD = self.mlp_norm(x_BTD)
+    if moe:
+      y_BTD, aux_B = self.experts(h_BTD)
+      return Stream(x_BTD + drop(y_BTD), x.aux + aux_B.astype(x.aux.dtype))
+    return x_BTD + drop(leave_tensor(self.mix(enter_tensor(h_BTD, cut)), cut))
 
   def attend(
     self, x_BTD: jax.Array, at_T: jax.Array, length: int, segments: jax.Array | None
@@ -202,21 +225,25 @@ class Head(nnx.Module):
     shape = (config.vocabulary_size, config.width)
     self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
 
-  def __call__(self, x_BTD: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    h_BTD, table_VD = self.features(x_BTD, batch), self.table[...].astype(self.config.dtype)
+  def __call__(self, x: Any, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    h_BTD, table_VD = self.features(x, batch), self.table[...].astype(self.config.dtype)
     sums = cross_entropy(h_BTD, table_VD, *self.targets(batch), self.config.logits_chunk)
-    return sums.loss, sums.weight, {"correct": sums.correct}
+    if not self.config.moe:
+      return sums.loss, sums.weight, {"correct": sums.correct}
+    aux = jnp.sum(x.aux).astype(sums.loss.dtype)
+    return sums.loss + aux, sums.weight, {"correct": sums.correct, "router_loss": aux}
 
-  def logits(self, x_BTD: jax.Array) -> jax.Array:
+  def logits(self, x: Any) -> jax.Array:
     """Returns logits [B, T, V], float32 at least."""
     table_VD = self.table[...].astype(self.config.dtype)
     wide = jnp.promote_types(self.config.dtype, jnp.float32)
     return jnp.einsum(
-      "BTD,VD->BTV", self.features(x_BTD, None), table_VD, preferred_element_type=wide
+      "BTD,VD->BTV", self.features(x, None), table_VD, preferred_element_type=wide
     )
 
-  def features(self, x_BTD: jax.Array, batch: Any) -> jax.Array:
+  def features(self, x: Any, batch: Any) -> jax.Array:
     """What the table multiplies, [B, T, D]."""
+    x_BTD = x.x if self.config.moe else x
     return enter_tensor(self.norm(x_BTD), self.config.positions_cut)
 
   def targets(self, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -254,6 +281,8 @@ def transformer(config: TransformerConfig) -> LayerStack:
   rules = transformer_rules(
     stack.param_shapes(),
     config.width,
+    extra=_expert_rules(config),
+    places=_expert_places(config),
     axes=frozenset({TENSOR, SEQUENCE}),
     check=functools.partial(check_sizes, config),
   )
@@ -264,6 +293,21 @@ def check_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> None:
   """Raises ValueError where the model cannot be cut over a mesh of these sizes."""
   t, c = sizes.get(TENSOR, 1), sizes.get(SEQUENCE, 1)
   check_heads(config.heads, config.kv_heads, t, config.ulysses, c)
+  if config.moe:
+    check_experts(config.moe, sizes)
+
+
+def _expert_rules(config: TransformerConfig) -> list[tuple[str, tuple[str | None, ...]]]:
+  dims = expert_dims(config.moe) if config.moe else {}
+  return [(f"layers/experts/{name}", names) for name, names in dims.items()]
+
+
+def _expert_places(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
+  if not config.moe:
+    return {}
+  # Experts that lie over `tensor` are not cut by it in themselves.
+  whole: dict[str, tuple[str, ...]] = {"mlp": ()} if config.moe.folded else {}
+  return {"experts": config.moe.axes, **whole}
 
 
 def flops_per_token(config: TransformerConfig, sequence_length: int) -> int:
@@ -275,8 +319,24 @@ def flops_per_token(config: TransformerConfig, sequence_length: int) -> int:
   D, H, F = config.width, config.head_width, config.hidden
   attention = D * H * (2 * config.heads + 2 * config.kv_heads)
   mlp = (3 if config.mlp == "swiglu" else 2) * D * F
+  if config.moe:
+    mlp = 3 * D * (config.moe.top_k * F + config.moe.shared) + D * config.moe.experts
   weights = config.layers * (attention + mlp) + config.vocabulary_size * D
   return 6 * weights + 12 * config.layers * D * sequence_length
+
+
+def _experts(config: TransformerConfig, rngs: nnx.Rngs, out_scale: float) -> Experts:
+  assert config.moe is not None
+  return Experts(
+    config.moe,
+    config.width,
+    config.hidden,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    positions_cut=config.positions_cut,
+    rngs=rngs,
+    out_scale=out_scale,
+  )
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

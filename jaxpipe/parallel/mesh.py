@@ -153,7 +153,7 @@ def _grid(
 
 
 def _near(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-  """The devices of one network as an array; on TPU, neighbours of the mesh are those of the torus."""
+  """The devices as an array; on TPU, neighbours in it are neighbours of the torus."""
   if devices[0].platform == "tpu" and len(devices) > 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return np.array(devices, dtype=object).reshape(shape)

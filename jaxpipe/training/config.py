@@ -15,7 +15,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxpipe.models.moe import MoeConfig
 from jaxpipe.models.transformer import TransformerConfig
+from jaxpipe.parallel.mesh import SLOW
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.pipeline.unroll import SHAPES
 from jaxpipe.training.errors import ConfigError, naming
@@ -50,6 +52,15 @@ class Config:
   mlp: str = _same("swiglu", "swiglu or gelu")
   mlp_width: int = _same(512, "hidden width of the MLP; 0: 8/3 of the width, 4 times for gelu")
   tied: bool = _same(False, "the head multiplies by the embedding's own table")
+  experts: int = _same(0, "experts in place of each layer's MLP, each --mlp_width wide; 0: an MLP")
+  top_k: int = _same(2, "experts that a token visits")
+  capacity_factor: float = _same(
+    0.0, "slots of an expert over an even share; tokens beyond them are dropped; 0: none are"
+  )
+  capacity_group: int = _same(0, "contiguous positions that share an expert's slots; 0: a row")
+  shared_width: int = _same(0, "hidden width of an expert that every token visits besides; 0: none")
+  balance_loss: float = _same(0.01, "coefficient of the experts' load-balance loss")
+  router_z_loss: float = _same(0.001, "coefficient of the router's z-loss")
   dropout: float = _same(0.0, "rate after attention and after the MLP")
   dtype: str = _same("float32", "arithmetic: float32 or bfloat16; parameters are float32")
 
@@ -69,7 +80,20 @@ class Config:
     2000, "updates in total, those before a resume included; another number bends the cosine anew"
   )
 
-  mesh: str = _free("stage:4", "devices along each axis, such as stage:4,data:2")
+  mesh: str = _free(
+    "stage:4",
+    "devices along each axis, such as stage:4,data:2: stage, data, fsdp, expert, sequence, tensor;"
+    " one may be -1, all that the others leave",
+  )
+  slow_axis: str = _free("", "axis that lies between hosts or TPU slices: stage or data; default: any")
+  sequence_parallel: bool = _free(
+    False, "cut positions over the mesh's tensor axis too, outside of matmuls"
+  )
+  ulysses: int = _free(
+    1, "devices along sequence that exchange heads for positions; the others form a ring"
+  )
+  expert_axes: str = _free("expert", "mesh axes over which experts lie, such as sequence,expert")
+  logits_chunk: int = _free(0, "positions whose logits live at once; 0: all of a microbatch's")
   schedule: str = _free(
     "1f1b",
     "pipeline schedule, from python -m jaxpipe.schedules --list; auto: the fastest by estimate that"
@@ -128,6 +152,8 @@ class Config:
       for name, free in (("chunks", 0), ("backward", ""), ("recompute", False), ("head", "last")):
         message = f"is for a schedule by name, --schedule=auto decides it; leave --{name} out"
         self._check(name, getattr(self, name) == free, message)
+    slow = self.slow_axis in ("", *SLOW)
+    self._check("slow_axis", slow, f"cannot lie between hosts; use {' or '.join(SLOW)}")
     self._check("run_dir", bool(self.run_dir), "names no folder; use --run_dir=runs/NAME")
     self.profile_range()
 
@@ -162,6 +188,26 @@ class Config:
         dropout=self.dropout,
         tied=self.tied,
         dtype=jnp.dtype(self.dtype),
+        positions_cut=self.sequence_parallel,
+        ulysses=self.ulysses,
+        logits_chunk=self.logits_chunk,
+        moe=self._moe(),
+      )
+
+  def _moe(self) -> MoeConfig | None:
+    """The experts, if there are any."""
+    if not self.experts:
+      return None
+    with naming(*self.flags("experts", "top_k", "capacity_factor", "expert_axes")):
+      return MoeConfig(
+        experts=self.experts,
+        top_k=self.top_k,
+        capacity_factor=self.capacity_factor,
+        group=self.capacity_group,
+        balance=self.balance_loss,
+        z=self.router_z_loss,
+        shared=self.shared_width,
+        axes=tuple(filter(None, self.expert_axes.split(","))),
       )
 
   def profile_range(self) -> range:
@@ -187,11 +233,13 @@ class Config:
 
 _AT_LEAST_ONE = (
   *("layers", "width", "heads", "kv_heads", "batch_size", "sequence_length"),
-  *("steps", "microbatches"),
+  *("steps", "microbatches", "top_k", "ulysses"),
 )
 _AT_LEAST_ZERO = (
   *("mlp_width", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "chunks"),
   *("checkpoint_every", "validate_every", "sample_length", "temperature", "memory_limit"),
+  *("experts", "capacity_factor", "capacity_group", "shared_width", "balance_loss"),
+  *("router_z_loss", "logits_chunk"),
 )
 
 

@@ -157,8 +157,8 @@ def build_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
   Raises:
     ConfigError: it cannot be made of them.
   """
-  with naming(config.flag("mesh")):
-    return make_mesh(config.mesh, devices)
+  with naming(*config.flags("mesh", *["slow_axis"] * bool(config.slow_axis))):
+    return make_mesh(config.mesh, devices, slow=config.slow_axis or None)
 
 
 def choose(
