@@ -18,6 +18,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_BITS = re.compile(r"[a-z]+(\d+)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
@@ -63,6 +64,13 @@ class Shape:
     """Number of elements."""
     return math.prod(self.dims)
 
+  @property
+  def bytes(self) -> int:
+    """What it holds, without what tiles add; nothing for what is no array, such as a token."""
+    bits = _BITS.match(self.dtype)
+    width = int(bits[1]) if bits else 8 * (self.dtype == "pred")
+    return -(-self.size * width // 8)
+
   def __str__(self) -> str:
     return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
@@ -83,6 +91,7 @@ class Instruction:
     trips: iterations of a loop, where the text says so.
     index: of a `get-tuple-element`.
     target: of a custom call.
+    attributes: what stands behind the operands, as in the text.
     root: whether it is the computation's result.
   """
 
@@ -98,6 +107,7 @@ class Instruction:
   trips: int | None
   index: int | None
   target: str
+  attributes: str
   root: bool
 
   @property
@@ -105,6 +115,13 @@ class Instruction:
     """Names of the computations whose instructions it executes one by one."""
     roles = _RUNS.get(self.opcode, ())
     return tuple(name for role, name in self.called if role in roles)
+
+  @property
+  def holds(self) -> tuple[str, ...]:
+    """The same, and of a fusion what it fuses."""
+    if self.opcode == "fusion":
+      return tuple(name for role, name in self.called if role == "calls")
+    return self.runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +192,41 @@ def visits(module: Module) -> Iterator[Visit]:
       todo += [(inner, loops + (one.opcode == "while"), outer) for inner in one.runs]
 
 
+@dataclasses.dataclass(frozen=True)
+class Entered:
+  """One step on the way from the entry computation down to an instruction.
+
+  Attributes:
+    instruction: a loop, a conditional, a call or a fusion.
+    where: name of the computation that it stands in.
+    into: name of the computation that it runs.
+  """
+
+  instruction: Instruction
+  where: str
+  into: str
+
+
+def walk(
+  module: Module, name: str = "", way: tuple[Entered, ...] = ()
+) -> Iterator[tuple[Instruction, Computation, tuple[Entered, ...]]]:
+  """Yields every instruction that runs, those inside fusions too, where it stands, and the way.
+
+  Unlike `visits`, once for every way there is: a computation that stands in several places runs in
+  all of them.
+
+  Args:
+    module: the program.
+    name, way: the computation to begin with, and the way there; default, the entry.
+  """
+  here = module[name or module.entry]
+  for one in here:
+    yield one, here, way
+    for into in one.holds:
+      if into in module.computations:
+        yield from walk(module, into, (*way, Entered(one, here.name, into)))
+
+
 def parse(text: str) -> Module:
   """Returns the program that `compiled.as_text()` describes.
 
@@ -224,6 +276,7 @@ def _instruction(line: str) -> Instruction | None:
     trips=_number(_TRIPS, attributes),
     index=_number(_INDEX, attributes),
     target=target[1] if target else "",
+    attributes=attributes,
     root=bool(head[1]),
   )
 

@@ -1,0 +1,144 @@
+"""What papers say that a way of cutting a network sends and keeps, to hold a program against.
+
+Everything is in bytes of one device, for one microbatch and one layer where nothing else is said;
+what a collective sends is that of a ring. Letters, as in the papers:
+
+    b  rows of a microbatch on this device     a  attention heads
+    s  positions of a row                      t  devices along `tensor`
+    h  model width                             c  devices along `sequence`
+
+`itemsize` is the bytes of an element: 2 for bfloat16.
+
+References:
+  Thakur, Rabenseifner and Gropp, 2005, Optimization of Collective Communication Operations in
+    MPICH, IJHPCA 19(1): rings.
+  Shoeybi et al., 2019, Megatron-LM, arXiv 1909.08053; Narayanan et al., 2021, Efficient Large-Scale
+    Language Model Training on GPU Clusters, arXiv 2104.04473: tensor and pipeline parallelism.
+  Korthikanti et al., 2022, Reducing Activation Recomputation in Large Transformer Models, arXiv
+    2205.05198: sequence parallelism along `tensor`, and what is kept.
+  Liu, Zaharia and Abbeel, 2023, Ring Attention with Blockwise Transformers, arXiv 2310.01889.
+  Jacobs et al., 2023, DeepSpeed Ulysses, arXiv 2309.14509.
+  Rajbhandari et al., 2020, ZeRO, arXiv 1910.02054; Zhao et al., 2023, PyTorch FSDP, arXiv
+    2304.11277.
+  Lepikhin et al., 2020, GShard, arXiv 2006.16668: experts.
+"""
+
+from __future__ import annotations
+
+# How many times (g - 1) / g of the array a device of a ring of g sends. The array is the whole one:
+# what a gather makes, and what a scatter takes.
+RINGS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
+
+
+def ring(kind: str, array: float, group: int) -> float:
+  """Bytes that a device sends in a collective over a ring.
+
+  Args:
+    kind: a key of `RINGS`.
+    array: bytes of the whole array: a gather's output, a scatter's input.
+    group: devices in the ring.
+  """
+  return RINGS[kind] * array * (group - 1) / group
+
+
+def tensor(b: int, s: int, h: int, t: int, itemsize: int = 2) -> float:
+  """Forward and backward of a layer cut by Megatron: four all-reduces of x.
+
+  One after attention and one after the MLP; in the backward, one before each.
+  """
+  return 4 * ring("all-reduce", b * s * h * itemsize, t)
+
+
+def tensor_sequence(
+  b: int, s: int, h: int, t: int, itemsize: int = 2, *, repeated: int = 0
+) -> float:
+  """The same where norms and dropout are cut by positions over `tensor`.
+
+  Four all-gathers and four reduce-scatters of x: together as much as four all-reduces.
+
+  Args:
+    b, s, h, t, itemsize: see the module.
+    repeated: gathers of the forward that the backward does again, for not having kept the gathered
+      x; 2 in the paper, before attention and before the MLP.
+  """
+  x = b * s * h * itemsize
+  return (4 + repeated) * ring("all-gather", x, t) + 4 * ring("reduce-scatter", x, t)
+
+
+def ring_attention(b: int, s: int, kv: int, c: int, itemsize: int = 2) -> float:
+  """Forward: keys and values of s / c positions pass by all c - 1 other devices.
+
+  Args:
+    b, s, c, itemsize: see the module.
+    kv: width of the keys, which is that of the values: heads of them times the head width.
+  """
+  return 2 * (c - 1) * b * (s / c) * kv * itemsize
+
+
+def ulysses(b: int, s: int, h: int, c: int, itemsize: int = 2, *, kv: int | None = None) -> float:
+  """Forward: four all-to-alls, of queries, keys, values and of what attention makes of them.
+
+  Args:
+    b, s, h, c, itemsize: see the module.
+    kv: width of the keys and of the values; default h.
+  """
+  each = b * (s / c) * itemsize
+  return sum(ring("all-to-all", each * width, c) for width in (h, kv or h, kv or h, h))
+
+
+def fsdp(
+  parameters: int, devices: int, *, gathers: int, scatters: int, itemsize: int = 2, sums: int = 4
+) -> float:
+  """Weights gathered before they are used, and their gradients scattered.
+
+  Args:
+    parameters: that all devices hold together.
+    devices: along `fsdp`.
+    gathers, scatters: how often each is done: 2 and 1 for every microbatch in ZeRO-3, where the
+      weights are dropped between forward and backward.
+    itemsize, sums: bytes of an element of a weight, and of a gradient.
+  """
+  gathered = gathers * ring("all-gather", parameters * itemsize, devices)
+  return gathered + scatters * ring("reduce-scatter", parameters * sums, devices)
+
+
+def data(parameters: int, devices: int, itemsize: int = 4) -> float:
+  """Gradients added over the copies of `parameters`, once a step."""
+  return ring("all-reduce", parameters * itemsize, devices)
+
+
+def experts(slots: int, h: int, devices: int, itemsize: int = 2) -> float:
+  """Forward and backward of a layer of experts: two all-to-alls each.
+
+  Args:
+    slots: rows that this device sends, all experts together: capacity times experts.
+    h, itemsize: see the module.
+    devices: along `expert`.
+  """
+  return 4 * ring("all-to-all", slots * h * itemsize, devices)
+
+
+def hop(b: int, s: int, h: int, itemsize: int = 2) -> int:
+  """From stage to stage, in one direction: x, or its gradient."""
+  return b * s * h * itemsize
+
+
+def kept(
+  b: int, s: int, h: int, a: int, t: int = 1, *, sequence: bool = False, scores: bool = True
+) -> float:
+  """What a layer keeps from its forward for its backward, with two bytes an element.
+
+  One of GPT's: an MLP of 4 h, dropout with masks of one byte.
+
+      sbh (34 + 5as/h)              t = 1
+      sbh (10 + 24/t + 5as/(ht))    tensor
+      sbh (34/t + 5as/(ht))         tensor, sequence
+      sbh (34/t)                    tensor, sequence, no scores
+
+  Args:
+    b, s, h, a, t: see the module.
+    sequence: whether norms and dropout are cut by positions over `tensor`.
+    scores: whether softmax, its dropout and the scores are kept, and not computed again.
+  """
+  whole = 34 / t if sequence else 10 + 24 / t
+  return s * b * h * (whole + (5 * a * s / (h * t) if scores else 0))
