@@ -252,6 +252,7 @@ def _actions(
   for one in weights:
     d, s, cell = one.device, one.action.stage, (one.tick, one.device)
     table["kind"][cell], table["stage"][cell] = CODE[Kind.G], s
+    table["microbatch"][cell] = one.action.microbatch
     table["chunk"][cell] = schedule.placement.chunk(d, s)
     for tick in (one.tick, *(at[action][1] for action in one.readers)):
       table["weights"][tick, d] = slot["weights", d, (s, one.tick)]

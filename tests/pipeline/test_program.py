@@ -57,6 +57,11 @@ def interpret(program, values=VALUES):
 
 def act(program, ring, action, now, cells, values):
   s, kind, m = action.stage, action.kind, action.microbatch
+  if kind is Kind.G:
+    ring["weights", now["weights"]] = s
+    return None
+  if program.gathers and kind in (Kind.F, Kind.R, Kind.I, Kind.B):
+    assert ring["weights", now["weights"]] == s
   path = program.schedule.path(m)
   assert (now["first"], now["last"]) == (s == path[0], s == path[-1])
 
@@ -92,7 +97,8 @@ def check(schedule, **options):
   program = lower(schedule, **options)
   ran = interpret(program, AGAIN if again else VALUES)
   for d, row in enumerate(schedule.order):
-    parts = [a for step in row for a in step.parts if a.kind in CODE]
+    left_out = (Kind.X,) if program.gathers else (Kind.G, Kind.X)
+    parts = [a for step in row for a in step.parts if a.kind not in left_out]
     assert [a for _, at, a, _ in ran if at == d] == parts
   for _, d, action, chunk in ran:
     assert schedule.placement.stage(d, chunk) == action.stage
@@ -106,11 +112,22 @@ def test_1f1b_as_a_literal_table():
     [0, 1, 0, 0, 2, 1, 0, 2],
     [0, 0, 0, 1, 1, 2, 2, 0],
   ]
-  assert program.slots == {"activations": 1, "gradients": 1, "vocabulary": 0}
+  assert program.slots == {"activations": 1, "gradients": 1, "vocabulary": 0, "weights": 0}
   (route,) = program.routes  # with two devices both directions are one exchange
   assert route.activations and route.gradients
   assert program.doing[0].pairs == (frozenset({(0, 1)}),)
   assert program.doing[4].pairs == (frozenset({(0, 1), (1, 0)}),)
+
+
+@pytest.mark.parametrize("slack", [0, 1])
+@pytest.mark.parametrize("P, M, V", [(1, 2, 2), (2, 4, 2), (4, 9, 3)])
+def test_weights_are_gathered_once_a_unit_and_held_until_released(P, M, V, slack):
+  schedule = make_schedule("zeropp", devices=P, microbatches=M, chunks=V, unit=4)
+  program = check(schedule, gathers=True, slack=slack)
+  gathers = (program.table["kind"] == CODE[Kind.G]).sum(axis=0)
+  assert set(gathers.tolist()) == {2 * V * -(-M // 4)}
+  # A block's weights are released before the next block's are gathered.
+  assert program.slots["weights"] == 1
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
