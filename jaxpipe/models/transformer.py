@@ -3,8 +3,8 @@
 With experts in place of the MLP, x is a pair: the residual stream, and of every row the losses of
 its routers so far, which the head adds to its own.
 
-Dims: B batch rows, T positions (S of the whole row where `sequence` cuts it), D model width, N query heads, K key/value heads, H head width,
-F MLP width, V vocabulary.
+Dims: B batch rows, T positions (those of this device, S of the whole row), D model width, N query
+heads, K key/value heads, H head width, F MLP width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -237,9 +237,7 @@ class Head(nnx.Module):
     """Returns logits [B, T, V], float32 at least."""
     table_VD = self.table[...].astype(self.config.dtype)
     wide = jnp.promote_types(self.config.dtype, jnp.float32)
-    return jnp.einsum(
-      "BTD,VD->BTV", self.features(x, None), table_VD, preferred_element_type=wide
-    )
+    return jnp.einsum("BTD,VD->BTV", self.features(x, None), table_VD, preferred_element_type=wide)
 
   def features(self, x: Any, batch: Any) -> jax.Array:
     """What the table multiplies, [B, T, D]."""

@@ -1,10 +1,12 @@
 """Residual policies: what F keeps for the backward pass, and what is computed again instead.
 
-Three have names of their own, and everything that `jax.checkpoint` understands is one too:
+Four have names of their own, and everything that `jax.checkpoint` understands is one too:
 
     full                         the stage's input alone
     dots                         matmuls with weights and what was summed or exchanged over the
                                  mesh, never attention scores
+    selective                    all but attention's scores, what is made of them at their size,
+                                 and what was gathered (Korthikanti et al., arXiv:2205.05198)
     all                          whatever `jax.vjp` does
     nothing_saveable, ...        a policy of `jax.checkpoint_policies`; this one keeps each layer's
                                  input
@@ -17,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -35,6 +38,43 @@ def _dots(primitive: Any, *avals: Any, **params: Any) -> Any:
   return primitive.name in _SENT or _WEIGHTS(primitive, *avals, **params)
 
 
+class _Selective:
+  """Keeps all but what was gathered and what attention computes of its scores, at their size.
+
+  Scores are products with batch dims that are larger than either of their factors. Their sizes are
+  learnt while a layer is traced, whose equations are asked about in their order.
+  """
+
+  def __init__(self) -> None:
+    self._scores: set[tuple[int, ...]] = set()
+
+  def __call__(self, primitive: Any, *avals: Any, **params: Any) -> bool:
+    if primitive.name == "dot_general":
+      shape, factors = _product(*(aval.shape for aval in avals[:2]), **params), avals[:2]
+      _, batch_dims = params["dimension_numbers"]
+      if batch_dims[0] and math.prod(shape) > max(factor.size for factor in factors):
+        self._scores.add(_dims(shape))
+        return False
+      return True
+    read = {_dims(aval.shape) for aval in avals if hasattr(aval, "shape")}
+    return primitive.name != "all_gather" and not read & self._scores
+
+
+def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """A shape, whichever way it is transposed."""
+  return tuple(sorted(n for n in shape if n > 1))
+
+
+def _product(
+  a: tuple[int, ...], b: tuple[int, ...], *, dimension_numbers: Any, **_: Any
+) -> tuple[int, ...]:
+  """The shape of a dot_general."""
+  (of_a, of_b), (batch_a, batch_b) = dimension_numbers
+  rest_a = [n for i, n in enumerate(a) if i not in (*of_a, *batch_a)]
+  rest_b = [n for i, n in enumerate(b) if i not in (*of_b, *batch_b)]
+  return (*(a[i] for i in batch_a), *rest_a, *rest_b)
+
+
 @dataclasses.dataclass(frozen=True)
 class Residuals:
   """A residual policy.
@@ -43,12 +83,15 @@ class Residuals:
     name: of the policy.
     layer: the `jax.checkpoint` policy under which each layer is differentiated; None keeps all that
       `jax.vjp` does.
+    learns: makes the policy anew for every layer that is traced, where it learns from the layer's
+      equations; `layer` then stands for it where layers are many (the reference).
     stage_input: keep the stage's input alone; the stage's forward runs again before its backward.
     names: of the values to keep, where they are given by name.
   """
 
   name: str
   layer: Policy | None
+  learns: Callable[[], Policy] | None = None
   stage_input: bool = False
   names: tuple[str, ...] = ()
 
@@ -65,7 +108,7 @@ class Residuals:
     if self.layer is None:
       return trace(None)
     met: set[str] = set()
-    out = trace(_watched(self.layer, met))
+    out = trace(_watched(self.learns() if self.learns else self.layer, met))
     for name in self.names:
       if name not in met:
         there = f"there are {', '.join(sorted(met))}" if met else "there are none"
@@ -79,6 +122,7 @@ class Residuals:
 POLICIES = {
   # Matmuls with weights are kept; attention scores, which dwarf everything, have batch dims.
   "dots": Residuals("dots", _dots),
+  "selective": Residuals("selective", _dots, learns=_Selective),
   "all": Residuals("all", None),
   # What the second forward keeps for the moment is `dots` again: under `all`, one microbatch's
   # attention scores would cost more than keeping every microbatch's matmuls.

@@ -85,7 +85,9 @@ class Config:
     "devices along each axis, such as stage:4,data:2: stage, data, fsdp, expert, sequence, tensor;"
     " one may be -1, all that the others leave",
   )
-  slow_axis: str = _free("", "axis that lies between hosts or TPU slices: stage or data; default: any")
+  slow_axis: str = _free(
+    "", "axis that lies between hosts or TPU slices: stage or data; default: any"
+  )
   sequence_parallel: bool = _free(
     False, "cut positions over the mesh's tensor axis too, outside of matmuls"
   )
@@ -111,7 +113,8 @@ class Config:
   )
   residuals: str = _free(
     "dots",
-    "what forwards keep for backwards: dots, all, full, a policy of jax.checkpoint_policies such as"
+    "what forwards keep for backwards: dots, selective, all, full, a policy of"
+    " jax.checkpoint_policies such as"
     " nothing_saveable, or names:A,B, such as names:attention,mlp_up",
   )
   unroll: str = _free("auto", "program shape: none, one loop; ends; all, one straight line; auto")

@@ -1,0 +1,94 @@
+"""Every way to make eight devices of the six axes, against the model on one device, leaf by leaf."""
+
+import math
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import pytest
+import tiny
+
+import jaxpipe
+from jaxpipe.models.moe import MoeConfig
+from jaxpipe.parallel.mesh import AXES, EXPERT, ROWS, SEQUENCE, TENSOR
+
+DEVICES = 8
+SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-v", "chimera")
+
+
+def factorizations(n: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
+  """All sizes of the axes that multiply to n."""
+  if len(axes) == 1:
+    yield {axes[0]: n}
+    return
+  for size in (d for d in range(1, n + 1) if n % d == 0):
+    for rest in factorizations(n // size, axes[1:]):
+      yield {axes[0]: size, **rest}
+
+
+CASES = [
+  pytest.param(i, sizes, name, id=f"{','.join(f'{a}:{k}' for a, k in sizes.items() if k > 1)}-{name}")
+  for i, (sizes, name) in enumerate(
+    (sizes, name) for sizes in factorizations(DEVICES, AXES) for name in SCHEDULES
+  )
+]
+
+
+def experts(i: int, sizes: dict[str, int]) -> MoeConfig | None:
+  """For every mesh with `expert`, and every third of the others, then over axes that others use."""
+  cut = sizes[TENSOR] > 1 and _positions_cut(i)
+  over = {
+    0: (EXPERT,),
+    1: (EXPERT, SEQUENCE),
+    2: (EXPERT, TENSOR) if cut else ("data", EXPERT),
+  }[i % 3 if sizes[EXPERT] > 1 or i % 2 else 0]
+  if sizes[EXPERT] == 1 and i % 3:
+    return None
+  # With a capacity that not all tokens fit; two positions are a run on every mesh.
+  capacity = dict(capacity_factor=0.75, group=1) if i % 2 else dict(capacity_factor=0, group=0)
+  return MoeConfig(experts=8, top_k=2, balance=0.1, z=0.01, axes=over, **capacity)
+
+
+def _positions_cut(i: int) -> bool:
+  return i % 4 < 2
+
+
+def stack(i: int, sizes: dict[str, int], **changes) -> jaxpipe.LayerStack:
+  """A model that every mesh can cut, its options another choice for every case."""
+  few = DEVICES if sizes[TENSOR] * sizes[SEQUENCE] > 1 else 4
+  # `ulysses` must divide both the heads that are left and the devices along `sequence`.
+  ulysses = min(math.gcd(few // sizes[TENSOR], sizes[SEQUENCE]), (1, 2, 8)[i % 3])
+  shape = dict(width=4 * few, heads=few, kv_heads=max(sizes[TENSOR], few // 2), mlp_width=8)
+  options = dict(
+    positions_cut=_positions_cut(i), ulysses=ulysses, logits_chunk=(0, 1)[i % 2], tied=i % 5 > 1
+  )
+  layers = 2 * sizes["stage"]
+  return tiny.stack(layers, **shape, **options, moe=experts(i, sizes), **changes)
+
+
+def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
+  if name == "chimera" and sizes["stage"] % 2:
+    name = "interleaved-1f1b"  # a pipeline in two directions needs an even number of devices
+  schedule = jaxpipe.make_schedule(name, devices=sizes["stage"], microbatches=4)
+  shards = math.prod(sizes[axis] for axis in ROWS)
+  length = 2 * sizes[SEQUENCE] * sizes[TENSOR] if sizes[SEQUENCE] * sizes[TENSOR] > 1 else 4
+  report = jaxpipe.check(
+    stack(i, sizes, **changes),
+    schedule,
+    jaxpipe.make_mesh(sizes),
+    tiny.batch(4 * shards, length),
+    residuals=("dots", "full", "all")[i % 3],
+    unroll="none",
+  )
+  assert report.ok, report
+
+
+@pytest.mark.slow
+@pytest.mark.sampled("i, sizes, name", CASES, 6)
+def test_every_mesh_gives_the_gradients_of_one_device(float64, i, sizes, name):
+  run(i, sizes, name)
+
+
+@pytest.mark.slow
+@pytest.mark.sampled("i, sizes, name", CASES, 1)
+def test_every_mesh_in_float32(i, sizes, name):
+  run(i, sizes, name, dtype=jnp.float32, param_dtype=jnp.float32)
