@@ -9,7 +9,9 @@ copies of whole rings (there must be none), each transfer between devices and wh
 and the compiler's estimate of cycles for each action with, for `--unroll=none`, the step time that
 they imply.
 `--platform=cuda` compiles for the GPUs of this machine; the report then has no cycles.
-`--model` presets: tiny; gpipe-6b, a Transformer of 128 layers and 6.6B parameters; gpt3-175b.
+`--model` presets: tiny; gpipe-6b, a Transformer of 128 layers and 6.6B parameters; gpt3-175b;
+megatron-1t; mixtral-8x7b; deepseek-v3, its shape with grouped heads and experts in every layer. A
+preset sets a mesh, a batch and a schedule, too, where it has them; flags that are given stay.
 """
 
 import dataclasses
@@ -52,9 +54,10 @@ from jaxpipe.training.step import make_train_step
 
 Tree = Any
 
+_MODELS = ["", "tiny", "gpipe-6b", "gpt3-175b", "megatron-1t", "mixtral-8x7b", "deepseek-v3"]
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "TPU topology, such as v5p:4x4x4.")
 _PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "What to compile for.")
-_MODEL = flags.DEFINE_enum("model", "", ["", "tiny", "gpipe-6b", "gpt3-175b"], "Preset.")
+_MODEL = flags.DEFINE_enum("model", "", _MODELS, "Preset.")
 _VOCABULARY = flags.DEFINE_integer("vocabulary_size", 256, "Tokens of the vocabulary.")
 _FORMAT = flags.DEFINE_enum("format", "text", ["text", "json"], "Of the report.")
 _OUT = flags.DEFINE_string("out", "", "File of the report; default: printed.")
@@ -82,12 +85,35 @@ _PRESETS: dict[str, dict[str, Any]] = {
     **dict(layers=96, width=12288, heads=96, kv_heads=96, mlp="gelu", mlp_width=49152),
     **dict(vocabulary_size=50304, sequence_length=2048, dtype="bfloat16", tied=True),
   ),
+  # The largest of Megatron-LM's models (Narayanan et al., arXiv 2104.04473, table 1).
+  "megatron-1t": dict(
+    **dict(layers=128, width=25600, heads=160, kv_heads=160, mlp="gelu", mlp_width=102400),
+    **dict(vocabulary_size=51200, sequence_length=2048, dtype="bfloat16", sequence_parallel=True),
+    **dict(topology="v5p:8x8x16", mesh="stage:64,data:2,tensor:8", batch_size=128),
+    **dict(microbatches=64, logits_chunk=512),
+  ),
+  # Mixtral of Experts (arXiv 2401.04088): 46.7B parameters, 12.9B of them for a token.
+  "mixtral-8x7b": dict(
+    **dict(layers=32, width=4096, heads=32, kv_heads=8, mlp_width=14336, experts=8, top_k=2),
+    **dict(vocabulary_size=32000, sequence_length=4096, dtype="bfloat16", balance_loss=0.02),
+    **dict(topology="v5p:4x4x4", mesh="stage:4,fsdp:2,expert:8", batch_size=128, microbatches=8),
+    **dict(capacity_factor=1.25, router_z_loss=0.0, logits_chunk=512),
+  ),
+  # DeepSeek-V3 (arXiv 2412.19437): 256 experts and a shared one in each of 64 layers (61 there, the
+  # first three without), grouped heads in place of its latent attention.
+  "deepseek-v3": dict(
+    **dict(layers=64, width=7168, heads=128, kv_heads=8, mlp_width=2048, experts=256, top_k=8),
+    **dict(vocabulary_size=129280, sequence_length=4096, dtype="bfloat16", shared_width=2048),
+    **dict(topology="v5p:8x8x16", mesh="stage:16,fsdp:2,expert:32", batch_size=2048),
+    **dict(microbatches=32, capacity_factor=1.25, balance_loss=0.0001, logits_chunk=512),
+  ),
 }
 
 
 def main(_: Sequence[str]) -> None:
   try:
-    report = compile_and_read(prepare(preset(read_config())))
+    take_preset()
+    report = compile_and_read(prepare(read_config()))
     text = json.dumps(report, indent=2) if _FORMAT.value == "json" else "\n".join(lines(report))
     with naming(f"--out={_OUT.value}"):
       pathlib.Path(_OUT.value or os.devnull).write_text(text + "\n")
@@ -97,11 +123,11 @@ def main(_: Sequence[str]) -> None:
     print(text)
 
 
-def preset(config: Config) -> Config:
-  """The configuration with the preset's values wherever no flag was given."""
-  values = {k: v for k, v in _PRESETS[_MODEL.value].items() if not flags.FLAGS[k].present}
-  flags.FLAGS.vocabulary_size = values.pop("vocabulary_size", _VOCABULARY.value)
-  return dataclasses.replace(config, **values)
+def take_preset() -> None:
+  """Gives the preset's values to all flags that were not given."""
+  for name, value in _PRESETS[_MODEL.value].items():
+    if not flags.FLAGS[name].present:
+      flags.FLAGS[name].value = value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

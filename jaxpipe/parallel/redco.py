@@ -90,7 +90,9 @@ def _names(
 
 
 def _is_attention(module: str) -> bool:
-  return bool(_ATTENTION.fullmatch(f"{module}/")) or not module.endswith("output")
+  """Whether a last matrix stands in an attention, by its folders, or else by its own name."""
+  folders = module.split("/")[1:-1]
+  return bool(_ATTENTION.fullmatch(f"{module}/")) if folders else not module.endswith("output")
 
 
 def _of_vector(

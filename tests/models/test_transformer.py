@@ -67,7 +67,8 @@ def test_the_loss_is_the_cross_entropy_of_the_logits():
 def test_rotary_scores_depend_on_distance_alone():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
   across = lambda a: jnp.tile(a, (1, 10, 1, 1))  # noqa: E731
-  scores = jnp.einsum("BTNH,BSNH->TS", rotate(across(q), 10_000.0), rotate(across(k), 10_000.0))
+  turn = lambda a: rotate(across(a), 10_000.0, jnp.arange(10))  # noqa: E731
+  scores = jnp.einsum("BTNH,BSNH->TS", turn(q), turn(k))
   for distance in (0, 1, 5):
     diagonal = jnp.diagonal(scores, -distance)
     np.testing.assert_allclose(diagonal, jnp.full_like(diagonal, diagonal[0]), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Every way to make eight devices of the six axes, against the model on one device, leaf by leaf."""
+"""Every way to make eight devices of the six axes, against the model on one, leaf by leaf."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,9 @@ def factorizations(n: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
 
 
 CASES = [
-  pytest.param(i, sizes, name, id=f"{','.join(f'{a}:{k}' for a, k in sizes.items() if k > 1)}-{name}")
+  pytest.param(
+    i, sizes, name, id=f"{','.join(f'{a}:{k}' for a, k in sizes.items() if k > 1)}-{name}"
+  )
   for i, (sizes, name) in enumerate(
     (sizes, name) for sizes in factorizations(DEVICES, AXES) for name in SCHEDULES
   )
