@@ -227,6 +227,12 @@ def test_dropless_has_room_for_all_tokens_on_one_device(float64, top_k):
   assert_exact(config(top_k=top_k), "expert:4", False, alike=B)
 
 
+def test_slots_are_counted_in_decimals_and_rounded_up():
+  assert config(capacity_factor=1.1, experts=4).capacity(100) == 55  # 1.1 * 100 * 2 / 4 > 55
+  assert config(capacity_factor=1.1).capacity(8) == 3
+  assert config(capacity_factor=9.0).capacity(8) == 8  # no more than there are positions
+
+
 def test_first_choices_of_all_positions_stand_before_second_ones():
   chosen = np.array([[[0, 1], [1, 0], [0, 2]]])  # one group of three positions
   slots = assign(chosen, experts=3, capacity=2)
