@@ -6,8 +6,8 @@ attention uses for something else (MoE Parallel Folding, arXiv 2504.14960): with
 come back in one of two ways, with a capacity or without one; `dispatch.py` says what each sends.
 A capacity holds capacity_factor * top_k * n slots for n tokens a device, full or not; the way
 without one holds ep * n * min(top_k, E / ep) rows for ep devices, the most that can come. The TPU
-compiler multiplies only rows that came, except in the gradients of the weights, where it masks all
-rows for each local expert (seen with jax 0.10.2); CPU does that everywhere, right but slow.
+compiler has kernels for rows sorted by expert, except in the gradients of the weights, where all
+rows are masked for each local expert (seen with jax 0.10.2); on CPU that is so everywhere, and slow.
 
 Dims: B rows and T positions that a device holds, D width, F hidden width, E experts.
 """
@@ -86,7 +86,6 @@ class MoeConfig:
   def capacity(self, positions: int) -> int:
     """C, slots that a group of so many positions has at each expert."""
     factor = Fraction(str(self.capacity_factor))  # 1.1 is meant, not the double next to it
-    # No expert is chosen twice by one position.
     return min(positions, math.ceil(factor * positions * self.top_k / self.experts))
 
 

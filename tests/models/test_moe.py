@@ -212,7 +212,7 @@ def test_the_same_tokens_are_dropped_on_every_mesh(float64, mesh, over, position
     (dict(top_k=3), "expert:8", False),  # a device has fewer experts than a token visits
     (dict(top_k=1, normalize=False, balance=0.0), "expert:4", False),
     (dict(top_k=3, axes=("sequence",), **ROOMY), "data:2,sequence:2", False),
-    (dict(top_k=8, experts=8, z=0.0, **ROOMY), "expert:2,tensor:2", True),
+    (dict(top_k=8, z=0.0, **{**ROOMY, "capacity_factor": 0.5}), "expert:2,tensor:2", True),
     (dict(normalize=False, **ROWWISE), "expert:4,tensor:2", True),
   ],
   3,
