@@ -7,7 +7,7 @@ come back in one of two ways, with a capacity or without one; `dispatch.py` says
 A capacity holds capacity_factor * top_k * n slots for n tokens a device, full or not; the way
 without one holds ep * n * min(top_k, E / ep) rows for ep devices, the most that can come. The TPU
 compiler has kernels for rows sorted by expert, except in the gradients of the weights, where all
-rows are masked for each local expert (seen with jax 0.10.2); on CPU that is so everywhere, and slow.
+rows are masked for each local expert (seen with jax 0.10.2); on CPU everywhere, and slow.
 
 Dims: B rows and T positions that a device holds, D width, F hidden width, E experts.
 """
