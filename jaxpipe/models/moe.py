@@ -4,10 +4,10 @@ Experts lie over any of the mesh axes along which devices hold different tokens,
 attention uses for something else (MoE Parallel Folding, arXiv 2504.14960): with the experts over
 `sequence`, eight devices cut both the row and the experts in eight. Tokens go to their experts and
 come back in one of two ways, with a capacity or without one; `dispatch.py` says what each sends.
-In memory a capacity holds capacity_factor * top_k * n slots for n tokens a device, full or not, and
-the way without one ep * n * min(top_k, E / ep) rows for ep devices, the most that can come. On TPU
-`ragged_dot` computes only rows that came; CPU has no such kernel, and JAX there multiplies all rows
-with each local expert, which is right but slow.
+A capacity holds capacity_factor * top_k * n slots for n tokens a device, full or not; the way
+without one holds ep * n * min(top_k, E / ep) rows for ep devices, the most that can come. The TPU
+compiler has kernels for rows sorted by expert, except in the gradients of the weights, where all
+rows are masked for each local expert (seen with jax 0.10.2); on CPU everywhere, and slow.
 
 Dims: B rows and T positions that a device holds, D width, F hidden width, E experts.
 """
@@ -86,7 +86,6 @@ class MoeConfig:
   def capacity(self, positions: int) -> int:
     """C, slots that a group of so many positions has at each expert."""
     factor = Fraction(str(self.capacity_factor))  # 1.1 is meant, not the double next to it
-    # No expert is chosen twice by one position.
     return min(positions, math.ceil(factor * positions * self.top_k / self.experts))
 
 
@@ -134,10 +133,9 @@ def expert_dims(config: MoeConfig) -> dict[str, tuple[str | None, ...]]:
 class Experts(nnx.Module):
   """SwiGLU experts, their router, and perhaps one expert that all tokens share.
 
-  On a mesh its parameters are this device's shards, cut as `expert_dims` says; the router is whole.
-  A residual policy can keep by name: `experts_in` and `experts_out` (tokens as they arrive at their
-  experts, and results as they come back), `mlp_gate` and `mlp_up`. The policy `dots` keeps none of
-  these and repeats what brings them, the transfers included.
+  On a mesh its parameters are this device's shards, cut as `expert_dims` says. A residual policy
+  can keep by name: `experts_in` and `experts_out` (tokens where their experts are, and results that
+  came back), `mlp_gate` and `mlp_up`. `dots` keeps none of them and repeats the transfers as well.
   """
 
   def __init__(
@@ -185,9 +183,8 @@ class Experts(nnx.Module):
       x_BTD: the rows and positions that this device holds.
 
     Returns:
-      y_BTD, and this device's share of each row's losses [B], to be added to a loss that is a sum
-      over positions: over `sequence` the shares sum to the row's, along `tensor` every device has
-      the same.
+      y_BTD, and this device's share of each row's losses [B], for a loss that is a sum over
+      positions: over `sequence` shares add up, along `tensor` every device has the same.
 
     Raises:
       ValueError: groups that what a device holds does not divide into, or experts over `tensor`
@@ -204,8 +201,8 @@ class Experts(nnx.Module):
     if config.folded:
       return y_BTD, aux_B
     # Every device of `tensor` has multiplied with its part of F.
-    whole = axes.scatter(y_BTD, TENSOR, 1) if self.positions_cut else axes.total(y_BTD, TENSOR)
-    return whole, aux_B
+    y_BTD = axes.scatter(y_BTD, TENSOR, 1) if self.positions_cut else axes.total(y_BTD, TENSOR)
+    return y_BTD, aux_B
 
   def _visit(self, x_BTD: jax.Array, routes: Routes, group: int) -> jax.Array:
     """What the experts add up to; where F is cut, a part of the sum."""

@@ -212,7 +212,7 @@ def test_the_same_tokens_are_dropped_on_every_mesh(float64, mesh, over, position
     (dict(top_k=3), "expert:8", False),  # a device has fewer experts than a token visits
     (dict(top_k=1, normalize=False, balance=0.0), "expert:4", False),
     (dict(top_k=3, axes=("sequence",), **ROOMY), "data:2,sequence:2", False),
-    (dict(top_k=8, experts=8, z=0.0, **ROOMY), "expert:2,tensor:2", True),
+    (dict(top_k=8, z=0.0, **{**ROOMY, "capacity_factor": 0.5}), "expert:2,tensor:2", True),
     (dict(normalize=False, **ROWWISE), "expert:4,tensor:2", True),
   ],
   3,
@@ -225,6 +225,12 @@ def test_every_option_on_a_mesh(float64, changes, mesh, positions_cut):
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_dropless_has_room_for_all_tokens_on_one_device(float64, top_k):
   assert_exact(config(top_k=top_k), "expert:4", False, alike=B)
+
+
+def test_slots_are_counted_in_decimals_and_rounded_up():
+  assert config(capacity_factor=1.1, experts=4).capacity(100) == 55  # 1.1 * 100 * 2 / 4 > 55
+  assert config(capacity_factor=1.1).capacity(8) == 3
+  assert config(capacity_factor=9.0).capacity(8) == 8  # no more than there are positions
 
 
 def test_first_choices_of_all_positions_stand_before_second_ones():
