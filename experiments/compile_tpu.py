@@ -34,10 +34,10 @@ import jaxpipe
 from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
 from jaxpipe.pipeline.compiled import read_compiled
 from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.places import SCOPES
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.pipeline.unroll import cut
 from jaxpipe.training.aot import (
-  SCOPES,
   Device,
   on_all,
   placed_shapes,

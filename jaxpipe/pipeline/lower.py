@@ -92,7 +92,7 @@ def _gathers(schedule: Schedule, slack: int) -> Iterator[_Gather]:
       if action.kind is Kind.G:
         held[action.stage] = _Gather(action, d, tick, [])
         yield held[action.stage]
-      elif action.kind in _READS_WEIGHTS:
+      elif action.kind in _READS_WEIGHTS and action.stage in held:
         held[action.stage].readers.append(action)
 
 

@@ -24,7 +24,7 @@ from jaxpipe.schedules import Action, Kind, Schedule
 
 # The name scopes of `Now.when` and `Now.at_end`.
 FIRST, LAST = "first_stage", "last_stage"
-SCOPES = ("F", "B", "I", "W", "R", "S", "T", FIRST, LAST)
+SCOPES = ("F", "B", "I", "W", "R", "S", "T", "G", FIRST, LAST)
 # And that of `Now.meet`: a column of the tick table.
 _MEETING = re.compile(r"(?:embedding|output|barrier|embedding_gradient)_\d+")
 

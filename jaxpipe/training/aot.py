@@ -22,15 +22,13 @@ from jax.sharding import PartitionSpec as Spec
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.pipeline.compiled import CompiledStep
 from jaxpipe.pipeline.cycles import Cost
+from jaxpipe.pipeline.places import SCOPES
 from jaxpipe.schedules import Costs, Schedule, Timeline, simulate
 from jaxpipe.training.peaks import peak_flops
 from jaxpipe.training.state import state_shardings
 
 Tree = Any
 
-# The scopes under which the executor runs its actions, in the letters of the schedules, and what is
-# done at the ends of a path besides.
-SCOPES = ("F", "B", "I", "W", "R", "S", "T", "first_stage", "last_stage")
 _JAXPRS = (core.Jaxpr, core.ClosedJaxpr)
 
 

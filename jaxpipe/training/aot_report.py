@@ -10,7 +10,8 @@ from jaxpipe.pipeline.compiled import CompiledStep
 from jaxpipe.pipeline.copies import RingCopy
 from jaxpipe.pipeline.transfers import Permute
 from jaxpipe.schedules import Schedule
-from jaxpipe.training.aot import SCOPES, Device, estimate
+from jaxpipe.pipeline.places import SCOPES
+from jaxpipe.training.aot import Device, estimate
 
 
 def describe(found: CompiledStep, predicted: Mapping[str, int], device: Device) -> dict[str, Any]:
