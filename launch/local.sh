@@ -35,12 +35,12 @@ script=$1
 [[ -f $script ]] || usage "no such script: $1"
 shift
 
-python=python PORT=PORT
+python=python
 [[ $dry_run ]] || source "$repository/launch/setup.sh"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} PYTHONUNBUFFERED=1 # below: the last flag wins
 export XLA_FLAGS="${XLA_FLAGS-} --xla_force_host_platform_device_count=$((devices / processes))"
 run=("$python" "$script" "$@")
-if [[ $dry_run ]]; then run=(echo "JAX_PLATFORMS=$JAX_PLATFORMS" "XLA_FLAGS=$XLA_FLAGS" "${run[@]}"); fi
+if [[ $dry_run ]]; then run=(echo "JAX_PLATFORMS=$JAX_PLATFORMS XLA_FLAGS='${XLA_FLAGS# }'" "${run[@]}"); fi
 ((processes > 1)) || exec "${run[@]}" # exec: Ctrl-C and exit codes go straight through
 
 source "$repository/launch/fan_out.sh"

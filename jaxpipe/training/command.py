@@ -92,7 +92,10 @@ def _main(_: Sequence[str]) -> None:
     status = train(job)
   # A damaged file in the run directory shows when it is read; any other error is a bug.
   except ConfigError as error:
-    exit_with_error(error)
+    try:
+      exit_with_error(error)
+    finally:
+      _leave(2)
   if not status and is_first():
     _print_sample(load(job.config.run_dir), job.config)
   wait("end")

@@ -9,6 +9,7 @@ the checkpoints, of which each process writes its part.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import ipaddress
 import json
@@ -128,6 +129,13 @@ def start(processes: Processes, environment: Mapping[str, str] = os.environ) -> 
     heartbeat_timeout_seconds=_HEARTBEAT,
     shutdown_timeout_seconds=_SHUTDOWN,
   )
+  devices = collections.Counter(device.process_index for device in jax.devices())
+  if len(set(devices.values())) > 1:
+    # All see the same, so that none has to be told.
+    counts = ", ".join(str(devices[i]) for i in range(processes.num_processes))
+    raise AgreedError(
+      f"processes have {counts} devices; let all have as many", processes.process_id
+    )
 
 
 def _resolve(coordinator: str, timeout: float) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet before JAX starts: who came is counted, and who did not is named.
+"""Where the processes of a run meet before JAX starts; who does not come is named.
 
 JAX's own start waits as well, but when a process never arrives it kills the others with a stack
 trace that does not say which. So process 0 first listens at the coordinator's address itself:

@@ -64,7 +64,7 @@ class ProcessRows:
     def leaf(read: np.ndarray) -> jax.Array:
       own = read.reshape(self._shape[0], len(self._columns), *read.shape[1:])
 
-      def part(index: tuple[slice, ...]) -> np.ndarray:
+      def part(index: Any) -> np.ndarray:
         first, last = np.searchsorted(self._columns, index[1].indices(self._shape[1])[:2])
         return own[index[0], first:last]
 
