@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Spec
+
+from jaxpipe.parallel.mesh import ROWS
 
 Tree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Microbatches:
+  """A batch that is cut already, so that it can be made where it will lie.
+
+  Cutting `[B, ...]` inside the program moves rows between devices, and first of all asks for a
+  `[B, ...]` that lies somewhere: no process has all rows.
+
+  Attributes:
+    leaves: arrays `[M, B/M, ...]`, sharded by `rows_spec`.
+  """
+
+  leaves: Tree
+
+
+def rows_spec(mesh: Mesh) -> Spec:
+  """How the leaves of `Microbatches` lie: `[M, B/M, ...]`, an equal slice of every microbatch."""
+  shape = dict(mesh.shape)
+  return Spec(None, tuple(axis for axis in ROWS if shape.get(axis, 1) > 1) or None)
 
 
 def check_rows(batch: Tree, M: int, shards: int = 1) -> int:
@@ -37,6 +63,29 @@ def check_rows(batch: Tree, M: int, shards: int = 1) -> int:
 
 
 def microbatches(batch: Tree, M: int, shards: int) -> Tree:
-  """Cuts every leaf `[B, ...]` into `[M, B/M, ...]`; raises as `check_rows` does."""
+  """Cuts every leaf `[B, ...]` into `[M, B/M, ...]`; what is cut already stays as it is.
+
+  Args:
+    batch: arrays, leaves `[B, ...]`; or `Microbatches`.
+    M, shards: as for `check_rows`.
+
+  Raises:
+    ValueError: as `check_rows` does, or it was cut into another number of microbatches.
+  """
+  if isinstance(batch, Microbatches):
+    return _check_cut(batch.leaves, M, shards)
   rows = check_rows(batch, M, shards)
   return jax.tree.map(lambda leaf: leaf.reshape(M, rows, *leaf.shape[1:]), batch)
+
+
+def _check_cut(leaves: Tree, M: int, shards: int) -> Tree:
+  for path, leaf in jax.tree.leaves_with_path(leaves):
+    if leaf.ndim < 2 or leaf.shape[0] != M:
+      raise ValueError(
+        f"microbatches{jax.tree_util.keystr(path)} is {leaf.shape}; the schedule has M={M}, and"
+        " every leaf is [M, B/M, ...]"
+      )
+  check_rows(
+    jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), leaves), 1, shards
+  )
+  return leaves

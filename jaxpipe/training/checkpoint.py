@@ -39,14 +39,21 @@ class Checkpoints:
   Args:
     folder: where they are; made if missing, unless `read_only`.
     read_only: never writes, and cleans up nothing.
+    alone: for this process only, and reading; others need not come. Otherwise all processes of a
+      run call the same methods in the same order, and each reads and writes its own part.
   """
 
-  def __init__(self, folder: pathlib.Path, *, read_only: bool = False) -> None:
+  def __init__(self, folder: pathlib.Path, *, read_only: bool = False, alone: bool = False) -> None:
+    here = jax.process_index()
+    own: dict[str, Any] = dict(
+      primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process {here}"
+    )
     options = ocp.CheckpointManagerOptions(
       max_to_keep=None if read_only else _KEEP,
       create=not read_only,
       read_only=read_only,
       cleanup_tmp_directories=not read_only,
+      multiprocessing_options=ocp.options.MultiprocessingOptions(**own if alone else {}),
     )
     self._folder = folder
     # orbax wants absolute paths.

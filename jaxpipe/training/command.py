@@ -2,6 +2,8 @@
 
 0  done       2  the command or its input is wrong, one line says how
 128 + n  ended by signal n after saving       1  a bug, with its traceback
+
+The processes of a run all exit alike; what they all have to say, process 0 says.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import logging as standard_logging
 import os
 import pathlib
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -17,12 +20,30 @@ from absl import app, logging
 
 from jaxpipe.training.config import Config
 from jaxpipe.training.errors import ConfigError, naming
-from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags, read_config
+from jaxpipe.training.flags import (
+  define_flags,
+  exit_with_error,
+  parse_flags,
+  read_ahead,
+  read_config,
+)
 from jaxpipe.training.load import LoadedRun, load
 from jaxpipe.training.loop import train
+from jaxpipe.training.processes import (
+  Processes,
+  agreed,
+  check_same,
+  is_first,
+  several,
+  start,
+  wait,
+)
 from jaxpipe.training.setup import Setup, build, cache_folder
 
 Result = TypeVar("Result")
+
+# Paths on the machine of each process; of the text, what is in it is compared.
+_MAY_DIFFER = frozenset({"text", "data_cache", "compilation_cache"})
 
 
 def run_command(defaults: Config) -> None:
@@ -32,11 +53,30 @@ def run_command(defaults: Config) -> None:
     defaults: what the flags say unless they are given.
   """
   define_flags(defaults)
+  define_flags(Processes())
   try:
-    app.run(_main, flags_parser=lambda arguments: _guard(lambda: parse_flags(arguments)))
+    app.run(_main, flags_parser=_parse)
   except KeyboardInterrupt:
     # Before the first step there is nothing to save.
+    _leave(130)
     raise SystemExit(130) from None
+  except Exception:
+    if several():
+      traceback.print_exc()
+      _leave(1)
+    raise
+
+
+def _leave(status: int) -> None:
+  """Exits at once where others would be waited for: they wait for this process, in a collective."""
+  if several():
+    os._exit(status)
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+  # Ahead of the others: whatever is wrong with those, all processes are then there to hear it.
+  _guard(lambda: start(read_ahead(Processes(), arguments)))
+  return _guard(lambda: agreed(lambda: parse_flags(arguments)))
 
 
 def _main(_: Sequence[str]) -> None:
@@ -52,20 +92,36 @@ def _main(_: Sequence[str]) -> None:
     status = train(job)
   # A damaged file in the run directory shows when it is read; any other error is a bug.
   except ConfigError as error:
-    exit_with_error(error)
-  if not status:
+    try:
+      exit_with_error(error)
+    finally:
+      _leave(2)
+  if not status and is_first():
     _print_sample(load(job.config.run_dir), job.config)
+  wait("end")
   raise SystemExit(status)
 
 
 def _prepare() -> Setup | LoadedRun:
+  job = agreed(_build)
+  if isinstance(job, LoadedRun):
+    return job
+  check_same({**job.config.to_dict(), **job.record.data}, _MAY_DIFFER)
+  agreed(lambda: job.begin() if is_first() else job)
+  agreed(job.folder.check_shared)
+  return job
+
+
+def _build() -> Setup | LoadedRun:
   config = read_config()
   if config.sample:
+    if several():
+      raise ConfigError("--sample is for one process; leave --coordinator and --distributed out")
     return load(config.run_dir)
   setup = build(config)
   with naming(config.flag("compilation_cache")):
     use_compilation_cache(cache_folder(config.compilation_cache, "programs"))
-  return setup.begin()
+  return setup
 
 
 def _guard(step: Callable[[], Result]) -> Result:

@@ -10,6 +10,19 @@ class ConfigError(ValueError):
   """A run that cannot start; the message is one line: flag or file, both numbers, remedy."""
 
 
+class AgreedError(ConfigError):
+  """One that all processes of a run raise alike; process 0 speaks for them.
+
+  Args:
+    message: as for any error.
+    process: which of them this is.
+  """
+
+  def __init__(self, message: str, process: int) -> None:
+    super().__init__(message)
+    self.process = process
+
+
 @contextlib.contextmanager
 def naming(*flags: str) -> Iterator[None]:
   """Puts the flags that decide before the message of any ValueError raised inside.

@@ -11,12 +11,14 @@ import difflib
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import flags
 
 from jaxpipe.training.config import Config
-from jaxpipe.training.errors import ConfigError
+from jaxpipe.training.errors import AgreedError, ConfigError
+
+Settings = TypeVar("Settings")
 
 _DEFINE: dict[type, Callable[..., Any]] = {
   bool: flags.DEFINE_bool,
@@ -26,14 +28,14 @@ _DEFINE: dict[type, Callable[..., Any]] = {
 }
 
 
-def define_flags(defaults: Config, values: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(defaults: Any, values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines one flag for every field.
 
   Args:
-    defaults: where each flag starts.
+    defaults: where each flag starts; a dataclass such as `Config`, with help in its metadata.
     values: absl's registry.
   """
-  for field in dataclasses.fields(Config):
+  for field in dataclasses.fields(defaults):
     default = getattr(defaults, field.name)
     define = _DEFINE[type(default)]
     define(field.name, default, field.metadata["help"], flag_values=values)
@@ -71,6 +73,21 @@ def parse_flags(arguments: Sequence[str], values: flags.FlagValues = flags.FLAGS
   return rest
 
 
+def read_ahead(defaults: Settings, arguments: Sequence[str]) -> Settings:
+  """Reads the flags of one dataclass alone, whatever else stands on the command line.
+
+  Raises:
+    ConfigError: a value of the wrong type, or one that the dataclass refuses.
+  """
+  values = flags.FlagValues()
+  define_flags(defaults, values)
+  try:
+    values(list(arguments), known_only=True)
+  except flags.Error as error:
+    raise ConfigError(" ".join(str(error).split())) from None
+  return type(defaults)(**{name: values[name].value for name in vars(defaults)})
+
+
 def read_config(values: flags.FlagValues = flags.FLAGS) -> Config:
   """Returns the configuration that the parsed flags describe.
 
@@ -82,7 +99,8 @@ def read_config(values: flags.FlagValues = flags.FLAGS) -> Config:
 
 
 def exit_with_error(error: Exception) -> NoReturn:
-  """Prints one line to standard error and exits with status 2."""
-  program = pathlib.Path(sys.argv[0]).name
-  print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+  """Prints one line to standard error, once for all processes, and exits with status 2."""
+  if not (isinstance(error, AgreedError) and error.process):
+    program = pathlib.Path(sys.argv[0]).name
+    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
   raise SystemExit(2) from None

@@ -64,7 +64,7 @@ def load(run_dir: str | os.PathLike[str]) -> LoadedRun:
     run_dir: the `--run_dir` of `experiments/lm.py`; it is only read.
 
   Returns:
-    The run, its parameters on the first device.
+    The run, its parameters on this process's first device.
 
   Raises:
     ConfigError: no run there, or one without a checkpoint yet.
@@ -75,14 +75,14 @@ def load(run_dir: str | os.PathLike[str]) -> LoadedRun:
     raise ConfigError(f"--run_dir={run_dir}: no run there; train one first, or check the path")
   step = None
   if folder.checkpoints.is_dir():
-    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    checkpoints = Checkpoints(folder.checkpoints, read_only=True, alone=True)
     step = checkpoints.newest
   if step is None:
     raise ConfigError(f"--run_dir={run_dir}: no checkpoint yet; let the run reach its first one")
   # Sizes the vocabulary; the configuration alone does not, where a file did.
   tokenizer = folder.tokenizer()
   stack = transformer(record.config.model(tokenizer.vocabulary_size))
-  device = SingleDeviceSharding(jax.devices()[0])
+  device = SingleDeviceSharding(jax.local_devices()[0])
   params = checkpoints.restore_params(step, stack.param_shapes(), device)
   checkpoints.close()
   return LoadedRun(config=record.config, stack=stack, params=params, tokenizer=tokenizer, step=step)

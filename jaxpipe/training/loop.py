@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxpipe.data.windows import Batch
+from jaxpipe.pipeline.batch import Microbatches
 from jaxpipe.schedules import draw_figure, simulate
 from jaxpipe.training.checkpoint import Checkpoints
 from jaxpipe.training.interrupt import Interrupt
 from jaxpipe.training.journal import Journal
 from jaxpipe.training.metrics import MetricsWriter, Record
 from jaxpipe.training.plots import draw_loss
+from jaxpipe.training.processes import Signals, from_first, is_first, say
 from jaxpipe.training.profiler import Profiler
 from jaxpipe.training.report import Screen, StepLine, describe
 from jaxpipe.training.setup import Setup
@@ -23,7 +25,7 @@ from jaxpipe.training.state import TrainState, create_state, state_shapes
 from jaxpipe.training.step import StepResult, make_train_step
 from jaxpipe.training.validation import make_validation
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, StepResult]]
+Step = Callable[[TrainState, Microbatches], tuple[TrainState, StepResult]]
 
 
 def train(setup: Setup) -> int:
@@ -33,43 +35,58 @@ def train(setup: Setup) -> int:
     setup: built and begun.
 
   Returns:
-    The exit status: 0, or 128 plus the signal that ended the run early.
+    The exit status, the same in all processes: 0, or 128 plus the signal that ended the run early.
   """
   checkpoints = Checkpoints(setup.folder.checkpoints)
-  start, steps = checkpoints.newest or 0, setup.config.steps
+  start, steps = from_first(checkpoints.newest) or 0, setup.config.steps
   if start >= steps:
-    print(f"{setup.folder.path}: finished, {start} steps of --steps={steps}; nothing to train")
-    draw_loss(setup.folder.metrics, setup.folder.loss_png)  # a kill may have come before it
+    say(f"{setup.folder.path}: finished, {start} steps of --steps={steps}; nothing to train")
+    _draw(setup)  # a kill may have come before it
     checkpoints.close()
     return 0
-  print(describe(setup), flush=True)
-  draw_figure(simulate(setup.schedule), setup.folder.path / "timetable.png")
-  state = _first_state(setup, checkpoints)
+  if is_first():
+    print(describe(setup), flush=True)
+    draw_figure(simulate(setup.schedule), setup.folder.path / "timetable.png")
+  state = _first_state(setup, checkpoints, start)
   step = _compile(setup, state)
   # Left in reverse: the trace and the signals first, then the bar, the checkpoints, the metrics.
   with contextlib.ExitStack() as stack:
-    metrics = stack.enter_context(MetricsWriter(setup.folder.metrics, setup.folder.path, start))
+    metrics = stack.enter_context(_metrics(setup, start))
     stack.callback(checkpoints.close)
     screen = stack.enter_context(Screen(start, steps))
     interrupt = stack.enter_context(Interrupt())
-    profiler = Profiler(setup.config.profile_range(), setup.folder.profile)
+    profiler = Profiler(
+      setup.config.profile_range() if is_first() else range(0), setup.folder.profile
+    )
     stack.callback(profiler.stop)
-    loop = Loop(setup, step, checkpoints, metrics, screen, interrupt, profiler)
+    signals = Signals(setup.mesh)
+    loop = Loop(setup, step, checkpoints, metrics, screen, interrupt, signals, profiler)
     done = loop.run(state, start)
-  draw_loss(setup.folder.metrics, setup.folder.loss_png)
-  if done < steps and interrupt.received is not None:
-    print(f"{interrupt.received.name}: saved after {done} steps; the same command resumes")
-    return 128 + interrupt.received
+  _draw(setup)
+  if done < steps and signals.received is not None:
+    say(f"{signals.received.name}: saved after {done} steps; the same command resumes")
+    return 128 + signals.received
   return 0
 
 
-def _first_state(setup: Setup, checkpoints: Checkpoints) -> TrainState:
+def _draw(setup: Setup) -> None:
+  if is_first():
+    draw_loss(setup.folder.metrics, setup.folder.loss_png)
+
+
+def _metrics(setup: Setup, start: int) -> MetricsWriter | contextlib.nullcontext[None]:
+  if not is_first():
+    return contextlib.nullcontext()
+  return MetricsWriter(setup.folder.metrics, setup.folder.path, start)
+
+
+def _first_state(setup: Setup, checkpoints: Checkpoints, start: int) -> TrainState:
   where = (setup.stack, setup.schedule, setup.mesh)
-  if checkpoints.newest is None:
+  if not start:
     seed, shapes = setup.config.seed, setup.batch_shapes
     return create_state(setup.stack, setup.optimizer, seed, shapes, *where[1:])
-  print(f"resuming from {setup.folder.path} after {checkpoints.newest} steps", flush=True)
-  return checkpoints.restore(checkpoints.newest, state_shapes(setup.stack, setup.optimizer), *where)
+  say(f"resuming from {setup.folder.path} after {start} steps")
+  return checkpoints.restore(start, state_shapes(setup.stack, setup.optimizer), *where)
 
 
 def _compile(setup: Setup, state: TrainState) -> Step:
@@ -83,8 +100,8 @@ def _compile(setup: Setup, state: TrainState) -> Step:
     state,
     setup.mesh,
   )
-  compiled = step.lower(state, setup.batch_shapes).compile()
-  print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
+  compiled = step.lower(state, setup.rows.shapes(setup.batch_shapes)).compile()
+  say(f"compiled in {time.perf_counter() - start:.1f} s")
   return compiled
 
 
@@ -95,16 +112,20 @@ class Loop:
   setup: Setup
   step: Step
   checkpoints: Checkpoints
-  metrics: MetricsWriter
+  metrics: MetricsWriter | None
   screen: Screen
   interrupt: Interrupt
+  signals: Signals
   profiler: Profiler
 
   def run(self, state: TrainState, start: int) -> int:
     """Runs the steps from `start` on; returns how many the run has done in total."""
     config = self.setup.config
     validate = make_validation(
-      self.setup.evaluate, self.setup.validation, self.setup.data.tokenizer
+      self.setup.evaluate,
+      self.setup.validation,
+      self.setup.data.tokenizer,
+      self.setup.rows.put,
     )
     journal = Journal(config.batch_size * config.sequence_length, self._writer())
     with _closing(self.setup.train.iterate(start)) as batches:
@@ -113,11 +134,12 @@ class Loop:
           # No step may be under way, or the trace would hold a part of it.
           journal.flush()
           self.profiler.before(k)
-        state, result = self.step(state, next(batches))
+        state, result = self.step(state, self.setup.rows.put(next(batches)))
         journal.add(k, result)
         done = k + 1
         # Looked at after the dispatch: a signal during step k ends the run with step k in it.
-        last = done == config.steps or self.interrupt.received is not None
+        self.signals.agree(self.interrupt.received)
+        last = done == config.steps or self.signals.received is not None
         validating = done == config.steps or _due(done, config.validate_every)
         saving = last or _due(done, config.checkpoint_every)
         if validating or saving:
@@ -133,6 +155,8 @@ class Loop:
     line = StepLine(self.setup)
 
     def write(record: Record) -> None:
+      if self.metrics is None:
+        return
       self.metrics.write(record)
       self.screen.line(line(record))
       self.screen.advance(record.step + 1)
@@ -141,7 +165,8 @@ class Loop:
 
   def _save(self, state: TrainState) -> None:
     # First: a checkpoint that is ahead of its metrics would leave a hole that no resume fills.
-    self.metrics.sync()
+    if self.metrics is not None:
+      self.metrics.sync()
     config, data = self.setup.config, self.setup.record.data
     meta: dict[str, Any] = {"seed": config.seed, "config": config.to_dict(), "data": data}
     self.checkpoints.save(state, self.setup.stack, self.setup.schedule, meta)

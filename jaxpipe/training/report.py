@@ -18,6 +18,7 @@ from jaxpipe.pipeline.memory import MemoryReport, memory_report
 from jaxpipe.schedules import draw_text, simulate
 from jaxpipe.training.metrics import Record
 from jaxpipe.training.peaks import peak_flops
+from jaxpipe.training.processes import is_first
 from jaxpipe.training.setup import Setup
 
 Tree = Any
@@ -105,7 +106,8 @@ class Screen:
 
   def __init__(self, start: int, steps: int) -> None:
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    self._bar = Progress(*columns, console=Console(), disable=not sys.stdout.isatty())
+    shown = sys.stdout.isatty() and is_first()
+    self._bar = Progress(*columns, console=Console(), disable=not shown)
     self._task = self._bar.add_task("", completed=start, total=steps)
 
   def line(self, text: str) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import json
 import pathlib
+import time
 from typing import IO, Any
 
 from jaxpipe.data import BpeTokenizer, ByteTokenizer, Tokenizer, load_bpe
@@ -20,6 +21,7 @@ from jaxpipe.training.errors import ConfigError
 
 _MARK = "jaxpipe run 1"
 _OTHER = "or use another --run_dir"
+_SHARED_WITHIN = 10.0  # seconds; network file systems may show new files late
 _HELD: dict[pathlib.Path, IO[bytes]] = {}  # locked until the process ends, however it ends
 
 
@@ -106,6 +108,21 @@ class RunDir:
     fields = {"format": _MARK, "config": record.config.to_dict(), "data": record.data}
     with atomic_file(self._config) as file:
       file.write((json.dumps(fields, indent=1) + "\n").encode())
+
+  def check_shared(self) -> None:
+    """Makes sure that this process sees the folder that process 0 has begun.
+
+    Raises:
+      ConfigError: it does not, some seconds later either.
+    """
+    end = time.monotonic() + _SHARED_WITHIN
+    while not self._config.exists():
+      if time.monotonic() > end:
+        raise ConfigError(
+          f"--run_dir={self.path}: does not show what process 0 wrote there; it must be one folder"
+          " that all processes share"
+        )
+      time.sleep(0.1)
 
   def tokenizer(self) -> Tokenizer:
     """Returns the run's tokenizer, from the folder alone."""

@@ -32,6 +32,7 @@ from jaxpipe.training.choose import Choice, choose_schedule
 from jaxpipe.training.config import AUTO, Config
 from jaxpipe.training.errors import ConfigError, naming
 from jaxpipe.training.optimizer import learning_rate, make_optimizer
+from jaxpipe.training.rows import ProcessRows
 from jaxpipe.training.run_dir import RunDir, RunRecord, check_config, check_data
 
 Tree = Any
@@ -47,7 +48,8 @@ class Setup:
     mesh, schedule: where it runs, and in which order.
     choice: among what the schedule was chosen; None where it was asked for by name.
     model, stack: what it trains.
-    data, train, validation: what it trains on.
+    data, train, validation: what it trains on; of batches, the rows that this process needs.
+    rows: which those are, and where they go.
     optimizer, learning_rate: how.
     value_and_grad, evaluate: `pipeline_value_and_grad` and `pipeline_forward` of all these.
   """
@@ -62,6 +64,7 @@ class Setup:
   data: TextData
   train: TokenBatches
   validation: EvaluationBatches
+  rows: ProcessRows
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
   value_and_grad: Callable[..., Any]
@@ -105,7 +108,9 @@ def build(config: Config) -> Setup:
   record = folder.read()
   if record:
     check_config(folder.path, record, config)
-  data, train, validation = _build_data(config)
+  with naming(config.flag("mesh")):
+    rows = ProcessRows(mesh, config.batch_size, config.microbatches)
+  data, train, validation = _build_data(config, rows.rows)
   if record:
     check_data(folder.path, record, config, dict(train.identity))
   model = config.model(data.tokenizer.vocabulary_size)
@@ -131,6 +136,7 @@ def build(config: Config) -> Setup:
     data=data,
     train=train,
     validation=validation,
+    rows=rows,
     optimizer=optimizer,
     learning_rate=learning_rate(config),
     value_and_grad=value_and_grad,
@@ -173,7 +179,7 @@ def choose(
   Raises:
     ConfigError: nothing fits.
   """
-  limit = 1e9 * config.memory_limit or Device.of(list(mesh.devices.flat)).memory
+  limit = 1e9 * config.memory_limit or Device.of(mesh.local_devices).memory
   with naming(*config.flags("schedule", "memory_limit", "layers", "mesh", "residuals")):
     return choose_schedule(
       stack,
@@ -222,7 +228,9 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
     )
 
 
-def _build_data(config: Config) -> tuple[TextData, TokenBatches, EvaluationBatches]:
+def _build_data(
+  config: Config, rows: Sequence[int]
+) -> tuple[TextData, TokenBatches, EvaluationBatches]:
   data = prepare_text(
     config.text,
     config.tokenizer,
@@ -233,8 +241,8 @@ def _build_data(config: Config) -> tuple[TextData, TokenBatches, EvaluationBatch
   # The batches know the bins, not the text and flags that they come from.
   with naming(*config.flags("text", "sequence_length")):
     # With windows always cut at the same places, some tokens would never be seen in context.
-    train = TokenBatches(data.train, B, T, config.seed, random_offset=True)
-    return data, train, EvaluationBatches(data.validation, B, T)
+    train = TokenBatches(data.train, B, T, config.seed, rows=rows, random_offset=True)
+    return data, train, EvaluationBatches(data.validation, B, T, rows=rows)
 
 
 def cache_folder(asked: str, name: str) -> pathlib.Path:

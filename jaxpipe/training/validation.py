@@ -13,7 +13,10 @@ Tree = Any
 
 
 def make_validation(
-  evaluate: Callable[..., tuple[Any, Tree]], batches: EvaluationBatches, tokenizer: Tokenizer
+  evaluate: Callable[..., tuple[Any, Tree]],
+  batches: EvaluationBatches,
+  tokenizer: Tokenizer,
+  put: Callable[[Tree], Tree],
 ) -> Callable[[Tree], float]:
   """Returns `validate(params) -> nats per byte` over the whole split.
 
@@ -21,15 +24,19 @@ def make_validation(
     evaluate: `(params, batch) -> (mean loss, metrics)`, of `pipeline_forward`.
     batches: the split; its last batch is padded with weight 0.
     tokenizer: says how many bytes the targets stand for.
+    put: makes a batch on the mesh of the rows that this process has read.
   """
   total_bytes = batches.target_bytes(tokenizer.byte_lengths)
+  # Targets of a batch that is not padded. Counted, not summed: other processes have other rows.
+  full = batches.batch_size * batches.sequence_length
 
   def validate(params: Tree) -> float:
     nats, held = np.float64(0), (np.float64(0), np.float64(0))
-    for batch in batches:
+    for i, batch in enumerate(batches):
       # Fetched when the next batch is under way, so that devices do not wait; and not later, since
       # CPU devices share threads and dead-lock when too many programs queue for each other.
-      under_way = evaluate(params, batch)[0], batch["weights"].sum(dtype=np.float64)
+      weight = np.float64(min(full, batches.target_count - i * full))
+      under_way = evaluate(params, put(batch))[0], weight
       nats, held = nats + _nats(*held), under_way
     return float(nats + _nats(*held)) / total_bytes
 

@@ -2,9 +2,12 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -66,6 +69,82 @@ def test_exit_code_passes_through(tmp_path: pathlib.Path, code: int) -> None:
   assert local(script(tmp_path, f"raise SystemExit({code})"), cwd=tmp_path).returncode == code
 
 
+ONE_OF_SEVERAL = """
+import os, sys, time
+me = int(sys.argv[-2].removeprefix("--process_id="))
+print(me, sys.argv[1:], os.environ["XLA_FLAGS"][-2:], flush=True)
+print(f"error {me}", file=sys.stderr)
+"""
+
+
+def test_processes_share_the_devices_and_the_first_alone_prints(tmp_path: pathlib.Path) -> None:
+  done = local("--devices=6", "--processes=3", script(tmp_path, ONE_OF_SEVERAL), "-x", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert sorted(re.findall(r"error \d", done.stderr)) == ["error 0", "error 1", "error 2"]
+  (port,) = re.findall(r"--coordinator=127\.0\.0\.1:(\d+)", done.stdout)
+  where = ["-x", f"--coordinator=127.0.0.1:{port}", "--process_id=0", "--num_processes=3"]
+  assert done.stdout == f"0 {where} =2\n"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_that_fails_ends_all_with_its_status(tmp_path: pathlib.Path, failing: int) -> None:
+  # The others leave when they see it, as they do when a peer is gone.
+  source = f"""{ONE_OF_SEVERAL}
+gone = {str(tmp_path / "gone")!r}
+if me == {failing}:
+  open(gone, "w").close()
+  raise SystemExit(7)
+while not os.path.exists(gone):
+  time.sleep(0.01)
+raise SystemExit(0)
+"""
+  assert local("--processes=2", script(tmp_path, source), cwd=tmp_path).returncode == 7
+
+
+def test_one_that_hangs_when_another_failed_is_killed(tmp_path: pathlib.Path) -> None:
+  source = f"""{ONE_OF_SEVERAL}
+import signal
+if me:
+  raise SystemExit(3)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(600)
+"""
+  assert local("--processes=2", script(tmp_path, source), cwd=tmp_path).returncode == 3
+
+
+def test_interrupt_reaches_every_process_once(tmp_path: pathlib.Path) -> None:
+  source = f"""{ONE_OF_SEVERAL}
+import signal
+def caught(number, frame):
+  with open({str(tmp_path / "caught")!r}, "a") as file:
+    file.write(f"{{me}} {{number}}\\n")
+signal.signal(signal.SIGINT, caught)
+open({str(tmp_path)!r} + f"/ready{{me}}", "w").close()
+while not os.path.exists({str(tmp_path / "go")!r}):
+  time.sleep(0.01)
+raise SystemExit(130)
+"""
+  command = [LOCAL, "--processes=2", script(tmp_path, source)]
+  with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL) as running:
+    wait_until(lambda: all((tmp_path / f"ready{i}").exists() for i in range(2)))
+    running.send_signal(signal.SIGINT)
+    wait_until(lambda: (tmp_path / "caught").exists() and len(caught(tmp_path)) == 2)
+    (tmp_path / "go").touch()
+    assert running.wait(timeout=30) == 130
+  assert sorted(caught(tmp_path)) == [f"{i} {int(signal.SIGINT)}" for i in range(2)]
+
+
+def caught(folder: pathlib.Path) -> list[str]:
+  return (folder / "caught").read_text().splitlines()
+
+
+def wait_until(good: Callable[[], bool]) -> None:
+  end = time.monotonic() + 30
+  while not good():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
 def test_interrupt_reaches_the_script(tmp_path: pathlib.Path) -> None:
   source = """
 import time
@@ -94,6 +173,8 @@ except KeyboardInterrupt:
     (["--devices=2"], "no script"),
     ([], "no script"),
     (["absent.py"], "absent.py"),
+    (["--processes=0", "script.py"], "--processes=0"),
+    (["--processes=3", "script.py"], "--devices=4 cannot be shared by --processes=3"),
   ],
 )
 def test_bad_arguments_get_one_line_and_exit_2(

@@ -24,6 +24,6 @@ def test_every_target_counts_once_by_its_bytes(tmp_path: Path, count: int) -> No
     return params * float((batch["targets"] * weights).sum() / weights.sum()), None
 
   tokenizer: Any = SimpleNamespace(byte_lengths=lengths)
-  validate = make_validation(evaluate, batches, tokenizer)
+  validate = make_validation(evaluate, batches, tokenizer, lambda batch: batch)
   want = 3.0 * tokens[1:].sum() / lengths[tokens[1:]].sum()
   assert validate(3.0) == pytest.approx(want, rel=1e-12)  # type: ignore[arg-type]
