@@ -8,9 +8,9 @@ from typing import Any
 
 from jaxpipe.pipeline.compiled import CompiledStep
 from jaxpipe.pipeline.copies import RingCopy
+from jaxpipe.pipeline.places import SCOPES
 from jaxpipe.pipeline.transfers import Permute
 from jaxpipe.schedules import Schedule
-from jaxpipe.pipeline.places import SCOPES
 from jaxpipe.training.aot import Device, estimate
 
 
