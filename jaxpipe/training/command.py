@@ -19,6 +19,7 @@ import jax
 from absl import app, logging
 
 from jaxpipe.training.config import Config
+from jaxpipe.training.dry_run import dry_run
 from jaxpipe.training.errors import ConfigError, naming
 from jaxpipe.training.flags import (
   define_flags,
@@ -34,6 +35,7 @@ from jaxpipe.training.processes import (
   agreed,
   check_same,
   is_first,
+  say,
   several,
   start,
   wait,
@@ -88,6 +90,10 @@ def _main(_: Sequence[str]) -> None:
   if isinstance(job, LoadedRun):
     _print_sample(job, _guard(read_config))
     return
+  if job.config.dry_run:
+    say(dry_run(job))
+    wait("end")
+    return
   try:
     status = train(job)
   # A damaged file in the run directory shows when it is read; any other error is a bug.
@@ -105,6 +111,8 @@ def _main(_: Sequence[str]) -> None:
 def _prepare() -> Setup | LoadedRun:
   job = agreed(_build)
   if isinstance(job, LoadedRun):
+    return job
+  if job.config.dry_run:
     return job
   check_same({**job.config.to_dict(), **job.record.data}, _MAY_DIFFER)
   agreed(lambda: job.begin() if is_first() else job)

@@ -126,6 +126,7 @@ class Config:
   profile_steps: str = _free("", "START:STOP, steps traced for Perfetto into the run directory")
   compilation_cache: str = _free("", "folder of compiled programs; default: in the user's cache")
 
+  dry_run: bool = _free(False, "print what the run would cost, from its compiled step, and stop")
   sample: bool = _free(False, "only print text from the run in --run_dir; trains nothing")
   prompt: str = _free("\n", "how the sample begins")
   sample_length: int = _free(400, "tokens of the sample; 0: none")

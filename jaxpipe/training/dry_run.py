@@ -13,11 +13,11 @@ import jax
 
 from jaxpipe.parallel.rules import describe as name_of
 from jaxpipe.pipeline.traffic import Traffic, traffic
-from jaxpipe.training.aot import on_all, placed_shapes
+from jaxpipe.training.aot import placed_shapes
 from jaxpipe.training.report import describe
 from jaxpipe.training.setup import Setup
 from jaxpipe.training.state import state_shapes
-from jaxpipe.training.step import make_train_step
+from jaxpipe.training.step import compile_step
 
 
 def dry_run(setup: Setup) -> str:
@@ -67,17 +67,8 @@ def place_lines(setup: Setup) -> Iterator[str]:
 def count_traffic(setup: Setup) -> Traffic:
   """Compiles the step, from shapes, and counts what it sends."""
   state = state_shapes(setup.stack, setup.optimizer)
-  state = placed_shapes(state, setup.stack, setup.schedule, setup.mesh)
-  step = make_train_step(
-    setup.value_and_grad,
-    setup.optimizer,
-    setup.learning_rate,
-    setup.config.seed,
-    state,
-    setup.mesh,
-  )
-  compiled = step.lower(state, on_all(setup.batch_shapes, setup.mesh)).compile()
-  return traffic(compiled, setup.mesh, setup.schedule)
+  placed = placed_shapes(state, setup.stack, setup.schedule, setup.mesh)
+  return traffic(compile_step(setup, placed), setup.mesh, setup.schedule)
 
 
 def _entry(entry: Any) -> str:

@@ -22,7 +22,7 @@ from jaxpipe.training.profiler import Profiler
 from jaxpipe.training.report import Screen, StepLine, describe
 from jaxpipe.training.setup import Setup
 from jaxpipe.training.state import TrainState, create_state, state_shapes
-from jaxpipe.training.step import StepResult, make_train_step
+from jaxpipe.training.step import StepResult, compile_step
 from jaxpipe.training.validation import make_validation
 
 Step = Callable[[TrainState, Microbatches], tuple[TrainState, StepResult]]
@@ -48,7 +48,10 @@ def train(setup: Setup) -> int:
     print(describe(setup), flush=True)
     draw_figure(simulate(setup.schedule), setup.folder.path / "timetable.png")
   state = _first_state(setup, checkpoints, start)
-  step = _compile(setup, state)
+  began = time.perf_counter()
+  # Ahead of the first step: its time is no step's, and nothing can compile it again.
+  step = compile_step(setup, state)
+  say(f"compiled in {time.perf_counter() - began:.1f} s")
   # Left in reverse: the trace and the signals first, then the bar, the checkpoints, the metrics.
   with contextlib.ExitStack() as stack:
     metrics = stack.enter_context(_metrics(setup, start))
@@ -87,22 +90,6 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, start: int) -> TrainSta
     return create_state(setup.stack, setup.optimizer, seed, shapes, *where[1:])
   say(f"resuming from {setup.folder.path} after {start} steps")
   return checkpoints.restore(start, state_shapes(setup.stack, setup.optimizer), *where)
-
-
-def _compile(setup: Setup, state: TrainState) -> Step:
-  """Compiles ahead of the first step: its time is no step's, and nothing can compile it again."""
-  start = time.perf_counter()
-  step = make_train_step(
-    setup.value_and_grad,
-    setup.optimizer,
-    setup.learning_rate,
-    setup.config.seed,
-    state,
-    setup.mesh,
-  )
-  compiled = step.lower(state, setup.rows.shapes(setup.batch_shapes)).compile()
-  say(f"compiled in {time.perf_counter() - start:.1f} s")
-  return compiled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxpipe.models.transformer import flops_per_token
 from jaxpipe.parallel.placing import shardings
-from jaxpipe.pipeline.memory import MemoryReport, memory_report
 from jaxpipe.schedules import draw_text, simulate
 from jaxpipe.training.metrics import Record
 from jaxpipe.training.peaks import peak_flops
@@ -29,16 +28,16 @@ def describe(setup: Setup) -> str:
   # A timetable is broken at a terminal's edge, never in a file.
   width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
   device = setup.mesh.devices.flat[0]
-  axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
+  axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items() if size > 1)
   total, held = count_parameters(setup)
-  memory = plan_memory(setup)
+  memory = setup.memory
   parts = ", ".join(
     f"{kind.replace('_', ' ')} {_mib(size)}" for kind, size in memory.bytes.items() if size
   )
   train, held_out = len(setup.data.train.tokens), len(setup.data.validation.tokens)
   return "\n".join(
     (
-      f"mesh: {axes} = {setup.mesh.size} devices ({device.device_kind})",
+      f"mesh: {axes or 'stage 1'} = {setup.mesh.size} devices ({device.device_kind})",
       *([f"schedules by estimate:\n{setup.choice}"] if setup.choice else []),
       draw_text(simulate(setup.schedule), width),
       f"parameters: {total:,} in total, {held:,} on each device",
@@ -54,16 +53,6 @@ def count_parameters(setup: Setup) -> tuple[int, int]:
   places = shardings(shapes, setup.stack, setup.schedule, setup.mesh)
   here = jax.tree.map(lambda place, p: math.prod(place.shard_shape(p.shape)), places, shapes)
   return _count(shapes), sum(jax.tree.leaves(here))
-
-
-def plan_memory(setup: Setup) -> MemoryReport:
-  """What each device will hold, the optimizer's state included."""
-  return memory_report(
-    *(setup.stack, setup.schedule, setup.mesh, setup.batch_shapes),
-    residuals=setup.config.residuals,
-    slack=setup.config.slack,
-    optimizer=setup.optimizer,
-  )
 
 
 class StepLine:

@@ -19,12 +19,14 @@ import optax
 from jax.sharding import Mesh
 
 from jaxpipe.data import EvaluationBatches, TextData, TokenBatches, prepare_text
+from jaxpipe.models.cross_entropy import check_chunk
 from jaxpipe.models.stack import LayerStack
-from jaxpipe.models.transformer import TransformerConfig, transformer
-from jaxpipe.parallel.mesh import STAGE, make_mesh, row_shards
+from jaxpipe.models.transformer import TransformerConfig, check_sizes, transformer
+from jaxpipe.parallel.mesh import SEQUENCE, STAGE, TENSOR, make_mesh, row_shards
 from jaxpipe.parallel.placing import layers_per_stage, param_specs
+from jaxpipe.parallel.sequence import check_divides
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
-from jaxpipe.pipeline.memory import memory_report
+from jaxpipe.pipeline.memory import MemoryReport, memory_report
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.training.aot import Device
@@ -52,6 +54,7 @@ class Setup:
     rows: which those are, and where they go.
     optimizer, learning_rate: how.
     value_and_grad, evaluate: `pipeline_value_and_grad` and `pipeline_forward` of all these.
+    memory: what each device will hold, the optimizer's state included.
   """
 
   config: Config
@@ -69,6 +72,7 @@ class Setup:
   learning_rate: optax.Schedule
   value_and_grad: Callable[..., Any]
   evaluate: Callable[..., Any]
+  memory: MemoryReport
 
   @property
   def record(self) -> RunRecord:
@@ -104,6 +108,7 @@ def build(config: Config) -> Setup:
   schedule = build_schedule(dataclasses.replace(config, schedule=first), mesh)
   config.model(vocabulary_size=1)  # the shapes must fit whatever the tokenizer will say
   _check_batch(config, mesh)
+  _check_positions(config, mesh)
   folder = RunDir(pathlib.Path(config.run_dir))
   record = folder.read()
   if record:
@@ -125,7 +130,11 @@ def build(config: Config) -> Setup:
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
   with naming(config.flag("schedule")):
     value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, unroll=config.unroll, **options)
-  setup = Setup(
+  # Tracing a layer finds what its shapes alone do not say. A name is looked for there, too.
+  named = bool(residual_policy(config.residuals).names)
+  with naming(*config.flags(*(["residuals"] if named else _traced_flags(config)))):
+    memory = memory_report(stack, schedule, mesh, shapes, optimizer=optimizer, **options)
+  return Setup(
     config=config,
     folder=folder,
     mesh=mesh,
@@ -141,12 +150,8 @@ def build(config: Config) -> Setup:
     learning_rate=learning_rate(config),
     value_and_grad=value_and_grad,
     evaluate=pipeline_forward(stack, schedule, mesh),
+    memory=memory,
   )
-  # A name can only be looked for in a layer, which has to be traced for it.
-  with naming(config.flag("residuals")):
-    if residual_policy(config.residuals).names:
-      memory_report(stack, schedule, mesh, shapes, **options)
-  return setup
 
 
 def batch_shapes(config: Config) -> Tree:
@@ -226,6 +231,24 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
       f"{flags}: {config.batch_size} rows cannot be cut into {M} microbatches over {shards} data"
       f" shard{'s' * (shards > 1)}; use a multiple of {M * shards} rows"
     )
+
+
+def _check_positions(config: Config, mesh: Mesh) -> None:
+  """Raises ConfigError where the mesh cannot cut heads, experts or positions evenly."""
+  sizes, optional = dict(mesh.shape), [n for n in ("ulysses", "experts") if getattr(config, n)]
+  with naming(*config.flags("mesh", "heads", "kv_heads", *optional)):
+    check_sizes(config.model(vocabulary_size=1), sizes)
+  T, c = config.sequence_length, sizes[SEQUENCE]
+  with naming(*config.flags("sequence_length", "mesh", "sequence_parallel")):
+    check_divides(T, c, sizes[TENSOR] if config.sequence_parallel else 1)
+  if config.logits_chunk:
+    with naming(*config.flags("logits_chunk", "sequence_length", "mesh")):
+      check_chunk(T // c, min(config.logits_chunk, T // c))
+
+
+def _traced_flags(config: Config) -> tuple[str, ...]:
+  experts = ("experts", "capacity_factor", "capacity_group", "expert_axes", "sequence_parallel")
+  return ("mesh", "sequence_length", *(experts if config.experts else ()))
 
 
 def _build_data(

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.training.optimizer import widen
+from jaxpipe.training.setup import Setup
 from jaxpipe.training.state import TrainState
 
 Tree = Any
@@ -68,3 +69,16 @@ def make_train_step(
   alike = jax.tree.map(lambda leaf: leaf.sharding, state)
   places = (alike, NamedSharding(mesh, Spec()))
   return jax.jit(step, donate_argnums=0, out_shardings=places)
+
+
+def compile_step(setup: Setup, state: TrainState) -> jax.stages.Compiled:
+  """Compiles the step of a run, for a placed state or its placed shapes."""
+  step = make_train_step(
+    setup.value_and_grad,
+    setup.optimizer,
+    setup.learning_rate,
+    setup.config.seed,
+    state,
+    setup.mesh,
+  )
+  return step.lower(state, setup.rows.shapes(setup.batch_shapes)).compile()

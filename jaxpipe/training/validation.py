@@ -31,17 +31,19 @@ def make_validation(
   full = batches.batch_size * batches.sequence_length
 
   def validate(params: Tree) -> float:
-    nats, held = np.float64(0), (np.float64(0), np.float64(0))
+    held: tuple[Any, Tree, np.float64] = (np.float64(0), {}, np.float64(0))
+    nats = np.float64(0)
     for i, batch in enumerate(batches):
       # Fetched when the next batch is under way, so that devices do not wait; and not later, since
       # CPU devices share threads and dead-lock when too many programs queue for each other.
       weight = np.float64(min(full, batches.target_count - i * full))
-      under_way = evaluate(params, put(batch))[0], weight
+      under_way = *evaluate(params, put(batch)), weight
       nats, held = nats + _nats(*held), under_way
     return float(nats + _nats(*held)) / total_bytes
 
   return validate
 
 
-def _nats(mean_loss: Any, weight: np.float64) -> np.float64:
-  return np.float64(mean_loss) * weight
+def _nats(mean_loss: Any, metrics: Tree, weight: np.float64) -> np.float64:
+  """Of the text alone: what routers of experts add to the loss is no part of its likelihood."""
+  return np.float64(mean_loss) * weight - np.float64(metrics.get("router_loss", 0))

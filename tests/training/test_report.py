@@ -37,7 +37,7 @@ def test_counts_and_bytes_are_those_of_the_state(tiny: Callable[..., Config]) ->
 
   total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   assert report.count_parameters(setup) == (total, here(state.params, "size"))
-  memory = report.plan_memory(setup).bytes
+  memory = setup.memory.bytes
   assert memory["parameters"] == here(state.params, "nbytes")
   assert memory["optimizer"] == here(state.opt_state, "nbytes")
 
