@@ -11,6 +11,7 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -27,6 +28,8 @@ import numpy as np
 import jaxpipe
 from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
 from jaxpipe.parallel import formulas
+from jaxpipe.parallel.placing import param_specs
+from jaxpipe.parallel.rules import axes_of_entry, local_shape
 from jaxpipe.pipeline.matmuls import flops_of_actions, flops_of_step
 from jaxpipe.pipeline.traffic import Traffic, module_of, traffic
 
@@ -60,10 +63,21 @@ In kB a step, of the device that sends most, a collective counted as a ring, bes
 - *activations*: b s h of a boundary, microbatch and direction (Narayanan et al., arXiv 2104.04473);
 - *in layers*: four all-reduces of b s h over `tensor` for each layer and microbatch (Megatron-LM,
   arXiv 1909.08053);
-- *gradients*: in float32, once a step: one all-reduce over `data` of the layers that a device
-  holds, and one over all devices of embedding and head; the loss goes with them.
+- *gradients*: in float32, once a step: an all-reduce of each parameter's piece over the axes that
+  do not cut it; the loss goes with them.
 
 {bytes}
+
+## What a layer keeps
+
+Elements that F keeps of one layer and microbatch for its backward, over b s h: by residual policy,
+without and with positions cut over `tensor` (`positions_cut`). Without, a part that every device
+keeps whole, and a part over t; with, all of it over t, as Korthikanti et al. (arXiv 2205.05198)
+count for GPT's layer (10 + 24/t against 34/t bytes). `selective` leaves out what has the size of
+attention's scores; `dots` keeps products with weights, and computes norms and activation functions
+again.
+
+{kept}
 
 ## One of them whole
 
@@ -83,14 +97,14 @@ class Seen:
     mesh: sizes of its axes.
     layers, head: FLOPs of the device that has most, by action and stage.
     sent: what devices send.
-    weights: of all layers, and of embedding and head, by number.
+    gradients: bytes that summing them takes, by formula.
   """
 
   mesh: dict[str, int]
   layers: int
   head: int
   sent: Traffic
-  weights: tuple[int, int]
+  gradients: float
 
 
 def meshes() -> Iterator[str]:
@@ -114,15 +128,23 @@ def measure(text: str) -> Seen:
   actions = flops_of_actions(program)
   ends = {path: flops for path, flops in actions.items() if path and path[-1] == "last_stage"}
   stages = {path: flops for path, flops in actions.items() if path and path[-1] in "FBIWR"}
-  count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
-  layers = count(stack.param_shapes()["layers"])
+  shapes = stack.param_shapes()
+  specs = param_specs(shapes, stack, schedule, mesh)
+  summed = jax.tree.map(functools.partial(sum_bytes, dict(mesh.shape)), specs, shapes)
   return Seen(
     mesh=dict(mesh.shape),
     layers=max(flops_of_step(stages, schedule)),
     head=max(flops_of_step(ends, schedule), default=0),
     sent=traffic(program, mesh, schedule),
-    weights=(layers, count(stack.param_shapes()) - layers),
+    gradients=sum(jax.tree.leaves(summed)),
   )
+
+
+def sum_bytes(sizes: dict[str, int], spec: Any, leaf: Any) -> float:
+  """Bytes that summing one parameter's gradient takes: of its piece, over the axes not in it."""
+  piece = math.prod(local_shape(spec, leaf.shape, sizes))
+  cut = {axis for entry in spec for axis in axes_of_entry(entry)}
+  return formulas.data(piece, math.prod(n for axis, n in sizes.items() if axis not in cut))
 
 
 def flops_row(seen: Seen) -> tuple[str, ...]:
@@ -139,11 +161,11 @@ def bytes_rows(seen: Seen) -> Iterator[tuple[str, ...]]:
   P, d, t = (seen.mesh[axis] for axis in ("stage", "data", "tensor"))
   shape = (ROWS // M // d, LENGTH, MODEL.width)
   hops = max((s > 0) + (s < P - 1) for s in range(P)) * M
-  each, (layers, ends) = MODEL.layers // P, seen.weights
+  each = MODEL.layers // P
   by_formula = {
     "activations": hops * formulas.hop(*shape, ITEM),
     "in layers": each * M * formulas.tensor(*shape, t, ITEM),
-    "gradients": formulas.data(layers // P // t, d) + formulas.data(ends, P * d * t),
+    "gradients": seen.gradients,
   }
   for what, expected in by_formula.items():
     mine = Traffic(tuple(row for row in seen.sent.rows if _what(row) == what))
@@ -178,6 +200,31 @@ def _table(rows: Rows) -> str:
   return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
+def kept_table() -> str:
+  """Elements that F keeps, over b s h, by policy, t and whether positions are cut."""
+  rows: Rows = [("residuals", "positions cut", "t = 1", "t = 2", "t = 4", "as")]
+  tokens = np.zeros((8, LENGTH), np.int32)
+  batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(tokens.shape, np.float32)}
+  schedule = jaxpipe.make_schedule("1f1b", devices=1, microbatches=1)
+  for residuals in ("all", "selective", "dots"):
+    for cut in (False, True):
+      model = dataclasses.replace(MODEL, layers=1, positions_cut=cut)
+      found = []
+      for t in (1, 2, 4):
+        mesh = jaxpipe.make_mesh(f"stage:1,tensor:{t}")
+        known = jaxpipe.memory_report(
+          transformer(model), schedule, mesh, batch, residuals=residuals
+        )
+        found.append(known.unit / (ITEM * tokens.size * MODEL.width))
+      # Through the first two; the third must lie on it.
+      over_t = 2 * (found[0] - found[1])
+      whole = found[0] - over_t
+      fits = abs(whole + over_t / 4 - found[2]) < 1e-9
+      formula = f"{whole:.2f} + {over_t:.2f}/t" if fits else "-"
+      rows.append((residuals, "yes" if cut else "no", *(f"{n:.2f}" for n in found), formula))
+  return _table(rows)
+
+
 def main() -> None:
   """Compiles all, and writes the page, or some, and prints them."""
   chosen = sys.argv[1:] or list(meshes())
@@ -190,7 +237,7 @@ def main() -> None:
   PAGE.write_text(
     TEXT.format(
       **dict(layers=MODEL.layers, width=MODEL.width, ROWS=ROWS, LENGTH=LENGTH, M=M),
-      **dict(jax=jax.__version__, flops=flops, bytes=sent),
+      **dict(jax=jax.__version__, flops=flops, bytes=sent, kept=kept_table()),
       **dict(example=example, table=seen[example].sent),
     )
   )
