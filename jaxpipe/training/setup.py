@@ -184,7 +184,9 @@ def choose(
   Raises:
     ConfigError: nothing fits.
   """
-  limit = 1e9 * config.memory_limit or Device.of(mesh.local_devices).memory
+  # Devices of other processes do not tell what they have.
+  own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  limit = 1e9 * config.memory_limit or Device.of(own).memory
   with naming(*config.flags("schedule", "memory_limit", "layers", "mesh", "residuals")):
     return choose_schedule(
       stack,
