@@ -251,7 +251,15 @@ def check_placed(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> None:
 def _reorder(tree: Tree, order: np.ndarray) -> Tree:
   if (order == np.arange(len(order))).all():
     return tree
-  return {
-    **tree,
-    "layers": jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), tree["layers"]),
-  }
+  return {**tree, "layers": jax.tree.map(lambda leaf: _taken(leaf, order), tree["layers"])}
+
+
+def _taken(leaf: Any, order: np.ndarray) -> jax.Array:
+  """The layers of a leaf in another order, which lies where the leaf lies."""
+  here = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+  # Left to itself, the result may lie whole on every device.
+  return jax.jit(_take_layers, out_shardings=here)(leaf, order)
+
+
+def _take_layers(leaf: jax.Array, order: jax.Array) -> jax.Array:
+  return jnp.take(leaf, order, axis=0)
