@@ -172,8 +172,8 @@ def _check_divides(
     near = min(fits, key=lambda k: (abs(k - count), k))
     named = ",".join(f"{axis}:{sizes[axis]}" for axis in axes)
     raise ValueError(
-      f"parameter {path}: {name} {n} cannot be cut over {named}; use {near} devices, or"
-      f" {n - n % count + count} {name}"
+      f"parameter {path}: its dim {name} of {n} cannot be cut over {named}; use {near} in place of"
+      f" {count} devices, or {n - n % count + count} {name}"
     )
 
 

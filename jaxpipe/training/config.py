@@ -179,6 +179,7 @@ class Config:
     Raises:
       ConfigError: widths and heads that do not fit each other; names the flags.
     """
+    moe = self._moe()
     # The model knows widths and heads, but not what the flags are called.
     with naming(*self.flags("width", "heads", "kv_heads", "mlp")):
       return TransformerConfig(
@@ -195,7 +196,7 @@ class Config:
         positions_cut=self.sequence_parallel,
         ulysses=self.ulysses,
         logits_chunk=self.logits_chunk,
-        moe=self._moe(),
+        moe=moe,
       )
 
   def _moe(self) -> MoeConfig | None:

@@ -124,7 +124,7 @@ def build(config: Config) -> Setup:
   if config.schedule == AUTO:
     choice = choose(config, mesh, stack, shapes, optimizer)
     schedule = choice.schedule
-  with naming(*config.flags("head", "tokenizer", "mesh")):
+  with naming(*config.flags("mesh", "width", "mlp_width", "tokenizer", "head")):
     param_specs(stack.param_shapes(), stack, schedule, mesh)
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
@@ -237,7 +237,8 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
 
 def _check_positions(config: Config, mesh: Mesh) -> None:
   """Raises ConfigError where the mesh cannot cut heads, experts or positions evenly."""
-  sizes, optional = dict(mesh.shape), [n for n in ("ulysses", "experts") if getattr(config, n)]
+  sizes = dict(mesh.shape)
+  optional = ["ulysses"] * (config.ulysses > 1) + ["experts"] * bool(config.experts)
   with naming(*config.flags("mesh", "heads", "kv_heads", *optional)):
     check_sizes(config.model(vocabulary_size=1), sizes)
   T, c = config.sequence_length, sizes[SEQUENCE]

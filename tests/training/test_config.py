@@ -55,7 +55,8 @@ ERRORS = [
   ),
   (
     {"mesh": "pipe:4"},
-    "--mesh=pipe:4: mesh 'pipe:4': no axis 'pipe'; the axes are stage, data",
+    "--mesh=pipe:4: mesh 'pipe:4': no axis 'pipe'; the axes are stage, data, fsdp,"
+    " expert, sequence, tensor",
   ),
   (
     {"layers": 6},
@@ -95,6 +96,45 @@ ERRORS = [
   (
     {"mlp": "relu"},
     "--width=16 --heads=2 --kv_heads=1 --mlp=relu: mlp 'relu' is unknown; use swiglu or gelu",
+  ),
+  (
+    {"mesh": "stage:2,tensor:2", "heads": 3, "width": 24, "kv_heads": 3},
+    "--mesh=stage:2,tensor:2 --heads=3 --kv_heads=3: 3 heads cannot be cut over tensor:2; use 2"
+    " or 4 heads",
+  ),
+  (
+    {"mesh": "stage:2,sequence:4", "sequence_length": 12},
+    "--sequence_length=12 --mesh=stage:2,sequence:4 --nosequence_parallel: 12 positions cannot be"
+    " cut into 8 chunks, two for each device of sequence:4; use a length of 8 or 16",
+  ),
+  (
+    {"mesh": "stage:2,sequence:4", "ulysses": 3, "sequence_length": 16},
+    "--mesh=stage:2,sequence:4 --heads=2 --kv_heads=1 --ulysses=3: ulysses=3 does not divide the"
+    " 4 devices of sequence:4; use ulysses=2",
+  ),
+  (
+    {"mesh": "stage:2,expert:4", "experts": 6, "batch_size": 16},
+    "--mesh=stage:2,expert:4 --heads=2 --kv_heads=1 --experts=6: 6 experts cannot lie over 4"
+    " devices (expert:4); use 4 or 8 experts, or 3 or 6 devices",
+  ),
+  (
+    {"experts": 4, "top_k": 5},
+    "--experts=4 --top_k=5 --capacity_factor=0.0 --expert_axes=expert: top_k 5 of 4 experts is"
+    " impossible; use 1 to 4",
+  ),
+  (
+    {"logits_chunk": 3},
+    "--logits_chunk=3 --sequence_length=16 --mesh=stage:4: 16 positions cannot be cut into"
+    " chunks of 3 logits; use 2, or 0",
+  ),
+  (
+    {"mesh": "stage:-1,tensor:3"},
+    "--mesh=stage:-1,tensor:3: mesh 'stage:-1,tensor:3': 3 does not divide the 8 devices, so that"
+    " stage:-1 has no size; let the others multiply to 2",
+  ),
+  (
+    {"slow_axis": "tensor"},
+    "--slow_axis=tensor cannot lie between hosts; use stage or data",
   ),
   ({"text": ""}, "no text is given; use --text=FILE, --text=FILE,FILE or --text=FOLDER"),
   ({"text": "/no/such.txt"}, "/no/such.txt: no such file or folder; check --text"),

@@ -15,7 +15,7 @@ from jaxpipe.training.state import create_state
 def test_the_plan_names_mesh_timetable_bubbles_and_memory(tiny: Callable[..., Config]) -> None:
   text = report.describe(build(tiny()))
   for part in (
-    "mesh: stage 4 x data 1 = 4 devices (cpu)",
+    "mesh: stage 4 = 4 devices (cpu)",
     "device 0 | F0 F1 F2 F3",
     "bubble 42.9 %  span 21  span bubble 42.9 %",
     "expected memory of each device",
