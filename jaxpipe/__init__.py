@@ -13,6 +13,7 @@ if TYPE_CHECKING:
   from jaxpipe.models.tables import Tables
   from jaxpipe.parallel.mesh import MeshError, make_mesh
   from jaxpipe.parallel.placing import place, unplace
+  from jaxpipe.parallel.rules import Rules
   from jaxpipe.pipeline.check import check
   from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
   from jaxpipe.pipeline.memory import MemoryReport, memory_report
@@ -39,6 +40,7 @@ _HOME = {
   "MemoryReport": "jaxpipe.pipeline.memory",
   "MeshError": "jaxpipe.parallel.mesh",
   "Placement": "jaxpipe.schedules",
+  "Rules": "jaxpipe.parallel.rules",
   "Schedule": "jaxpipe.schedules",
   "ScheduleError": "jaxpipe.schedules",
   "StackError": "jaxpipe.models.stack",

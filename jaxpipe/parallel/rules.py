@@ -40,19 +40,19 @@ class Rules:
   Attributes:
     dims: (pattern, names): a regular expression that matches a whole path such as
       `layers/query/kernel`, and a name or None for each dim (of one layer, for layers). The first
-      that matches counts. None, or a name without a place, is a dim that is not cut; all None is a
-      parameter replicated on purpose.
+      that matches counts. A dim without a name, or whose name has no place, is not cut; None in
+      place of the names replicates a parameter of any rank on purpose.
     places: name -> mesh axes, the first outermost; what is missing is taken from `PLACES`.
     axes: those of `sequence`, `tensor` and `expert` that the modules know how to share work over.
     check: raises ValueError where the model cannot run on a mesh of these sizes.
   """
 
-  dims: Sequence[tuple[str, Names]]
+  dims: Sequence[tuple[str, Names | None]]
   places: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   axes: frozenset[str] = frozenset()
   check: Callable[[Mapping[str, int]], None] = lambda sizes: None
 
-  def override(self, *dims: tuple[str, Names], **places: tuple[str, ...]) -> Rules:
+  def override(self, *dims: tuple[str, Names | None], **places: tuple[str, ...]) -> Rules:
     """The same rules, after these."""
     return dataclasses.replace(self, dims=(*dims, *self.dims), places={**self.places, **places})
 
@@ -64,6 +64,7 @@ class Rules:
     """
     for pattern, names in self.dims:
       if re.fullmatch(pattern, path):
+        names = (None,) * rank if names is None else names
         if len(names) != rank:
           raise ValueError(
             f"parameter {path} has {rank} dims, and its rule {pattern!r} has {len(names)} names"
@@ -88,8 +89,8 @@ class Rules:
     if names is None and shared:
       raise ValueError(
         f"parameter {path} {list(shape)}: no rule says how it lies over"
-        f" {shared[0]}:{sizes[shared[0]]}; add ({path!r}, {(None,) * len(shape)}) to the stack's"
-        " Rules to replicate it on purpose, or name its dims"
+        f" {shared[0]}:{sizes[shared[0]]}; name its dims in the stack's Rules, or add ({path!r},"
+        " None) to replicate it on purpose"
       )
     cut = [self._axes(name, sizes) for name in names or (None,) * len(shape)]
     for name, axes, n in zip(names or (), cut, shape, strict=False):
