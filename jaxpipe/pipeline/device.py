@@ -113,9 +113,11 @@ class Device:
     cells, lengths = local.program.cells(stage.layout.values)
     totals = local.zeros(jax.tree.map(_sum_type, totals))
     ends = ShardedEnds if local.program.schedule.vocabulary else WholeEnds
-    by_w = stage.split.weight_grad.reads_given(jax.tree.leaves(layer))
     # All are gathered now, but where the schedule gathers: then only those that W reads.
-    later = [local.program.gathers and not read for read in by_w]
+    leaves = jax.tree.leaves(layer)
+    later = [False for _ in leaves]
+    if local.program.gathers:
+      later = [not read for read in stage.split.weight_grad.reads_given(leaves)]
     weights = Weights.of(pieces, specs, later, layers)
     return cls(local, ends(local), stage, weights, lengths, totals), cells
 

@@ -179,3 +179,25 @@ def test_second_signal_ends_at_once() -> None:
     assert interrupt.received == signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_with_experts_moves_between_meshes_that_cut_everything(
+  tmp_path: Path, make_config: MakeConfig, interrupt_after: Callable[[int, int], None]
+) -> None:
+  """Parameters, moments and masks are those of the run on one device."""
+  run = dict(steps=6, dropout=0.1, validate_every=3, experts=4, kv_heads=2, batch_size=8)
+  alone, moved = tmp_path / "alone", tmp_path / "moved"
+  for folder in (alone, moved):
+    folder.mkdir()
+  assert train(build(make_config(alone, **run, mesh="stage:1")).begin()) == 0
+  interrupt_after(2, signal.SIGTERM)
+  first = make_config(moved, **run, mesh="stage:2,expert:2,tensor:2", sequence_parallel=True)
+  assert train(build(first).begin()) == 128 + signal.SIGTERM
+  second = make_config(moved, **run, mesh="stage:2,sequence:2,fsdp:2", schedule="zeropp")
+  assert train(build(second).begin()) == 0
+  for name in ("loss", "grad_norm"):
+    np.testing.assert_allclose(numbers(moved, name), numbers(alone, name), rtol=1e-5)
+  validated = [
+    [r["validation_loss"] for r in read(f) if r["validation_loss"]] for f in (alone, moved)
+  ]
+  np.testing.assert_allclose(validated[1], validated[0], rtol=1e-5)
