@@ -107,7 +107,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     **dict(topology="v5p:8x8x16", mesh="stage:16,fsdp:2,expert:32", batch_size=2048),
     **dict(microbatches=32, capacity_factor=1.25, balance_loss=0.0001, logits_chunk=512),
     # A layer's exchanges, kept for all microbatches under way, would take 75 GB.
-    **dict(residuals="full"),
+    **dict(residuals="full", unroll="none"),
   ),
 }
 

@@ -1,6 +1,6 @@
-"""Breaks the executor in eight ways, one at a time, and sees that tests notice each.
+"""Breaks the package in twelve ways, one at a time, and sees that tests notice each.
 
-    .venv/bin/python tests/mutate.py
+    .venv/bin/python tests/mutate.py [NAME ...]          # all faults, or those of these names
 
 Takes some minutes. Works on a copy; exits with 1 if a fault goes unnoticed or no longer applies.
 """
@@ -15,10 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Tests of values first: what they miss, tests of tables may still find.
 SUITES = ("tests/pipeline/test_exactness.py", "tests/pipeline/test_program.py")
+ON_MESHES = ("tests/parallel/test_meshes.py",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Fault:
     file: below `jaxpipe/`.
     line: a text that occurs once.
     broken: what replaces it.
+    suites: the tests that are to notice, in this order.
   """
 
   name: str
   file: str
   line: str
   broken: str
+  suites: tuple[str, ...] = SUITES
 
 
 FAULTS = [
@@ -72,20 +76,48 @@ FAULTS = [
   Fault(
     "swapped chunk",
     "pipeline/lower.py",
-    '["chunk"][cell] = schedule.placement.chunk(d, s)',
-    '["chunk"][cell] = schedule.chunks - 1 - schedule.placement.chunk(d, s)',
+    'schedule.placement.chunk(d, s)\n    table["first"]',
+    'schedule.chunks - 1 - schedule.placement.chunk(d, s)\n    table["first"]',
   ),
   Fault(
     "loss weight ignored",
     "pipeline/executor.py",
-    "/ totals.weight.astype(grad.dtype)",
-    "/ jnp.ones_like(totals.weight).astype(grad.dtype)",
+    "/ weight.astype(grad.dtype)",
+    "/ jnp.ones_like(weight).astype(grad.dtype)",
   ),
   Fault(
     "off-by-one route",
     "pipeline/lower.py",
     "[r].add((send.source, send.target))",
     "[r].add((send.source, (send.target + 1) % P))",
+  ),
+  Fault(
+    "mask of other positions",
+    "models/transformer.py",
+    "rate=self.config.dropout, positions=mine)",
+    "rate=self.config.dropout, positions=at_T[: len(mine)])",
+    ON_MESHES,
+  ),
+  Fault(
+    "shards summed",
+    "pipeline/executor.py",
+    "cut = {axis for entry in spec for axis in axes_of_entry(entry)}",
+    "cut = {STAGE} & {axis for entry in spec for axis in axes_of_entry(entry)}",
+    ON_MESHES,
+  ),
+  Fault(
+    "gathered too early",
+    "pipeline/device.py",
+    "rings.put(ring, self.weights.gathered(now.chunk * self.stage.layers), now.weights)",
+    "rings.put(ring, self.weights.gathered(0 * now.chunk), now.weights)",
+    ON_MESHES,
+  ),
+  Fault(
+    "sum left out",
+    "parallel/tensor.py",
+    "else axes.total(x_BTD, TENSOR)",
+    "else x_BTD",
+    ON_MESHES,
   ),
 ]
 
@@ -101,9 +133,9 @@ def broken(text: str, fault: Fault) -> str:
   return text.replace(fault.line, fault.broken)
 
 
-def first_failure(copy: pathlib.Path) -> str | None:
+def first_failure(copy: pathlib.Path, suites: Sequence[str]) -> str | None:
   """Name of the first test that fails in a copy of the repository; None if all pass."""
-  for suite in SUITES:
+  for suite in suites:
     command = [
       sys.executable,
       "-m",
@@ -132,7 +164,8 @@ def first_failure(copy: pathlib.Path) -> str | None:
 def main() -> int:
   """Prints who notices each fault; the sound copy must pass."""
   noticed = True
-  for fault in [None, *FAULTS]:
+  asked = [fault for fault in FAULTS if fault.name in sys.argv[1:]]
+  for fault in asked or [None, *FAULTS]:
     with tempfile.TemporaryDirectory() as folder:
       copy = pathlib.Path(folder)
       for part in ("jaxpipe", "tests"):
@@ -141,7 +174,7 @@ def main() -> int:
       if fault:
         file = copy / "jaxpipe" / fault.file
         file.write_text(broken(file.read_text(), fault))
-      found = first_failure(copy)
+      found = first_failure(copy, fault.suites if fault else (*SUITES, *ON_MESHES))
     noticed &= (found is None) == (fault is None)
     print(f"{fault.name if fault else 'no fault':22} {found or 'all tests pass'}", flush=True)
   return 0 if noticed else 1

@@ -36,7 +36,7 @@ def cross_entropy(
   Args:
     h_BTD: what the table multiplies, the same on all devices along `tensor`.
     table_VD: this device's rows.
-    targets_BT: int, rows of the whole table.
+    targets_BT: int, rows of the whole table; others make the loss NaN, but where the weight is 0.
     weights_BT: 0 for padding.
     chunk: positions whose logits live at once; 0: all.
 
@@ -79,7 +79,10 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
   # Below zero they count from the end, as in the whole table.
   ids_BT = jnp.where(ids_BT < 0, ids_BT + V * axes.size(TENSOR), ids_BT)
   row, inside = _find(ids_BT, V)
-  return jnp.where(inside[..., None], jnp.take(table_VD, row, axis=0), 0)
+  rows_BTD = jnp.where(inside[..., None], jnp.take(table_VD, row, axis=0), 0)
+  # As in the whole table: what has no row is NaN.
+  known = (ids_BT >= 0) & (ids_BT < V * axes.size(TENSOR))
+  return jnp.where(known[..., None], rows_BTD, jnp.nan)
 
 
 def _sums(
@@ -94,6 +97,9 @@ def _sums(
   total_BT = axes.total(jnp.sum(jnp.exp(logits_BTV - top_BT[..., None]), axis=-1), TENSOR)
   own_BT = jnp.take_along_axis(logits_BTV, row_BT[..., None], axis=-1)[..., 0]
   own_BT = axes.total(jnp.where(inside_BT, own_BT, 0), TENSOR)
+  # A target that has no row is padding, or else must not pass for a number.
+  known_BT = (targets_BT >= 0) & (targets_BT < len(table_VD) * axes.size(TENSOR))
+  own_BT = jnp.where(known_BT | (weights_BT == 0), own_BT, jnp.nan)
   # Of equal logits the first row is the best, as in the whole table.
   best_BT = jnp.argmax(logits_BTV, axis=-1) + axes.index(TENSOR) * len(table_VD)
   best_BT = axes.smallest(

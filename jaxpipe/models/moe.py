@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpipe.models.dispatch import dropless, in_slots, ragged
 from jaxpipe.models.routing import Routes, group_size, route, row_losses
 from jaxpipe.parallel import axes
-from jaxpipe.parallel.mesh import AXES, SEQUENCE, STAGE, TENSOR
+from jaxpipe.parallel.mesh import AXES, FSDP, SEQUENCE, STAGE, TENSOR
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,9 @@ class MoeConfig:
   Attributes:
     experts: E, over all devices.
     top_k: K, experts that a token visits.
-    capacity_factor: slots of an expert over what an even split would bring it; 0: dropless.
+    capacity_factor: slots of an expert over what an even split would bring it; 0: dropless. First
+      choices are seated before second ones, so that a later position can displace an earlier one:
+      with a capacity, training is not strictly causal.
     group: contiguous positions of a row that share the slots, ceil(capacity_factor * group * K / E)
       of them at each expert. It decides who is dropped, so it must divide what a device holds on
       end, on every mesh that shall give the same result. 0: the whole row.
@@ -72,7 +74,8 @@ class MoeConfig:
       value = getattr(self, name)
       if not 0 <= value < math.inf:
         raise ValueError(f"{name} {value} is not a number from 0 up; 0 turns it off")
-    allowed = [axis for axis in AXES if axis != STAGE]
+    # Along `fsdp` parameters lie in pieces that are gathered before anything reads them.
+    allowed = [axis for axis in AXES if axis not in (STAGE, FSDP)]
     if unknown := [axis for axis in self.axes if axis not in allowed]:
       raise ValueError(f"experts cannot lie over {unknown}; the axes are {', '.join(allowed)}")
     if len(set(self.axes)) < len(self.axes):
@@ -111,6 +114,15 @@ def check_experts(config: MoeConfig, sizes: Mapping[str, int]) -> None:
     f" ({', '.join(f'{axis}:{size}' for axis, size in along.items())}); use"
     f" {' or '.join(map(str, experts))} experts, or {' or '.join(map(str, devices))} devices"
   )
+
+
+def check_folded(config: MoeConfig, tensor: int, positions_cut: bool) -> None:
+  """Raises ValueError for experts over `tensor` while its devices hold the same positions."""
+  if config.folded and tensor > 1 and not positions_cut:
+    raise ValueError(
+      f"experts over {config.axes}: the {tensor} devices along tensor hold the same positions; cut"
+      " positions over tensor (sequence parallelism), or leave tensor out"
+    )
 
 
 def expert_dims(config: MoeConfig) -> dict[str, tuple[str | None, ...]]:
@@ -232,11 +244,7 @@ class Experts(nnx.Module):
   def _group(self, positions: int) -> int:
     """S, having seen to it that groups are the same on every mesh."""
     config, tensor, sequence = self.config, axes.size(TENSOR), axes.size(SEQUENCE)
-    if config.folded and tensor > 1 and not self.positions_cut:
-      raise ValueError(
-        f"experts over {config.axes}: the {tensor} devices along tensor hold the same positions;"
-        " cut positions over tensor (sequence parallelism), or leave tensor out"
-      )
+    check_folded(config, tensor, self.positions_cut)
     if not config.capacity_factor:
       return 0
     # Along `sequence` a device holds two runs of positions that are far apart.

@@ -22,12 +22,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpipe.models.attention import attend, check_heads
 from jaxpipe.models.context import Context
 from jaxpipe.models.cross_entropy import cross_entropy, look_up
-from jaxpipe.models.moe import Experts, MoeConfig, check_experts, expert_dims
+from jaxpipe.models.moe import Experts, MoeConfig, check_experts, check_folded, expert_dims
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.tables import Tables
+from jaxpipe.parallel import axes
 from jaxpipe.parallel.mesh import SEQUENCE, TENSOR
 from jaxpipe.parallel.redco import transformer_rules
-from jaxpipe.parallel.sequence import own_positions, take_own
+from jaxpipe.parallel.sequence import check_divides, own_positions, take_own
 from jaxpipe.parallel.tensor import enter_tensor, leave_tensor, own_piece
 
 Attention = Callable[..., jax.Array]
@@ -92,6 +93,12 @@ class TransformerConfig:
       raise ValueError(f"{self.kv_heads} kv_heads do not divide {self.heads} heads; use a divisor")
     if self.mlp not in ("swiglu", "gelu"):
       raise ValueError(f"mlp {self.mlp!r} is unknown; use swiglu or gelu")
+    if self.moe and self.mlp != "swiglu":
+      raise ValueError(f"mlp {self.mlp!r} with experts: they are gated; use swiglu")
+    if self.ulysses < 1 or self.logits_chunk < 0:
+      raise ValueError(
+        f"ulysses {self.ulysses} is to be 1 or more, and logits_chunk {self.logits_chunk} 0 or more"
+      )
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
 
@@ -123,6 +130,8 @@ class Embed(nnx.Module):
     self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
 
   def __call__(self, batch: Any) -> jax.Array | Stream:
+    pieces = axes.size(TENSOR) if self.config.positions_cut else 1
+    check_divides(batch["tokens"].shape[1], axes.size(SEQUENCE), pieces)
     rows_BTD = look_up(self.table[...], self.ids(batch))
     return self.enter(leave_tensor(rows_BTD, self.config.positions_cut), batch)
 
@@ -226,8 +235,9 @@ class Head(nnx.Module):
     self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
 
   def __call__(self, x: Any, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    h_BTD, table_VD = self.features(x, batch), self.table[...].astype(self.config.dtype)
-    sums = cross_entropy(h_BTD, table_VD, *self.targets(batch), self.config.logits_chunk)
+    # The table as it is: its gradient is summed over the chunks in its own precision.
+    h_BTD, chunk = self.features(x, batch), self.config.logits_chunk
+    sums = cross_entropy(h_BTD, self.table[...], *self.targets(batch), chunk)
     if not self.config.moe:
       return sums.loss, sums.weight, {"correct": sums.correct}
     aux = jnp.sum(x.aux).astype(sums.loss.dtype)
@@ -293,6 +303,7 @@ def check_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> None:
   check_heads(config.heads, config.kv_heads, t, config.ulysses, c)
   if config.moe:
     check_experts(config.moe, sizes)
+    check_folded(config.moe, t, config.positions_cut)
 
 
 def _expert_rules(config: TransformerConfig) -> list[tuple[str, tuple[str | None, ...]]]:

@@ -96,7 +96,7 @@ def param_specs(tree: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
 
 
 def shardings(tree: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
-  """The same as shardings."""
+  """Where every leaf of a placed tree lies; see `param_specs`."""
   specs = param_specs(tree, stack, schedule, mesh)
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 

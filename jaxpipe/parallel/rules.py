@@ -43,7 +43,7 @@ class Rules:
       that matches counts. A dim without a name, or whose name has no place, is not cut; None in
       place of the names replicates a parameter of any rank on purpose.
     places: name -> mesh axes, the first outermost; what is missing is taken from `PLACES`.
-    axes: those of `sequence`, `tensor` and `expert` that the modules know how to share work over.
+    axes: those of `sequence` and `tensor` that the modules know how to share work over.
     check: raises ValueError where the model cannot run on a mesh of these sizes.
   """
 

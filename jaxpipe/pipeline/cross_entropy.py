@@ -63,6 +63,12 @@ def find(targets: jax.Array, weights: jax.Array, rows: int) -> Targets:
   return Targets(jnp.where(inside, row, 0), inside, weights.reshape(-1))
 
 
+def known(target: jax.Array, targets: jax.Array, weights: jax.Array, V: int) -> jax.Array:
+  """The targets' logits [N], NaN for a target that has no row of V, but where its weight is 0."""
+  targets, weights = targets.reshape(-1), weights.reshape(-1)
+  return jnp.where((targets >= 0) & (targets < V) | (weights == 0), target, jnp.nan)
+
+
 def first_row(rows: int) -> jax.Array:
   """Number of this device's first row in the whole table."""
   return lax.axis_index(STAGE) * rows

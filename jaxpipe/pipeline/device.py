@@ -95,8 +95,7 @@ class Device:
     sums = jax.eval_shape(lenient(stack.apply_head), params["head"], local.x, one)
     totals = Totals(sums[0], *sums[1])
     inputs = dict(batch=one, key=local.key, layer=rows[0], microbatch=rows[0], rows=rows)
-    # Only its types are read, and the gather of it is never run.
-    layer = rings.get(gather_fsdp(specs, pieces), 0)
+    layer = jax.eval_shape(lambda: rings.get(gather_fsdp(specs, pieces), 0))
 
     def allocate(shapes: Any, lengths: Any) -> list[jax.Array]:
       return [

@@ -27,6 +27,7 @@ from jaxpipe.schedules import Kind, Schedule
 
 Tree = Any
 
+_RINGS = ("activations", "gradient_ring", "saved", "vocabulary", "weights")
 _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
@@ -36,8 +37,8 @@ class MemoryReport:
 
   Attributes:
     bytes: kind -> bytes. `parameters`, `optimizer`, `batch`; `gradients`, sums over microbatches;
-      `gathered`, the weights that
-      the device works with, where it owns less of them (`fsdp`, replicas); `activations` and
+      `gathered`, weights that the device works with for the whole step, where it owns less of them
+      (`fsdp`, replicas), and `weights`, those of the stages that G has gathered; `activations` and
       `gradient_ring`, what travels between stages; `saved`, what actions leave for later ones;
       `vocabulary`, what a shard of the head keeps; `workspace`, an estimate: the tick table, and
       the inside of the action that needs most.
@@ -58,7 +59,7 @@ class MemoryReport:
   @property
   def rings(self) -> int:
     """What the schedule decides."""
-    return sum(self.bytes[k] for k in ("activations", "gradient_ring", "saved", "vocabulary"))
+    return sum(self.bytes[k] for k in _RINGS)
 
   def error(self, compiled: jax.stages.Compiled) -> float:
     """Returns predicted over compiled bytes, less one.
@@ -156,7 +157,7 @@ def _count(device: Device, cells: Any, gathers: bool) -> dict[str, int]:
   """What one device holds beside what it is given; inside `shard_map`."""
   state = device.start()
   return {
-    "gathered": _bytes((device.weights.layers, device.local.params)) if gathers else 0,
+    "gathered": _bytes((device.weights.kept(), device.local.params)) if gathers else 0,
     "weights": _bytes(state.weights),
     "gradients": _bytes(state.grads),
     "activations": _bytes(state.activations),

@@ -138,9 +138,9 @@ class Program:
     """Slots to allocate: one more than are used, which stands for "nowhere".
 
     What arrives on a tick that nobody sends is written there, in place of a conditional round
-    every write.
+    every write. Weights do not arrive: G writes them, inside its branch.
     """
-    return self.slots[ring] + 1
+    return self.slots[ring] + (ring != "weights")
 
   def cells(self, values: Sequence[Value]) -> tuple[np.ndarray, tuple[int, ...]]:
     """Gives every saved value of every stage and microbatch a cell of its pool.

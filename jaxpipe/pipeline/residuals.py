@@ -41,8 +41,9 @@ def _dots(primitive: Any, *avals: Any, **params: Any) -> Any:
 class _Selective:
   """Keeps all but what was gathered and what attention computes of its scores, at their size.
 
-  Scores are products with batch dims that are larger than either of their factors. Their sizes are
-  learnt while a layer is traced, whose equations are asked about in their order.
+  Scores are products with two batch dims at least, of rows and of heads, that are larger than
+  either of their factors. Their sizes are learnt while a layer is traced, whose equations are asked
+  about in their order.
   """
 
   def __init__(self) -> None:
@@ -52,7 +53,7 @@ class _Selective:
     if primitive.name == "dot_general":
       shape, factors = _product(*(aval.shape for aval in avals[:2]), **params), avals[:2]
       _, batch_dims = params["dimension_numbers"]
-      if batch_dims[0] and math.prod(shape) > max(factor.size for factor in factors):
+      if len(batch_dims[0]) > 1 and math.prod(shape) > max(factor.size for factor in factors):
         self._scores.add(_dims(shape))
         return False
       return True

@@ -172,7 +172,10 @@ class ShardedEnds:
   def _count(self, totals: Totals, held: Tree, m: jax.Array) -> tuple[Totals, jax.Array]:
     """Adds a microbatch's loss, on one device; returns the log-sum-exps, [N], as well."""
     lse, target, best = cross_entropy.join(*(held[name] for name in ("m", "s", "target", "best")))
-    targets, weights = self.local.stack.targets(self.local.params["head"], self.local.microbatch(m))
+    params = self.local.params["head"]
+    targets, weights = self.local.stack.targets(params, self.local.microbatch(m))
+    rows = lax.axis_size(STAGE) * len(self.local.stack.head_table(params))
+    target = cross_entropy.known(target, targets, weights, rows)
     weight = weights.reshape(-1).astype(lse.dtype)
     loss = jnp.sum((lse - target) * weight)
     right = jnp.sum((best == targets.reshape(-1)) * weight)

@@ -53,6 +53,11 @@ class Weights:
     ]
     return cls(jax.tree.unflatten(structure, now), specs, later, each)
 
+  def kept(self) -> Leaves:
+    """The leaves that are whole for the step."""
+    leaves = jax.tree.leaves(self.layers)
+    return [leaf for leaf, later in zip(leaves, self.later, strict=True) if not later]
+
   def whole(self) -> Tree:
     """Stand-ins of the parameters, all gathered."""
     leaves, structure = jax.tree.flatten(self.layers)

@@ -18,8 +18,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import STAGE, row_shards
+from jaxpipe.pipeline.executor import lower_on
 from jaxpipe.pipeline.flops import counted_costs
-from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.memory import memory_report
 from jaxpipe.pipeline.order import blocks
 from jaxpipe.pipeline.residuals import Policy, residual_policy
@@ -116,12 +116,12 @@ def choose_schedule(
   entries = compare(**sizes, costs=costs, memory=one.units, memory_limit=room)
 
   def timed() -> Iterator[Candidate]:
-    keeps_input = residual_policy(residuals).stage_input
+    policy = residual_policy(residuals)
     for entry in entries:
       schedule = entry.timeline and entry.timeline.schedule
       # Who leaves layers out trains another model.
       if schedule and not schedule.paths and stack.depth % schedule.stages == 0:
-        program = lower(schedule, keeps_input=keeps_input, slack=slack)
+        program = lower_on(schedule, mesh, policy, slack)
         times = scale_costs(costs, schedule.devices, schedule.stages)
         time = estimated_time(program, cut(program, unroll), times, blocking=blocks(mesh))
         yield Candidate(entry.label, schedule, time)

@@ -114,7 +114,9 @@ def _prepare() -> Setup | LoadedRun:
     return job
   if job.config.dry_run:
     return job
-  check_same({**job.config.to_dict(), **job.record.data}, _MAY_DIFFER)
+  # `auto` weighs what each process's devices have.
+  decided = {"chosen schedule": job.schedule.tokens()}
+  check_same({**job.config.to_dict(), **job.record.data, **decided}, _MAY_DIFFER)
   agreed(lambda: job.begin() if is_first() else job)
   agreed(job.folder.check_shared)
   return job

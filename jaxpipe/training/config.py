@@ -152,12 +152,17 @@ class Config:
     self._check("slack", self.slack in (0, 1), "ticks cannot be executed; use 0 or 1")
     with naming(self.flag("residuals")):
       residual_policy(self.residuals)
+    if self.head == "sharded":
+      for name in ("experts", "logits_chunk"):
+        message = "cannot be combined with --head=sharded; use --head=last, or leave it out"
+        self._check(name, not getattr(self, name), message)
     if self.schedule == AUTO:
       for name, free in (("chunks", 0), ("backward", ""), ("recompute", False), ("head", "last")):
         message = f"is for a schedule by name, --schedule=auto decides it; leave --{name} out"
         self._check(name, getattr(self, name) == free, message)
     slow = self.slow_axis in ("", *SLOW)
     self._check("slow_axis", slow, f"cannot lie between hosts; use {' or '.join(SLOW)}")
+    self._moe()  # raises for what is impossible
     self._check("run_dir", bool(self.run_dir), "names no folder; use --run_dir=runs/NAME")
     self.profile_range()
 
@@ -202,6 +207,7 @@ class Config:
   def _moe(self) -> MoeConfig | None:
     """The experts, if there are any."""
     if not self.experts:
+      self._check("expert_axes", self.expert_axes == "expert", "is for --experts; give them, too")
       return None
     with naming(*self.flags("experts", "top_k", "capacity_factor", "expert_axes")):
       return MoeConfig(

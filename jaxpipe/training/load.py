@@ -81,7 +81,11 @@ def load(run_dir: str | os.PathLike[str]) -> LoadedRun:
     raise ConfigError(f"--run_dir={run_dir}: no checkpoint yet; let the run reach its first one")
   # Sizes the vocabulary; the configuration alone does not, where a file did.
   tokenizer = folder.tokenizer()
-  stack = transformer(record.config.model(tokenizer.vocabulary_size))
+  model = record.config.model(tokenizer.vocabulary_size)
+  if model.moe:
+    # With a capacity, positions that are not drawn yet would take slots from those that are.
+    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, capacity_factor=0))
+  stack = transformer(model)
   device = SingleDeviceSharding(jax.local_devices()[0])
   params = checkpoints.restore_params(step, stack.param_shapes(), device)
   checkpoints.close()

@@ -86,7 +86,7 @@ class _Host:
         await reader.read()  # until it leaves
     if self._here.get(process) is writer:
       del self._here[process]
-      if not self._here:
+      if not self._here and self._answer.done():
         self._left.set()
     writer.close()
 

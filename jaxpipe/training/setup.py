@@ -124,7 +124,8 @@ def build(config: Config) -> Setup:
   if config.schedule == AUTO:
     choice = choose(config, mesh, stack, shapes, optimizer)
     schedule = choice.schedule
-  with naming(*config.flags("mesh", "width", "mlp_width", "tokenizer", "head")):
+  widths = ("mlp_width", *["shared_width"] * bool(config.shared_width))
+  with naming(*config.flags("mesh", "width", *widths, "tokenizer", "head")):
     param_specs(stack.param_shapes(), stack, schedule, mesh)
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
@@ -239,6 +240,7 @@ def _check_positions(config: Config, mesh: Mesh) -> None:
   """Raises ConfigError where the mesh cannot cut heads, experts or positions evenly."""
   sizes = dict(mesh.shape)
   optional = ["ulysses"] * (config.ulysses > 1) + ["experts"] * bool(config.experts)
+  optional += ["expert_axes", "sequence_parallel"] * (config.expert_axes != "expert")
   with naming(*config.flags("mesh", "heads", "kv_heads", *optional)):
     check_sizes(config.model(vocabulary_size=1), sizes)
   T, c = config.sequence_length, sizes[SEQUENCE]

@@ -21,7 +21,8 @@ class StepResult(NamedTuple):
   """Scalars of one step, still on the device.
 
   Attributes:
-    loss: mean over the targets, in nats per token.
+    loss: what is minimised: mean over the targets, in nats per token, and with experts the losses
+      of their routers besides, which a validation loss does not have.
     grad_norm: global norm before clipping.
     learning_rate: that the update took.
     metrics: the head's own, summed over the targets.

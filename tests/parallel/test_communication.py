@@ -121,6 +121,26 @@ def test_zeropp_gathers_a_stage_twice_a_unit():
   assert size == pytest.approx(times * stage)
 
 
+def test_gathering_by_the_unit_takes_less_memory_than_once_a_step():
+  """The ring of weights has a slot for what is gathered, and none for what never arrives."""
+  mesh = jaxpipe.make_mesh("stage:2,fsdp:2")
+  stack = transformer(
+    TransformerConfig(vocabulary_size=16, layers=8, width=64, heads=2, kv_heads=2)
+  )
+  plan = jaxpipe.make_schedule("zeropp", devices=2, microbatches=4, chunks=2)
+  whole = [[t for t in row if t[1] not in "GX"] for row in plan.tokens()]
+  tokens = np.zeros((8, 4), np.int32)
+  batch = {"tokens": tokens, "targets": tokens, "weights": np.ones((8, 4), np.float32)}
+
+  def temporary(plan):
+    params = stack.init(jax.random.key(0), batch, plan, mesh)
+    step = jaxpipe.pipeline_value_and_grad(stack, plan, mesh, unroll="none")
+    compiled = jax.jit(step).lower(params, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporary(plan) < temporary(jaxpipe.Schedule.from_tokens(whole))
+
+
 def test_experts_exchange_twice_forward_and_twice_backward():
   moe = MoeConfig(experts=8, top_k=2, capacity_factor=1.0, group=16, balance=0.1, z=0.1)
   found = sent("stage:1,expert:4", moe=moe)

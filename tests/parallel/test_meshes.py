@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 
@@ -82,6 +84,48 @@ def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
     unroll="none",
   )
   assert report.ok, report
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+  "mesh, schedule, changes",
+  [
+    ("stage:2,sequence:2,tensor:2", "zb-h1", dict(positions_cut=True, ulysses=2)),
+    ("stage:2,sequence:2,tensor:2", "1f1b", dict(logits_chunk=2)),
+    ("stage:2,fsdp:2,expert:2", "zeropp", dict(experts=("expert",))),
+    ("stage:2,sequence:4", "1f1b", dict(experts=("sequence",))),
+  ],
+)
+def test_meshes_of_every_axis(float64, mesh, schedule, changes):
+  changes = dict(changes)
+  if axes := changes.pop("experts", None):
+    changes["moe"] = MoeConfig(
+      experts=4, top_k=2, capacity_factor=0, group=0, balance=0.1, z=0.01, axes=axes
+    )
+  stack = tiny.stack(4, width=16, heads=4, kv_heads=2, mlp_width=16, **changes)
+  plan = jaxpipe.make_schedule(schedule, devices=2, microbatches=4)
+  batch = {**tiny.batch(16, 8), "segments": np.arange(8)[None].repeat(16, 0) // 5}
+  report = jaxpipe.check(stack, plan, jaxpipe.make_mesh(mesh), batch, unroll="none")
+  assert report.ok, report
+
+
+@pytest.mark.parametrize(
+  "mesh, schedule, moe",
+  [("stage:2,sequence:2,tensor:2", "1f1b", False), ("stage:2,fsdp:2,expert:2", "zeropp", True)],
+)
+def test_evaluation_on_a_mesh_is_that_of_one_device(float64, mesh, schedule, moe):
+  """Its program has forwards only: of what W reads, nothing is known."""
+  options = dict(experts=4, top_k=2, capacity_factor=0, group=0, balance=0.1, z=0.01)
+  shape = dict(width=16, heads=4, kv_heads=2, mlp_width=16, dropout=0.0)
+  stack = tiny.stack(4, **shape, moe=MoeConfig(**options) if moe else None)
+  plan, on = jaxpipe.make_schedule(schedule, devices=2, microbatches=4), jaxpipe.make_mesh(mesh)
+  batch = tiny.batch(16, 8)
+  params = stack.init(jax.random.key(0), batch)
+  (want, metrics), _ = jaxpipe.reference_value_and_grad(stack, 4)(params, batch)
+  placed = jaxpipe.place(params, stack, plan, on)
+  loss, found = jaxpipe.pipeline_forward(stack, plan, on)(placed, batch)
+  assert abs(loss - want) < 1e-12
+  assert all(abs(found[name] - metrics[name]) < 1e-12 for name in metrics)
 
 
 @pytest.mark.slow

@@ -123,6 +123,19 @@ ERRORS = [
     " impossible; use 1 to 4",
   ),
   (
+    {"experts": 4, "expert_axes": "fsdp"},
+    "--experts=4 --top_k=2 --capacity_factor=0.0 --expert_axes=fsdp: experts cannot lie over"
+    " ['fsdp']; the axes are data, expert, sequence, tensor",
+  ),
+  (
+    {"experts": 4, "head": "sharded"},
+    "--experts=4 cannot be combined with --head=sharded; use --head=last, or leave it out",
+  ),
+  (
+    {"expert_axes": "sequence"},
+    "--expert_axes=sequence is for --experts; give them, too",
+  ),
+  (
     {"logits_chunk": 3},
     "--logits_chunk=3 --sequence_length=16 --mesh=stage:4: 16 positions cannot be cut into"
     " chunks of 3 logits; use 2, or 0",
