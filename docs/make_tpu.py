@@ -3,8 +3,8 @@
     .venv/bin/pip install -e '.[tpu]'
     .venv/bin/python docs/make_tpu.py [NAME ...]
 
-Runs experiments/compile_tpu.py once a row, about half a minute each, `auto` some more, at most 2 GB
-of memory, and puts what it reports into a table. Given names, it runs those rows alone, and leaves
+Runs experiments/compile_tpu.py once a row, about half a minute each, `auto` and the last two some
+minutes, at most 8 GB of memory, and puts what it reports into a table. Given names, it runs those rows alone, and leaves
 the others as they stand on the page, if they are of the same versions and commands.
 """
 
@@ -38,6 +38,8 @@ ROWS = {
   "6.6B 1f1b auto": f"{MIDDLE} --schedule=1f1b",
   "6.6B zb-h1": f"{MIDDLE} --schedule=zb-h1 --unroll=none",
   "175B 1f1b": f"{LARGE} --schedule=1f1b --unroll=none",
+  "1T tensor": "--model=megatron-1t --unroll=none",
+  "733B experts": "--model=deepseek-v3",
 }
 
 TEXT = """# Training steps compiled for TPUs
@@ -62,6 +64,10 @@ libtpu {libtpu}. Written by `.venv/bin/python docs/make_tpu.py`.
   matrix units, devices wait for their neighbours every tick, and a transfer takes no time. Branches
   that belong to no action are not in them. Known only where all ticks are turns of one loop. No
   step was measured.
+
+The last two rows lie over 1,024 chips: a model of Megatron-LM's largest shape over stage:64, data:2
+and tensor:8, with positions cut over `tensor`; and one of DeepSeek-V3's shape (experts in all of 64
+layers, grouped heads in place of its latent attention) over stage:16, fsdp:2 and expert:32.
 
 The rows:
 
