@@ -163,28 +163,22 @@ def _cut(specs: Tree, tree: Tree) -> Tree:
 
 def gather_fsdp(specs: Tree, tree: Tree) -> Tree:
   """Leaves whole along `fsdp`, given this device's pieces; inside `shard_map`."""
-
-  def whole(spec: Spec, leaf: jax.Array) -> jax.Array:
-    for dim in _fsdp_dims(spec):
-      leaf = axis.gather(leaf, FSDP, dim)
-    return leaf
-
-  return jax.tree.map(whole, specs, tree)
+  return _along_fsdp(axis.gather, specs, tree)
 
 
 def scatter_fsdp(specs: Tree, tree: Tree) -> Tree:
   """Its transpose: adds over `fsdp`, and keeps this device's pieces."""
+  return _along_fsdp(axis.scatter, specs, tree)
 
-  def piece(spec: Spec, leaf: jax.Array) -> jax.Array:
-    for dim in _fsdp_dims(spec):
-      leaf = axis.scatter(leaf, FSDP, dim)
+
+def _along_fsdp(move: Callable[..., jax.Array], specs: Tree, tree: Tree) -> Tree:
+  def one(spec: Spec, leaf: jax.Array) -> jax.Array:
+    for dim, entry in enumerate(spec):
+      if FSDP in axes_of_entry(entry):
+        leaf = move(leaf, FSDP, dim)
     return leaf
 
-  return jax.tree.map(piece, specs, tree)
-
-
-def _fsdp_dims(spec: Spec) -> list[int]:
-  return [dim for dim, entry in enumerate(spec) if FSDP in axes_of_entry(entry)]
+  return jax.tree.map(one, specs, tree)
 
 
 def map_param_trees(fn: Callable[[Tree], Tree], tree: Tree, other: Callable[[Any], Any]) -> Tree:

@@ -29,7 +29,7 @@ from jaxpipe.parallel.placing import (
   scatter_fsdp,
 )
 from jaxpipe.parallel.rules import axes_of_entry
-from jaxpipe.pipeline.batch import microbatches
+from jaxpipe.pipeline.batch import microbatches, rows_spec
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.local import Local, State, Totals
 from jaxpipe.pipeline.lower import lower
@@ -173,12 +173,10 @@ class Pipeline:
 
   def over_mesh(self, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     """`local(params, batch, key)` on every device, each with its own part of all three."""
-    shape = dict(self.mesh.shape)
-    rows = tuple(axis for axis in ROWS if shape.get(axis, 1) > 1) or None
     return jax.shard_map(
       local,
       mesh=self.mesh,
-      in_specs=(self.specs, Spec(None, rows), Spec()),
+      in_specs=(self.specs, rows_spec(self.mesh), Spec()),
       out_specs=out_specs,
     )
 
