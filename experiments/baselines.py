@@ -179,7 +179,7 @@ def rematerialized_stage(
     int32 numbers of stage and microbatch; `batch_M` the batch, leaves `[M, rows, ...]`.
   """
   policy = residual_policy(residuals)
-  keep = dots if policy.layer is _DOTS else policy.layer
+  keep = dots if policy.layer is residual_policy("dots").layer else policy.layer
 
   def stage(params: Tree, x: Tree, s: jax.Array, m: jax.Array, batch_M: Tree, key: Any) -> Tree:
     rows = jnp.arange(jax.tree.leaves(x)[0].shape[0], dtype=jnp.int32)
