@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import jaxpipe
 from jaxpipe.models.cross_entropy import cross_entropy, look_up
+from jaxpipe.pipeline.interpret import bodies
 
 B, T, D, V = 2, 64, 8, 16
 
@@ -91,3 +92,21 @@ def test_an_id_without_a_row_is_nan_on_a_cut_table_as_on_a_whole_one():
   )
   for rows in (look_up(table, ids), cut(table)):
     assert jnp.isnan(rows).all(axis=-1).tolist() == [[False, False, True]]
+
+
+def largest(jaxpr):
+  """Elements of the largest array that a program makes, loops and calls included."""
+  sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars]
+  return max([0, *sizes, *(largest(body) for e in jaxpr.eqns for body in bodies(e))])
+
+
+def test_no_array_of_tokens_and_vocabulary_is_ever_whole():
+  h, table, targets, weights = arrays(jnp.float32)
+
+  def most(chunk):
+    loss = lambda h, table: cross_entropy(h, table, targets, weights, chunk).loss  # noqa: E731
+    return largest(jax.make_jaxpr(jax.grad(loss, (0, 1)))(h, table).jaxpr)
+
+  assert most(0) >= B * T * V
+  # The largest are then the activations themselves.
+  assert most(8) == B * T * D < B * T * V

@@ -109,6 +109,14 @@ def test_meshes_of_every_axis(float64, mesh, schedule, changes):
   assert report.ok, report
 
 
+def test_a_vocabulary_over_stages_beside_cut_weights_rows_and_positions(float64):
+  stack = tiny.stack(4, width=16, heads=4, kv_heads=2, mlp_width=16, ulysses=2)
+  plan = jaxpipe.make_schedule("1f1b", devices=2, microbatches=4, head="sharded")
+  mesh = jaxpipe.make_mesh("stage:2,fsdp:2,sequence:2")
+  report = jaxpipe.check(stack, plan, mesh, tiny.batch(16, 8), unroll="none")
+  assert report.ok, report
+
+
 @pytest.mark.parametrize(
   "mesh, schedule, moe",
   [("stage:2,sequence:2,tensor:2", "1f1b", False), ("stage:2,fsdp:2,expert:2", "zeropp", True)],
