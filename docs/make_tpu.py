@@ -4,8 +4,9 @@
     .venv/bin/python docs/make_tpu.py [NAME ...]
 
 Runs experiments/compile_tpu.py once a row, about half a minute each, `auto` and the last two some
-minutes, at most 8 GB of memory, and puts what it reports into a table. Given names, it runs those rows alone, and leaves
-the others as they stand on the page, if they are of the same versions and commands.
+minutes, at most 8 GB of memory, and puts what it reports into a table. Given names, it runs those
+rows alone, and leaves the others as they stand on the page, if they are of the same versions and
+commands.
 """
 
 import importlib.metadata

@@ -178,7 +178,7 @@ MESHES = [
   ("expert:8", ("expert",), False),
   ("data:2,expert:2", ("data", "expert"), False),
   ("data:2,expert:2", ("expert", "data"), False),
-  ("data:2,fsdp:2,expert:2", ("fsdp",), False),
+  ("data:2,fsdp:2,expert:2", ("data",), False),
   ("data:4", (), False),
   ("sequence:8", ("sequence",), False),
   ("expert:2,sequence:4", ("expert",), False),

@@ -18,6 +18,8 @@ from jaxpipe.pipeline.traffic import traffic
 
 WIDE = 8  # of a small layer
 ROWS = 16
+# Layers that share work and have no parameter that is cut.
+WHOLE = jaxpipe.Rules(axes=frozenset({"tensor", "sequence"}), dims=[(".*", None)])
 
 
 # Groups.
@@ -333,7 +335,7 @@ def talking(say, mesh, name="zb-h1", layers=4, microbatches=4, **options):
   """A compiled step of layers that say something, its mesh and its schedule."""
   mesh = jaxpipe.make_mesh(mesh)
   layer = lambda rngs: Layer(say, rngs)  # noqa: E731 - one object, so that layers are one kind
-  stack = jaxpipe.LayerStack(embed=Embed, layers=[layer] * layers, head=Head)
+  stack = jaxpipe.LayerStack(embed=Embed, layers=[layer] * layers, head=Head, rules=WHOLE)
   schedule = jaxpipe.make_schedule(name, devices=mesh.shape["stage"], microbatches=microbatches)
   batch = {"x": jnp.ones((ROWS, 3))}
   return compiled(stack, schedule, mesh, batch, **options), mesh, schedule
@@ -353,8 +355,8 @@ def transformer(mesh, name, **options):
 
 
 def test_gradients_are_added_once_a_step(float64):
-  text, mesh, schedule = transformer("stage:2,data:2,fsdp:2", "1f1b", unroll="none")
-  over = ("data", "fsdp")
+  text, mesh, schedule = transformer("stage:2,data:2,expert:2", "1f1b", unroll="none")
+  over = ("data", "expert")
   found = collectives(text, mesh)
   assert {(c.scope, c.times) for c in found if c.kind == "all-reduce"} == {(None, 1)}
   stack = tiny.stack(4)
@@ -445,7 +447,7 @@ def test_what_is_said_at_the_ends_runs_there():
       return axes.total(jnp.sin(super().__call__(batch)), "tensor")
 
   layer = lambda rngs: Layer(silent, rngs)  # noqa: E731
-  stack = jaxpipe.LayerStack(embed=Asking, layers=[layer] * 4, head=Telling)
+  stack = jaxpipe.LayerStack(embed=Asking, layers=[layer] * 4, head=Telling, rules=WHOLE)
   schedule = jaxpipe.make_schedule("zb-h1", devices=2, microbatches=4)
   text = compiled(stack, schedule, mesh, {"x": jnp.ones((ROWS, 3))}, unroll="none")
   rows = {row.path: row.runs for row in traffic(text, mesh, schedule).rows if row.path}

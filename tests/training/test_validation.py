@@ -18,10 +18,10 @@ def test_every_target_counts_once_by_its_bytes(tmp_path: Path, count: int) -> No
   batches = EvaluationBatches(open_bin(tmp_path / "t.bin"), 2, 8)
   lengths = np.arange(1, 12, dtype=np.int32)
 
-  def evaluate(params: float, batch: dict[str, Any]) -> tuple[float, None]:
+  def evaluate(params: float, batch: dict[str, Any]) -> tuple[float, dict[str, float]]:
     # As if the loss of target t were t nats.
     weights = batch["weights"]
-    return params * float((batch["targets"] * weights).sum() / weights.sum()), None
+    return params * float((batch["targets"] * weights).sum() / weights.sum()), {}
 
   tokenizer: Any = SimpleNamespace(byte_lengths=lengths)
   validate = make_validation(evaluate, batches, tokenizer, lambda batch: batch)
