@@ -11,7 +11,6 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import pathlib
@@ -24,12 +23,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 import jaxpipe
 from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
 from jaxpipe.parallel import formulas
-from jaxpipe.parallel.placing import param_specs
-from jaxpipe.parallel.rules import axes_of_entry, local_shape
+from jaxpipe.parallel.placing import shardings
 from jaxpipe.pipeline.matmuls import flops_of_actions, flops_of_step
 from jaxpipe.pipeline.traffic import Traffic, module_of, traffic
 
@@ -129,8 +128,7 @@ def measure(text: str) -> Seen:
   ends = {path: flops for path, flops in actions.items() if path and path[-1] == "last_stage"}
   stages = {path: flops for path, flops in actions.items() if path and path[-1] in "FBIWR"}
   shapes = stack.param_shapes()
-  specs = param_specs(shapes, stack, schedule, mesh)
-  summed = jax.tree.map(functools.partial(sum_bytes, dict(mesh.shape)), specs, shapes)
+  summed = jax.tree.map(sum_bytes, shardings(shapes, stack, schedule, mesh), shapes)
   return Seen(
     mesh=dict(mesh.shape),
     layers=max(flops_of_step(stages, schedule)),
@@ -140,11 +138,10 @@ def measure(text: str) -> Seen:
   )
 
 
-def sum_bytes(sizes: dict[str, int], spec: Any, leaf: Any) -> float:
+def sum_bytes(place: NamedSharding, leaf: Any) -> float:
   """Bytes that summing one parameter's gradient takes: of its piece, over the axes not in it."""
-  piece = math.prod(local_shape(spec, leaf.shape, sizes))
-  cut = {axis for entry in spec for axis in axes_of_entry(entry)}
-  return formulas.data(piece, math.prod(n for axis, n in sizes.items() if axis not in cut))
+  piece = math.prod(place.shard_shape(leaf.shape))
+  return formulas.data(piece, place.mesh.size * piece // math.prod(leaf.shape))
 
 
 def flops_row(seen: Seen) -> tuple[str, ...]:

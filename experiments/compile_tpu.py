@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 import jaxpipe
 from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
 from jaxpipe.pipeline.compiled import read_compiled
-from jaxpipe.pipeline.lower import lower
+from jaxpipe.pipeline.executor import lower_on
 from jaxpipe.pipeline.places import SCOPES
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.pipeline.unroll import cut
@@ -224,8 +224,8 @@ def compile_and_read(job: Job) -> dict[str, Any]:
 
 def one_loop(job: Job) -> bool:
   """Whether every tick is a turn of one loop, so that cycles are known by the tick."""
-  keeps_input = residual_policy(job.config.residuals).stage_input
-  program = lower(job.schedule, keeps_input=keeps_input, slack=job.config.slack)
+  policy = residual_policy(job.config.residuals)
+  program = lower_on(job.schedule, job.mesh, policy, job.config.slack)
   segments = cut(program, job.config.unroll)
   return len(segments) == 1 and not segments[0].straight
 

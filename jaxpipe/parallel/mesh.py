@@ -13,6 +13,7 @@ for its peers several times a layer. Every mesh has all six, most of them of one
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,23 +134,25 @@ def _grid(
     return _near(shape, devices)
   if slow not in SLOW:
     raise MeshError(f"axis {slow!r} cannot lie on the slow network; use {' or '.join(SLOW)}")
-  groups: dict[int, list[Any]] = {}
-  for device in devices:
-    # Hosts of one TPU slice share its fast network.
-    one = getattr(device, "slice_index", None)
-    groups.setdefault(device.process_index if one is None else one, []).append(device)
-  axis, members = AXES.index(slow), {len(group) for group in groups.values()}
-  if len(members) > 1:
+  # Hosts of one TPU slice share its fast network.
+  sliced = getattr(devices[0], "slice_index", None) is not None
+  sizes = collections.Counter(d.slice_index if sliced else d.process_index for d in devices)
+  if len(members := sorted(set(sizes.values()))) > 1:
+    raise MeshError(f"mesh {text}: hosts have {members} devices of it; use as many of every host")
+  axis, groups = AXES.index(slow), len(sizes)
+  if shape[axis] % groups:
     raise MeshError(
-      f"mesh {text}: hosts have {sorted(members)} devices of it; use as many of every host"
+      f"mesh {text}: {groups} hosts or slices do not divide {slow}:{shape[axis]}; use"
+      f" {slow}:{-(-shape[axis] // groups) * groups}, or another slow axis"
     )
-  if shape[axis] % len(groups):
-    raise MeshError(
-      f"mesh {text}: {len(groups)} hosts or slices do not divide {slow}:{shape[axis]}; use"
-      f" {slow}:{-(-shape[axis] // len(groups)) * len(groups)}, or another slow axis"
-    )
-  inner = tuple(n // len(groups) if i == axis else n for i, n in enumerate(shape))
-  return np.concatenate([_near(inner, groups[g]) for g in sorted(groups)], axis=axis)
+  outer = [groups if i == axis else 1 for i in range(len(shape))]
+  return mesh_utils.create_hybrid_device_mesh(
+    [n // m for n, m in zip(shape, outer, strict=True)],
+    outer,
+    devices,
+    process_is_granule=not sliced,
+    allow_split_physical_axes=True,
+  )
 
 
 def _near(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:

@@ -84,16 +84,15 @@ class Rules:
     Raises:
       ValueError: no rule covers it though an axis wants one, or a dim does not divide.
     """
-    shared = [axis for axis in (TENSOR,) if sizes.get(axis, 1) > 1]
     names = self.names(path, len(shape))
-    if names is None and shared:
+    if names is None and sizes.get(TENSOR, 1) > 1:
       raise ValueError(
-        f"parameter {path} {list(shape)}: no rule says how it lies over"
-        f" {shared[0]}:{sizes[shared[0]]}; name its dims in the stack's Rules, or add ({path!r},"
-        " None) to replicate it on purpose"
+        f"parameter {path} {list(shape)}: no rule says how it lies over {TENSOR}:{sizes[TENSOR]};"
+        f" name its dims in the stack's Rules, or add ({path!r}, None) to replicate it on purpose"
       )
-    cut = [self._axes(name, sizes) for name in names or (None,) * len(shape)]
-    for name, axes, n in zip(names or (), cut, shape, strict=False):
+    names = names or (None,) * len(shape)
+    cut = [self._axes(name, sizes) for name in names]
+    for name, axes, n in zip(names, cut, shape, strict=True):
       _check_divides(path, name, n, axes, sizes)
     return Spec(*_with_fsdp(path, shape, cut, sizes))
 
@@ -119,18 +118,12 @@ def check_axes(rules: Rules, sizes: Mapping[str, int]) -> None:
       raise ValueError(
         f"mesh axis {axis}:{sizes[axis]}: the stack's modules do not share work over it (they do"
         f" over {able}), all its devices would do the same; use {axis}:1, or write the modules with"
-        f" jaxpipe.parallel.axes and give LayerStack(rules=Rules(axes=...))"
+        " jaxpipe.parallel.axes and give LayerStack(rules=Rules(axes=...))"
       )
   rules.check(sizes)
 
 
-def local_shape(spec: Spec, shape: Sequence[int], sizes: Mapping[str, int]) -> tuple[int, ...]:
-  """The shape of one device's piece."""
-  entries = [*spec, *(None for _ in range(len(shape) - len(spec)))]
-  return tuple(n // pieces(entry, sizes) for n, entry in zip(shape, entries, strict=True))
-
-
-def pieces(entry: Any, sizes: Mapping[str, int]) -> int:
+def _pieces(entry: Any, sizes: Mapping[str, int]) -> int:
   """In how many pieces one entry of a spec cuts its dim."""
   return math.prod(sizes.get(axis, 1) for axis in axes_of_entry(entry))
 
@@ -149,7 +142,7 @@ def _with_fsdp(
   n = sizes.get(FSDP, 1)
   cut = list(cut)
   if n > 1 and not any(FSDP in axes for axes in cut):
-    left = [dim // pieces(axes, sizes) for dim, axes in zip(shape, cut, strict=True)]
+    left = [dim // _pieces(axes, sizes) for dim, axes in zip(shape, cut, strict=True)]
     fits = [d for d in range(len(shape)) if left[d] % n == 0]
     if not fits and math.prod(shape) > 1:
       near = [k for k in range(1, n) if any(dim % k == 0 for dim in left)]
@@ -167,7 +160,7 @@ def _with_fsdp(
 def _check_divides(
   path: str, name: str | None, n: int, axes: tuple[str, ...], sizes: Mapping[str, int]
 ) -> None:
-  count = pieces(axes, sizes)
+  count = _pieces(axes, sizes)
   if n % count:
     fits = [k for k in range(1, n + 1) if n % k == 0]
     near = min(fits, key=lambda k: (abs(k - count), k))

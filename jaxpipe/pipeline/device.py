@@ -188,9 +188,8 @@ class Device:
     if self.local.program.keeps_input:
 
       def forward(storage: Storage) -> tuple[Leaves, Storage]:
-        return [], self.stage.forward(self.call(state, now), self.ends.input(state, now), storage)[
-          1
-        ]
+        x = self.ends.input(state, now)
+        return [], self.stage.forward(self.call(state, now), x, storage)[1]
 
       return self.act(state, now, Kind.R, forward, [])[1]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-from jax import lax
 from jax.extend import core
 
 Var = core.Var
@@ -36,11 +34,6 @@ _NAMING = "name"
 
 def bind(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
   """The rule that changes nothing."""
-  if equation.primitive.name == "pvary":
-    # What was saved for a later action has come to vary over all axes on the way.
-    have = jax.typeof(args[0]).manual_axis_type.varying
-    missing = tuple(axis for axis in equation.params["axes"] if axis not in have)
-    return [lax.pcast(args[0], missing, to="varying") if missing else args[0]]
   params = equation.primitive.get_bind_params(equation.params)
   with equation.ctx.manager:
     out = equation.primitive.bind(*args, **params)

@@ -15,8 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import FSDP
-from jaxpipe.parallel.placing import map_param_trees
-from jaxpipe.parallel.rules import pieces
+from jaxpipe.parallel.placing import map_param_trees, shardings
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.executor import Pipeline, lower_on
@@ -120,15 +119,11 @@ def memory_report(
     return ()
 
   shapes = stack.param_shapes()
-  sizes = dict(mesh.shape)
+  places = shardings(shapes, stack, schedule, mesh)
 
   def stored(params: Tree) -> int:
-    shares = jax.tree.map(
-      lambda spec, leaf: _bytes(leaf) // math.prod(pieces(entry, sizes) for entry in spec),
-      pipeline.specs,
-      params,
-    )
-    return sum(jax.tree.leaves(shares))
+    here = lambda place, leaf: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize  # noqa: E731
+    return sum(jax.tree.leaves(jax.tree.map(here, places, params)))
 
   def state(params: Tree) -> Tree:
     return optimizer.init(jax.tree.map(lambda p: p.astype(wide(p.dtype)), params))

@@ -27,7 +27,9 @@ def bind_varying(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
   axes = axes_of(args)
   if not axes:
     return bind(equation, args)
-  rule = {"scan": _scan, "while": _while, "cond": _cond}.get(equation.primitive.name, bind)
+  rule = {"scan": _scan, "while": _while, "cond": _cond, "pvary": _pvary}.get(
+    equation.primitive.name, bind
+  )
   # An equation with a jaxpr of its own (a linear solver) may not know that its outputs vary.
   return vary(rule(equation, vary(args, axes)), axes)
 
@@ -105,6 +107,12 @@ def _while(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
 def _cond(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
   branches = [_inner(branch, axes_of(args)) for branch in equation.params["branches"]]
   return lax.switch(args[0], branches, *args[1:])
+
+
+def _pvary(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
+  # Of what varies along an axis already, JAX refuses to be told so again.
+  varied: Sequence[Any] = vary(args, equation.params["axes"])
+  return varied
 
 
 def _inner(jaxpr: Any, axes: Axes) -> Callable[..., list[Any]]:

@@ -35,7 +35,11 @@ def hosts(*sizes, slices=None):
   """Devices of several hosts, as JAX lists them."""
   return [
     SimpleNamespace(
-      platform="cpu", process_index=p, name=f"{p}.{i}", slice_index=slices[p] if slices else None
+      platform="cpu",
+      device_kind="cpu",
+      process_index=p,
+      name=f"{p}.{i}",
+      slice_index=slices[p] if slices else None,
     )
     for p, n in enumerate(sizes)
     for i in range(n)

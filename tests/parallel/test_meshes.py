@@ -38,16 +38,13 @@ CASES = [
 
 
 def experts(i: int, sizes: dict[str, int]) -> MoeConfig | None:
-  """For every mesh with `expert`, and every third of the others, then over axes that others use."""
+  """For every mesh with `expert`, over other axes besides; whole for every third of the others."""
   cut = sizes[TENSOR] > 1 and _positions_cut(i)
-  over = {
-    0: (EXPERT,),
-    1: (EXPERT, SEQUENCE),
-    2: (EXPERT, TENSOR) if cut else ("data", EXPERT),
-  }[i % 3 if sizes[EXPERT] > 1 or i % 2 else 0]
+  last = (EXPERT, TENSOR) if cut else ("data", EXPERT)
+  over = ((EXPERT,), (EXPERT, SEQUENCE), last)[i % 3]
   if sizes[EXPERT] == 1 and i % 3:
     return None
-  # With a capacity that not all tokens fit; two positions are a run on every mesh.
+  # With a capacity that not all tokens fit; one position is a run on every mesh.
   capacity = dict(capacity_factor=0.75, group=1) if i % 2 else dict(capacity_factor=0, group=0)
   return MoeConfig(experts=8, top_k=2, balance=0.1, z=0.01, axes=over, **capacity)
 
