@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ class Packed:
     sizes = stage_sizes(stack, schedule.stages)
     names, ends = list(stack.pieces.parts), [0, *_cumulative(sizes)]
     layers = names[1:-1]
-    stages = [layers[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    stages = [layers[a:b] for a, b in itertools.pairwise(ends)]
     stages[0] = [names[0], *stages[0]]
     stages[-1] = [*stages[-1], names[-1]]
     of = lambda trees: tuple(Flat.of({p: trees[p] for p in stage}) for stage in stages)  # noqa: E731

@@ -68,7 +68,7 @@ class Part:
           f"{name} holds the array {'/'.join(map(str, path))} outside any nnx.Param: compute it in"
           " __call__, or make it a module-level constant"
         )
-    graph, params, state = nnx.split(module, trainable, ...)
+    graph, params, state = split_module(module, trainable)
     for path, variable in nnx.to_flat_state(state):
       if issubclass(variable.type, nnx.RngState):
         raise StackError(
@@ -117,7 +117,7 @@ class Part:
     over = tuple(axis for axis in ROWS if axes.size(axis) > 1)
     for _, one in nnx.iter_graph(module):
       if over and isinstance(one, nnx.BatchNorm) and one.axis_name is None:
-        one.axis_name = over
+        one.axis_name = over  # type: ignore[assignment]  # several names are as good as one
     out = module(*args)
     return out, nnx.to_pure_dict(nnx.state(module, nnx.Not(self.trainable)))
 
@@ -147,9 +147,15 @@ def _is_linen(factory: Any) -> bool:
   )
 
 
+def split_module(module: nnx.Module, trainable: Any) -> tuple[Any, Any, Any]:
+  """The module's static half, its parameters and all its other variables."""
+  graph, params, *others = nnx.split(module, trainable, ...)
+  return graph, params, others[0]
+
+
 def fresh(factory: Factory, key: jax.Array, trainable: Any = nnx.Param) -> tuple[Tree, Tree]:
   """Fresh parameters and state of one module, nested dicts of arrays."""
-  _, params, state = nnx.split(factory(nnx.Rngs(key)), trainable, ...)
+  _, params, state = split_module(factory(nnx.Rngs(key)), trainable)
   return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
 

@@ -146,8 +146,8 @@ class Pieces:
     if piece == "head":
       out, after = part.run(params, state, training, x, inputs["batch"])
       return sums(out), after
-    layer = {**inputs, "layer": layer_number(piece)}
-    return part.run(params, state, training, x, Context.create(training, **layer))
+    inputs = {**inputs, "layer": layer_number(piece)}
+    return part.run(params, state, training, x, Context.create(training, **inputs))
 
   def try_piece(self, piece: str, *args: Tree) -> Tree:
     """Shapes of what an end returns.

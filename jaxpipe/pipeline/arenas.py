@@ -121,9 +121,9 @@ class Arenas:
     for action, (d, tick) in program.at.items():
       for r, rows in self.rows[action.stage].items():
         name = f"{action.stage}/{r}"
-        number = slot.get((name, d, (action.microbatch,)))
-        if number is not None:
-          table[tick, d, r] = base[d, name] + number * rows
+        at = (name, d, (action.microbatch,))
+        if at in slot:
+          table[tick, d, r] = base[d, name] + slot[at] * rows
     return table, tuple(int(n) for n in lengths.max(0, initial=0))
 
   def _stays(self, program: Program) -> Iterator[Stay]:

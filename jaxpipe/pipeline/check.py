@@ -125,9 +125,11 @@ def check(
   if stack.has_state:
     given = (stack.init_state(key, batch) if state is None else state,)
   placed = (place(tree, stack, schedule, mesh) for tree in given)
+  after: list[Tree]
+  true_after: list[Tree]
   (loss, metrics, *after), grads = step(place(params, stack, schedule, mesh), batch, key, *placed)
   (true_loss, true_metrics, *true_after), true_grads = reference(params, batch, key, *given)
-  after = [unplace(tree, stack, schedule) for tree in after]
+  states = [unplace(tree, stack, schedule) for tree in after], true_after
   if tolerance is None:
     coarsest = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     tolerance = {8: 1e-12, 4: 1e-5}.get(coarsest, 1e-2)
@@ -136,6 +138,6 @@ def check(
     errors=leaf_errors(unplace(grads, stack, schedule), true_grads),
     loss_error=_relative(loss, true_loss),
     metrics_error=max([0.0, *(_relative(got, want) for got, want in pairs)]),
-    state_errors=leaf_errors(after, true_after),
+    state_errors=leaf_errors(*states),
     tolerance=tolerance,
   )

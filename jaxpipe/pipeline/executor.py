@@ -65,9 +65,10 @@ def pipeline_value_and_grad(
       once a step, by a schedule without G.
     mesh: from `make_mesh`, its axis `stage` of `schedule.devices`. Rows of the batch lie over
       `data`, `fsdp` and `expert`; the stack's `rules` say what lies over the other axes.
-    residuals: what F keeps; by default `dots`, of unlike stages `full`: `dots` (matmuls with weights, never attention scores), `all`, `full`
-      (the stage's input alone), a policy of `jax.checkpoint_policies` by name or as a function, or
-      `names:A,B` for what `checkpoint_name` named; see `residuals`.
+    residuals: what F keeps: `dots` (matmuls with weights, never attention scores; the default),
+      `all`, `full` (the stage's input alone; the default of unlike stages), a policy of
+      `jax.checkpoint_policies` by name or as a function, or `names:A,B` for what `checkpoint_name`
+      named; see `residuals`.
     slack: ticks that a transfer may take beyond the one that sends it: with 1, it runs beside the
       next tick's work, and is used the tick after.
     unroll: `none`, one loop over all ticks; `ends`, loops over what is periodic and straight lines

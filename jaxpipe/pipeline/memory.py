@@ -22,7 +22,7 @@ from jaxpipe.pipeline.executor import Pipeline, default_residuals, lower_on
 from jaxpipe.pipeline.residuals import Policy, residual_policy
 from jaxpipe.pipeline.rings import wide
 from jaxpipe.pipeline.workspace import workspace
-from jaxpipe.schedules import Kind, Schedule
+from jaxpipe.schedules import Schedule
 
 Tree = Any
 
@@ -35,12 +35,12 @@ class MemoryReport:
   """Bytes that one device holds during a step, the same on every device.
 
   Attributes:
-    bytes: kind -> bytes. `parameters`, `optimizer`, `batch`; `state`, what modules hold that is not trained; `gradients`, sums over microbatches;
-      `gathered`, weights that the device works with for the whole step, where it owns less of them
-      (`fsdp`, replicas), and `weights`, those of the stages that G has gathered; `activations` and
-      `gradient_ring`, what travels between stages; `saved`, what actions leave for later ones;
-      `vocabulary`, what a shard of the head keeps; `workspace`, an estimate: the tick table, and
-      the inside of the action that needs most.
+    bytes: kind -> bytes. `parameters`, `optimizer`, `batch`; `state`, what is not trained;
+      `gradients`, sums over microbatches; `gathered`, weights that the device works with for the
+      whole step, where it owns less of them (`fsdp`, replicas), and `weights`, those of the stages
+      that G has gathered; `activations` and `gradient_ring`, what travels between stages; `saved`,
+      what actions leave for later ones; `vocabulary`, what a shard of the head keeps; `workspace`,
+      an estimate: the tick table, and the inside of the action that needs most.
     units: what an F, an I and a W change in what actions leave for later ones, over what F keeps:
       `memory` of `make_schedule`, with which schedules are planned within a limit.
     unit: bytes that F keeps of one stage and microbatch; 1 where it keeps nothing.

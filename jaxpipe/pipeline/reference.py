@@ -158,7 +158,8 @@ def _loss_of_pieces(
 
   def pieces(params: Tree, state: Tree) -> Any:
     own, old = stack.pieces.cut(params), stack.pieces.cut(state) if state else {}
-    x, after = None, {}
+    x: Any = None
+    after: dict[str, Tree] = {}
     for piece in stack.pieces.parts:
       run = functools.partial(stack.pieces.call, piece, training=True, inputs=inputs)
       kept = run if keep is None else jax.checkpoint(run, policy=keep)

@@ -120,6 +120,10 @@ class Stage:
     """Cells of every saved value of every stage and microbatch; see `Program.cells`."""
     return program.cells(self.layout.values)
 
+  def counted(self, pools: Pools) -> dict[str, jax.Array]:
+    """What F has made of the state: a uniform stack has none."""
+    return {}
+
   def saved_bytes(self) -> tuple[int, int]:
     """What F keeps of one stage and microbatch, and what W waits for."""
     cells = self.layout.pools
@@ -178,7 +182,7 @@ class Stage:
     def layer(j: Index, carry: tuple[Leaves, Tree]) -> tuple[Leaves, Tree]:
       (dy, grads), i = carry, self.layers - 1 - j
       out = self.split.backward(*call.given(i), *kept.read(self.split.backward.reads, i), *dy)
-      dx, dp = out[: self.split.dy_count], out[self.split.dy_count :]
+      dx, dp = out[: self.split.dx_count], out[self.split.dx_count :]
       return dx, _add(grads, dp, call.first_layer + i)
 
     return lax.fori_loop(0, self.layers, layer, (dy, grads))
@@ -199,7 +203,7 @@ class Stage:
     def layer(j: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
       (dy, made), i = carry, self.layers - 1 - j
       out = slice_(*call.given(i), *kept.read(slice_.reads, i), *dy)
-      dx, new = out[: self.split.dy_count], out[self.split.dy_count :]
+      dx, new = out[: self.split.dx_count], out[self.split.dx_count :]
       made = made.write(slice_.makes, i, new)
       return dx, made.write(staying, i, kept.read(staying, i))
 

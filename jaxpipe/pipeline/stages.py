@@ -26,7 +26,7 @@ from jaxpipe.pipeline.program import Program
 from jaxpipe.pipeline.residuals import Policy, Residuals
 from jaxpipe.pipeline.rings import Tree, wide
 from jaxpipe.pipeline.slices import LayerSplit
-from jaxpipe.pipeline.split import forward_only, split
+from jaxpipe.pipeline.split import Layer, forward_only, split
 from jaxpipe.pipeline.stage import Call
 from jaxpipe.pipeline.storage import Pools, Storage
 from jaxpipe.pipeline.varying import vary
@@ -370,26 +370,12 @@ def cut_stages(
     params, given = jax.eval_shape(
       functools.partial(stage_arguments, packed, s), rows, jnp.int32(0), shared, state, inputs
     )
-
-    def stage(params: Tree, inputs: Tree, x: Tree, s: int = s) -> tuple[Tree, Leaves]:
-      rest = {name: value for name, value in inputs.items() if name != "state"}
-      y, after = packed.run_stage(s, params, inputs["state"], x, training, rest)
-      return vary(jax.tree.map(jnp.asarray, (y, after)), local.axes)
-
-    def cut(keep: Policy | None, stage: Any = stage) -> LayerSplit:
-      # The forward that a backward runs again keeps all: nothing of it outlives the action.
-      keep = None if from_input else keep
-      return split(
-        stage,
-        params,
-        given,
-        x,
-        keep,
-        recompute=recompute,
-        from_input=from_input,  # noqa: B023
-      )
-
-    splits.append(policy.traced(cut) if policy else forward_only(stage, params, given, x))
+    stage = _stage_function(packed, s, training, local.axes)
+    if policy:
+      cut = functools.partial(_cut, stage, params, given, x, recompute, from_input)
+      splits.append(policy.traced(cut))
+    else:
+      splits.append(forward_only(stage, params, given, x))
     y, _ = jax.eval_shape(lenient(stage), params, given, x)
     x = local.zeros(y)
     boundaries.append(Flat.of(y))
@@ -401,6 +387,32 @@ def cut_stages(
   return Stages(
     *(packed, local, tuple(splits), tuple(boundaries), travels, layout, rereads, shared, state)
   )
+
+
+def _stage_function(packed: Any, s: int, training: bool, axes: Sequence[str]) -> Layer:
+  """Stage s as `split` wants a layer."""
+
+  def stage(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Leaves]:
+    rest = {name: value for name, value in inputs.items() if name != "state"}
+    y, after = packed.run_stage(s, params, inputs["state"], x, training, rest)
+    out: tuple[Tree, Leaves] = vary(jax.tree.map(jnp.asarray, (y, after)), axes)
+    return out
+
+  return stage
+
+
+def _cut(
+  stage: Layer,
+  params: Tree,
+  inputs: Tree,
+  x: Tree,
+  recompute: bool,
+  from_input: bool,
+  keep: Policy | None,
+) -> LayerSplit:
+  # The forward that a backward runs again keeps all: nothing of it outlives the action.
+  keep = None if from_input else keep
+  return split(stage, params, inputs, x, keep, recompute=recompute, from_input=from_input)
 
 
 def _row(shape: jax.ShapeDtypeStruct, length: int) -> jax.ShapeDtypeStruct:
