@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.models.flat import ROW, round_up
+from jaxpipe.parallel.flat import ROW, round_up
 from jaxpipe.pipeline.program import Program, find
 from jaxpipe.pipeline.slices import Saved
 from jaxpipe.pipeline.slots import Stay, colour

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.models.flat import Flat, read_span, widest, write_span
+from jaxpipe.parallel.flat import Flat, read_span, widest, write_span
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.arenas import Arenas
 from jaxpipe.pipeline.equations import lenient
