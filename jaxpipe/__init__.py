@@ -17,6 +17,7 @@ if TYPE_CHECKING:
   from jaxpipe.pipeline.check import check
   from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
   from jaxpipe.pipeline.memory import MemoryReport, memory_report
+  from jaxpipe.pipeline.packing import PackingReport, packing_report
   from jaxpipe.pipeline.pipelined import pipeline
   from jaxpipe.pipeline.reference import reference_value_and_grad
   from jaxpipe.schedules import (
@@ -54,6 +55,8 @@ _HOME = {
   "make_mesh": "jaxpipe.parallel.mesh",
   "make_schedule": "jaxpipe.schedules",
   "memory_report": "jaxpipe.pipeline.memory",
+  "PackingReport": "jaxpipe.pipeline.packing",
+  "packing_report": "jaxpipe.pipeline.packing",
   "pipeline": "jaxpipe.pipeline",  # the package, which can be called
   "pipeline_forward": "jaxpipe.pipeline.executor",
   "pipeline_value_and_grad": "jaxpipe.pipeline.executor",
