@@ -7,6 +7,8 @@ the schedule's own peak. So the objective here is the simulator's makespan, and 
 with.
 """
 
+import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -24,8 +26,9 @@ from jaxpipe.schedules.simulate import simulate
 from jaxpipe.schedules.spec import limit_by_device
 
 # Families whose order is the same whatever stages cost; the others plan around them.
-FIXED = frozenset(
-  "gpipe 1f1b interleaved-1f1b looped-bfs zb-h1 zb-h2 hanayo chimera bitpipe dualpipe".split()
+FIXED = (
+  *("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-h2"),
+  *("hanayo", "chimera", "bitpipe", "dualpipe"),
 )
 _Limit = float | Sequence[float] | None
 
@@ -37,11 +40,12 @@ def best(
   devices: int | None = None,
   microbatches: int | None = None,
   chunks: int | None = None,
+  backward: str | None = None,
   hop: float = 0,
   memory_limit: _Limit = None,
   empty: bool = False,
   effort: int = 20_000,
-  **options: object,
+  **options: int,
 ) -> Plan:
   """Cuts layers into stages so that a schedule's simulated step is shortest.
 
@@ -54,12 +58,13 @@ def best(
     devices: number of devices, P, for a name.
     microbatches: number of microbatches, M, for a name.
     chunks: stages per device, V, for a name; by default the family's own number.
+    backward: `fused`, `split` or `deferred`, for a name; by default the family's own way.
     hop: latency of sending between two devices, in the layers' unit of time.
     memory_limit: most that a device may hold, parameters and activations, in the layers' unit of
       memory; one number, or one per device.
     empty: whether stages may be empty where there are fewer layers than stages.
     effort: how many partitions and beginnings of them may be looked at.
-    options: further arguments of `make_schedule`, for a name.
+    options: what only this family understands, for a name.
 
   Returns:
     The best partition found; `proven` says whether there is no better one.
@@ -72,57 +77,74 @@ def best(
   >>> plan.partition.sizes, plan.makespan, plan.proven
   ((1, 3, 2), 54, True)
   """
-  order, limits = _order(
-    schedule, devices, microbatches, chunks, hop, memory_limit, len(layers), empty, options
-  )
-  return best_of_order(order, layers, limits=limits, hop=hop, empty=empty, effort=effort)
+  if isinstance(schedule, str):
+    if devices is None or microbatches is None:
+      raise ValueError(
+        f"{schedule} has no sizes with devices={devices}, microbatches={microbatches}; give both"
+      )
+    # As a function of any arguments, for what `options` holds is the family's affair.
+    make: Callable[..., Schedule] = make_schedule
+    build = functools.partial(
+      make,
+      schedule,
+      devices=devices,
+      microbatches=microbatches,
+      chunks=chunks,
+      backward=backward,
+      **options,
+    )
+    fixed = schedule in FIXED and backward != "deferred"
+    order, limits = _named(build, fixed, hop, memory_limit)
+  elif (devices, microbatches, chunks, backward) != (None,) * 4 or options:
+    raise ValueError("a schedule brings its own sizes and options; give them with a name only")
+  else:
+    order, limits = _given(schedule, hop, memory_limit)
+  return best_of_order(order, (layers,), limits=limits, hop=hop, empty=empty, effort=effort)
 
 
 def best_of_order(
   order: Order,
-  layers: Sequence[LayerCost],
+  models: Sequence[Sequence[LayerCost]],
   *,
   limits: tuple[float, ...],
   hop: float,
   empty: bool = False,
   effort: int = 20_000,
-  pinned: dict[int, int] | None = None,
 ) -> Plan:
-  """`best` for what a schedule answers; `pinned` stages must begin at these layers."""
-  layers = tuple(layers)
+  """`best` for what a schedule answers, of one model or several that share the stages evenly."""
+  layers = tuple(itertools.chain(*models))
   stages = order.placement.stages
-  least = least_size(len(layers), stages, empty)
-  finite = any(limit < math.inf for limit in limits)
-  conditions = order.memory_rows(limits) if finite else []
+  each = stages // len(models)
+  least = min(least_size(len(model), each, empty) for model in models)
+  firsts = itertools.accumulate(map(len, models), initial=0)
+  pinned = {i * each: first for i, first in enumerate(firsts)}
 
-  def partition(boundaries: Boundaries) -> Partition:
+  def partition(boundaries: Boundaries, method: str = "best") -> Partition:
     sizes = tuple(end - start for start, end in itertools.pairwise(boundaries))
-    return Partition(layers=layers, sizes=sizes, method="best")
+    return Partition(layers=layers, sizes=sizes, method=method)
+
+  def by_rule(rule: Callable[..., Partition]) -> Partition:
+    parts = [rule(model, each, empty=empty).sizes for model in models]
+    return Partition(layers=layers, sizes=tuple(itertools.chain(*parts)))
 
   def judge(boundaries: Boundaries) -> tuple[float, Row | None]:
     found = partition(boundaries)
     return order.makespan(found), order.decisive(found)
 
-  search = Minimax(
-    sums=_sums(layers),
-    stages=stages,
-    least=least,
-    rows=[*order.rows(), *conditions],
-    judge=judge,
-    pinned=pinned,
-  )
-  starts = [rule(layers, stages, empty=empty).boundaries for rule in RULES.values()]
+  conditions = order.memory_rows(limits) if min(limits) < math.inf else []
+  make = functools.partial(Minimax, sums=_sums(layers), stages=stages, least=least, pinned=pinned)
+  search = make(rows=[*order.rows(), *conditions], judge=judge)
+  starts = [by_rule(rule).boundaries for rule in RULES.values()]
   if conditions:
-    starts.append(_thriftiest(layers, stages, least, conditions, pinned, effort))
+    starts.append(_thriftiest(make, conditions, effort) or starts[0])
   for start in starts:
-    search.offer(start)
-  search.improve()
+    search.descend(start)
   found = search.run(effort)
   if found.boundaries is None:
     raise _too_low(partition(starts[-1]), order, limits, found.lower_bound == math.inf)
   chosen = partition(found.boundaries)
   timeline = simulate(order.schedule(chosen), chosen.costs(hop), chosen.memory)
-  plain = order.makespan(uniform(layers, stages, empty=empty))
+  plain = order.makespan(by_rule(uniform))
   return Plan(
     partition=chosen,
     timeline=timeline,
@@ -134,52 +156,31 @@ def best_of_order(
   )
 
 
-def _order(
-  schedule: str | Schedule | Callable[[Costs], Schedule],
-  devices: int | None,
-  microbatches: int | None,
-  chunks: int | None,
-  hop: float,
-  memory_limit: _Limit,
-  layers: int,
-  empty: bool,
-  options: dict[str, object],
+def _given(
+  schedule: Schedule | Callable[[Costs], Schedule], hop: float, limit: _Limit
 ) -> tuple[Order, tuple[float, ...]]:
-  """What answers for the schedule, and each device's limit."""
-  if not isinstance(schedule, str):
-    if (devices, microbatches, chunks) != (None, None, None) or options:
-      raise ValueError(
-        "a schedule brings its own sizes; give devices, microbatches, chunks and options with a"
-        " name only"
-      )
-    if isinstance(schedule, Schedule):
-      return FixedOrder(schedule, hop), limit_by_device(memory_limit, schedule.devices)
-    plan = schedule
-    example = plan(Costs(hop=hop))
-    order = PlannedOrder(lambda found: plan(found.costs(hop)), hop, example)
-    return order, limit_by_device(memory_limit, example.devices)
-  if devices is None or microbatches is None:
-    raise ValueError(
-      f"{schedule} needs its sizes, not devices={devices}, microbatches={microbatches}; give both"
-    )
-  sizes = {"devices": devices, "microbatches": microbatches, "chunks": chunks, **options}
+  if isinstance(schedule, Schedule):
+    return FixedOrder(schedule, hop), limit_by_device(limit, schedule.devices)
+  example = schedule(Costs(hop=hop))
+  limits = limit_by_device(limit, example.devices)
+  return PlannedOrder(lambda found: schedule(found.costs(hop)), hop, example, limits), limits
+
+
+def _named(
+  build: Callable[..., Schedule], fixed: bool, hop: float, limit: _Limit
+) -> tuple[Order, tuple[float, ...]]:
   # Sizes that do not fit are refused here, before many partitions are asked about them.
-  example = make_schedule(schedule, costs=Costs(hop=hop), **sizes)
-  limits = limit_by_device(memory_limit, devices)
-  plain = options.get("backward") != "deferred" and not options.get("recompute")
-  if schedule in FIXED and plain:
+  example = build(costs=Costs(hop=hop))
+  limits = limit_by_device(limit, example.devices)
+  if fixed:
     return FixedOrder(example, hop), limits
 
   def planned(found: Partition) -> Schedule:
     held = [sum(found.stages[s].parameters for s in row) for row in example.placement.table]
     left = [limit - parameters for limit, parameters in zip(limits, held, strict=True)]
-    if min(left) < 0:
-      raise ValueError("the parameters alone are above the limit")
-    return make_schedule(
-      schedule, costs=found.costs(hop), memory=found.memory, memory_limit=left, **sizes
-    )
+    return build(costs=found.costs(hop), memory=found.memory, memory_limit=left)
 
-  return PlannedOrder(planned, hop, example), limits
+  return PlannedOrder(planned, hop, example, limits), limits
 
 
 def _sums(layers: Sequence[LayerCost]) -> list[list[float]]:
@@ -191,27 +192,16 @@ def _sums(layers: Sequence[LayerCost]) -> list[list[float]]:
 
 
 def _thriftiest(
-  layers: tuple[LayerCost, ...],
-  stages: int,
-  least: int,
-  conditions: Sequence[Row],
-  pinned: dict[int, int] | None,
-  effort: int,
-) -> Boundaries:
+  make: Callable[..., Minimax], conditions: Sequence[Row], effort: int
+) -> Boundaries | None:
   """The partition whose largest excess over a limit is least: if it does not fit, none does."""
-  sums = _sums(layers)
-  # What is above the limit, as an objective.
   rows = [
-    Row(weights=row.weights, constant=-row.limit)
+    dataclasses.replace(row, constant=row.constant - row.limit, limit=None)
     for row in conditions
     if row.limit is not None and row.limit < math.inf
   ]
-  search = Minimax(
-    sums=sums, stages=stages, least=least, rows=rows, judge=lambda _: (0, None), pinned=pinned
-  )
-  search.judge = lambda boundaries: (search.largest_row(boundaries), None)
-  found = search.run(effort)
-  return found.boundaries or uniform(layers, stages, empty=True).boundaries
+  search: Minimax = make(rows=rows, judge=lambda found: (search.largest_row(found), None))
+  return search.run(effort).boundaries
 
 
 def _too_low(

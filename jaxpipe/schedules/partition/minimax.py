@@ -24,7 +24,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # Relative: below this, two values are the same.
 _SAME = 1e-11
@@ -124,6 +124,16 @@ class _Table:
     return value >= cutoff if self.limit is None else value > self.limit
 
 
+@dataclasses.dataclass(frozen=True, order=True, slots=True)
+class _Open:
+  """A beginning that may hold something better; of equal bounds the longest first."""
+
+  bound: float
+  depth: int
+  boundaries: Boundaries
+  values: list[float]
+
+
 class Minimax:
   """The search; see the module."""
 
@@ -178,29 +188,32 @@ class Minimax:
     value, row = self.judge(boundaries)
     if value < self.best[0]:
       self.best = (value, boundaries)
-    if row is not None and len(self.tables) < _ROWS:
-      if value - self.largest_row(boundaries) > _SAME * abs(value):
-        self._add(row)
+    known = row is None or value - self.largest_row(boundaries) <= _SAME * abs(value)
+    if row is not None and not known and len(self.tables) < _ROWS:
+      self._add(row)
     return value
 
-  def improve(self) -> None:
-    """Moves boundaries of the best partition by one layer, runs of them together, while it helps.
+  def descend(self, here: Boundaries) -> None:
+    """Moves boundaries by one layer, runs of them together, while that makes the value less.
 
-    Moving the boundaries from a to b takes a layer from one stage and gives one to another.
+    Moving the boundaries from a to b takes a layer from one stage and gives it to another.
     """
-    value = math.inf
-    while self.best[1] is not None and self.best[0] < value:
-      value, here = self.best
+    value, before = self.offer(here), math.inf
+    while value < before:
+      before = value
       for a, b in itertools.combinations(range(1, self.stages + 1), 2):
         for step in (-1, 1):
           moved = (*here[:a], *(x + step for x in here[a:b]), *here[b:])
-          if self._may_be_better(moved):
-            self.offer(moved)
+          # What a known row rules out need not be judged.
+          if self._exists(moved) and self.largest_row(moved) < value:
+            found = self.offer(moved)
+            if found < value:
+              value, here = found, moved
 
-  def _may_be_better(self, boundaries: Boundaries) -> bool:
+  def _exists(self, boundaries: Boundaries) -> bool:
+    """Whether all its stages are there and none has been struck out."""
     pieces = itertools.pairwise(boundaries)
-    known = all(x in stage[y] for stage, (y, x) in zip(self.ends, pieces, strict=True) if y >= 0)
-    return known and min(boundaries) >= 0 and self.largest_row(boundaries) < self._cutoff
+    return all(y >= 0 and x in stage[y] for stage, (y, x) in zip(self.ends, pieces, strict=True))
 
   def largest_row(self, boundaries: Boundaries) -> float:
     """The largest row of the objective that is known."""
@@ -210,22 +223,24 @@ class Minimax:
   def run(self, effort: int) -> Optimum:
     """Searches until the best is proven or so many beginnings have been looked at."""
     self._strike()
-    heap = [(self._bound((0,)), 0, (0,))]
+    heap = [_Open(-math.inf, 0, (0,), [table.constant for table in self.tables])]
     while heap:
-      bound, depth, here = heapq.heappop(heap)  # [1]
-      if bound >= self._cutoff:
+      node = heapq.heappop(heap)  # [1]
+      if node.bound >= self._cutoff:
         break
       if self.looked >= effort:
-        return self._optimum(bound)
+        return self._optimum(node.bound)
       self.looked += 1
-      now = self._bound(here)
-      if now > bound:  # [2]
-        heapq.heappush(heap, (now, depth, here))
+      here, values = node.boundaries, self._values(node)
+      bound = self._bound(here, values)
+      if bound > node.bound:  # [2]
+        heapq.heappush(heap, _Open(bound, node.depth, here, values))
       elif len(here) == self.stages:  # [3]
-        self.offer((*here, self.layers))
+        if self.offer((*here, self.layers)) <= self.best[0]:
+          self.descend((*here, self.layers))
         self._strike_if_due()
       else:
-        for item in self._further(here):
+        for item in self._further(here, values):
           heapq.heappush(heap, item)
     return self._optimum(self.best[0])
 
@@ -246,35 +261,41 @@ class Minimax:
     table.look_ahead(self.ends)
     self.tables.append(table)
 
-  def _further(self, here: Boundaries) -> list[tuple[float, int, Boundaries]]:
+  def _values(self, node: "_Open") -> list[float]:
+    """Every row of a beginning, those that were added since it was pushed as well."""
+    new = self.tables[len(node.values) :]
+    return node.values + [table.until(node.boundaries) for table in new]
+
+  def _further(self, here: Boundaries, values: list[float]) -> Iterator["_Open"]:
     """The beginnings with one boundary more that may hold something better."""
     s, start, cutoff = len(here) - 1, here[-1], self._cutoff
     ends = self.ends[s][start]
     bounds = [-math.inf] * len(ends)
-    for table in self.tables:
-      base = table.until(here) - table.at[s][start]
+    for table, value in zip(self.tables, values, strict=True):
       at, rest = table.at[s], table.to_come[s + 1]
+      base = value - at[start]
       for i, x in enumerate(ends):
-        value = base + at[x] + rest[x]
+        total = base + at[x] + rest[x]
         if table.limit is not None:
-          if value > table.limit:
+          if total > table.limit:
             bounds[i] = math.inf
-        elif value > bounds[i]:
-          bounds[i] = value
-    return [
-      (bound, -s - 1, (*here, x))
-      for bound, x in zip(bounds, ends, strict=True)
-      if bound < cutoff  # [4]
-    ]
+        elif total > bounds[i]:
+          bounds[i] = total
+    for bound, x in zip(bounds, ends, strict=True):
+      if bound < cutoff:  # [4]
+        parts = [t.at[s][x] - t.at[s][start] for t in self.tables]
+        more = [value + part for value, part in zip(values, parts, strict=True)]
+        yield _Open(bound, -s - 1, (*here, x), more)
 
-  def _bound(self, here: Boundaries) -> float:
+  def _bound(self, here: Boundaries, values: list[float]) -> float:
     s, start = len(here) - 1, here[-1]
     found = -math.inf
-    for table in self.tables:
-      value = table.until(here) + table.to_come[s][start]
+    for table, value in zip(self.tables, values, strict=True):
+      total = value + table.to_come[s][start]
       if table.limit is None:
-        found = max(found, value)
-      elif value > table.limit:
+        if total > found:
+          found = total
+      elif total > table.limit:
         return math.inf
     return found
 

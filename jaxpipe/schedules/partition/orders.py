@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from jaxpipe.schedules.actions import Kind
-from jaxpipe.schedules.costs import Costs
 from jaxpipe.schedules.partition.critical import CriticalPaths, PathWeights
 from jaxpipe.schedules.partition.minimax import Row
 from jaxpipe.schedules.partition.partition import Partition
@@ -58,7 +57,7 @@ class FixedOrder:
   def rows(self) -> list[Row]:
     """A path for each device, which it decides where it is the slowest, and the mean of these."""
     rows = [_path_row(*path) for path in self._paths.device_paths()]
-    return [*rows, mean(rows)]
+    return [*rows, *(mean(rows[d:]) for d in range(len(rows) - 1))]
 
   def memory_rows(self, limits: Sequence[float]) -> list[Row]:
     """What each device holds at every moment that no other one contains."""
@@ -84,10 +83,12 @@ class FixedOrder:
 class PlannedOrder:
   """An order that is planned around the costs."""
 
-  def __init__(self, factory: Factory, hop: float, example: Schedule) -> None:
+  def __init__(
+    self, factory: Factory, hop: float, example: Schedule, limits: Sequence[float]
+  ) -> None:
     """Takes sizes and placement from an example."""
     self.placement, self.microbatches = example.placement, example.microbatches
-    self._factory, self._hop = factory, hop
+    self._factory, self._hop, self._limits = factory, hop, limits
     self._routed = example.paths is not None
 
   def rows(self) -> list[Row]:
@@ -95,10 +96,11 @@ class PlannedOrder:
     if self._routed:  # who leaves stages out is bound by none of these
       return [Row(weights=((0.0,) * 5,) * self.placement.stages)]
     S, P, M = self.placement.stages, self.placement.devices, self.microbatches
-    copies = [[(M / P,) * 3 + (0, 0)] * S, [(1, 1, 0 if s else 1, 0, 0) for s in range(S)]]
+    share = M / P
+    way = tuple((1, 1, int(s == 0), 0, 0) for s in range(S))
     rows = [
-      Row(weights=tuple(copies[0])),
-      Row(weights=tuple(copies[1]), constant=2 * self._hops(0, S - 1)),
+      Row(weights=((share, share, share, 0, 0),) * S),
+      Row(weights=way, constant=2 * self._hops(0, S - 1)),
     ]
     if not self.placement.replicated:
       rows += [row for d in range(P) for row in self._device(d)]
@@ -132,11 +134,15 @@ class PlannedOrder:
     return [_memory_row(self.placement, d, once, limit) for d, limit in enumerate(limits)]
 
   def makespan(self, partition: Partition) -> float:
-    """That of the schedule which is planned for it."""
+    """That of the schedule which is planned for it, if that keeps to the limits."""
     try:
-      return simulate(self._factory(partition), partition.costs(self._hop)).makespan
+      schedule = self._factory(partition)
     except ValueError:
       return float("inf")
+    held = memory(partition, schedule)
+    if any(x > limit for x, limit in zip(held, self._limits, strict=True)):
+      return float("inf")
+    return simulate(schedule, partition.costs(self._hop)).makespan
 
   def decisive(self, partition: Partition) -> None:
     """None: another partition's order may have no such path."""

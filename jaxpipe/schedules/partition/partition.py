@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 
 from jaxpipe.schedules.costs import Costs, Memory
 from jaxpipe.schedules.partition.layer import LayerCost, total
@@ -78,7 +79,7 @@ class Partition:
   def report(self) -> str:
     """The stages as a table, and their imbalance."""
     head = ("stage", "layers", "forward", "input grad", "weight grad", "time", "parameters")
-    rows = [(*head, "activations", "output")]
+    rows: list[tuple[str, ...]] = [(*head, "activations", "output")]
     for s, (size, stage) in enumerate(zip(self.sizes, self.stages, strict=True)):
       start = self.boundaries[s]
       span = f"{start}-{start + size - 1}" if size else "none"
@@ -89,7 +90,7 @@ class Partition:
     return "\n".join([f"{title}, largest / mean stage {self.imbalance:.3f}", *aligned(rows)])
 
 
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
   """Rows of a table as lines of text, columns to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return ["  ".join(map(str.rjust, row, widths)) for row in rows]
