@@ -26,10 +26,7 @@ from jaxpipe.schedules.simulate import simulate
 from jaxpipe.schedules.spec import limit_by_device
 
 # Families whose order is the same whatever stages cost; the others plan around them.
-FIXED = (
-  *("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-h2"),
-  *("hanayo", "chimera", "bitpipe", "dualpipe"),
-)
+FIXED = ("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-h2", "chimera")
 _Limit = float | Sequence[float] | None
 
 
@@ -63,7 +60,8 @@ def best(
     memory_limit: most that a device may hold, parameters and activations, in the layers' unit of
       memory; one number, or one per device.
     empty: whether stages may be empty where there are fewer layers than stages.
-    effort: how many partitions and beginnings of them may be looked at.
+    effort: how many partitions and beginnings of them may be looked at; one that a schedule is
+      planned for counts as 100. One is looked at in any case.
     options: what only this family understands, for a name.
 
   Returns:
@@ -132,14 +130,16 @@ def best_of_order(
     return order.makespan(found), order.decisive(found)
 
   conditions = order.memory_rows(limits) if min(limits) < math.inf else []
-  make = functools.partial(Minimax, sums=_sums(layers), stages=stages, least=least, pinned=pinned)
-  search = make(rows=[*order.rows(), *conditions], judge=judge)
+  make = functools.partial(
+    Minimax, sums=_sums(layers), stages=stages, least=least, pinned=pinned, effort=effort
+  )
+  search = make(rows=[*order.rows(), *conditions], judge=judge, price=order.price)
   starts = [by_rule(rule).boundaries for rule in RULES.values()]
   if conditions:
-    starts.append(_thriftiest(make, conditions, effort) or starts[0])
+    starts.append(_thriftiest(make, conditions) or starts[0])
   for start in starts:
     search.descend(start)
-  found = search.run(effort)
+  found = search.run()
   if found.boundaries is None:
     raise _too_low(partition(starts[-1]), order, limits, found.lower_bound == math.inf)
   chosen = partition(found.boundaries)
@@ -191,9 +191,7 @@ def _sums(layers: Sequence[LayerCost]) -> list[list[float]]:
   ]
 
 
-def _thriftiest(
-  make: Callable[..., Minimax], conditions: Sequence[Row], effort: int
-) -> Boundaries | None:
+def _thriftiest(make: Callable[..., Minimax], conditions: Sequence[Row]) -> Boundaries | None:
   """The partition whose largest excess over a limit is least: if it does not fit, none does."""
   rows = [
     dataclasses.replace(row, constant=row.constant - row.limit, limit=None)
@@ -201,7 +199,7 @@ def _thriftiest(
     if row.limit is not None and row.limit < math.inf
   ]
   search: Minimax = make(rows=rows, judge=lambda found: (search.largest_row(found), None))
-  return search.run(effort).boundaries
+  return search.run().boundaries
 
 
 def _too_low(

@@ -29,6 +29,9 @@ _PARTS: dict[Kind, tuple[int, ...]] = {
   Kind.I: (1,),
   Kind.W: (2,),
   Kind.B: (1, 2),
+  # Moving weights is not a layer's work: it takes no time unless costs say so.
+  Kind.G: (),
+  Kind.X: (),
 }
 # How much heavier a device is made than the others to find the paths that it decides.
 _HEAVY = 1000
@@ -41,7 +44,7 @@ class CriticalPaths:
     """Walks the schedule once.
 
     Args:
-      schedule: a legal schedule of F, R, I, W and B.
+      schedule: a legal schedule of passes through stages, with gathers of weights or without.
       hop: latency of sending between two devices.
 
     Raises:

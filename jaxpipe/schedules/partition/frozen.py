@@ -74,8 +74,9 @@ class FilledPlan:
     plan = self.backbone
     return "\n".join(
       [
-        f"{plan.timeline.schedule.name}: step {self.makespan:.6g}, bubble {self.bubble:.1%} (any"
-        f" filling {self.least_bubble:.1%}; unfilled {plan.makespan:.6g}, {plan.timeline.bubble:.1%})",
+        f"{plan.timeline.schedule.name}: step {self.makespan:.6g}, bubble {self.bubble:.1%}, with"
+        f" any filling {self.least_bubble:.1%} or more; unfilled {plan.makespan:.6g},"
+        f" {plan.timeline.bubble:.1%}",
         f"frozen layers before the step: {self.apart:.6g}, {self.gain:.1%} saved; pieces of each:"
         f" {' '.join(map(str, self.pieces))}",
         plan.report(),

@@ -59,7 +59,7 @@ class Optimum:
     boundaries: S+1 of them; None if no partition keeps to the limits.
     value: of these.
     lower_bound: what no partition can go below.
-    looked: how many beginnings and partitions were looked at.
+    looked: what was spent of the effort.
   """
 
   boundaries: Boundaries | None
@@ -145,6 +145,8 @@ class Minimax:
     least: int,
     rows: Sequence[Row],
     judge: Judge,
+    price: int = 1,
+    effort: int,
     pinned: dict[int, int] | None = None,
   ) -> None:
     """Lays the problem out.
@@ -155,10 +157,12 @@ class Minimax:
       least: the fewest layers of a stage.
       rows: some rows to begin with, and all conditions.
       judge: the value of a whole partition.
+      price: what asking it counts as, in beginnings of partitions looked at.
+      effort: how much may be looked at in all.
       pinned: stage -> the layer that it must begin at.
     """
-    self.stages, self.layers, self.judge = stages, len(sums[0]) - 1, judge
-    self.sums = sums
+    self.stages, self.layers, self.sums = stages, len(sums[0]) - 1, sums
+    self.judge, self.price, self.effort = judge, price, effort
     self.best: tuple[float, Boundaries | None] = (math.inf, None)
     self.looked = 0
     pins = {0: 0, stages: self.layers, **(pinned or {})}
@@ -182,9 +186,9 @@ class Minimax:
 
   def offer(self, boundaries: Boundaries) -> float:
     """Looks at a whole partition; returns its value, infinite if it breaks a condition."""
-    self.looked += 1
     if any(t.limit is not None and t.until(boundaries) > t.limit for t in self.tables):
       return math.inf
+    self.looked += self.price
     value, row = self.judge(boundaries)
     if value < self.best[0]:
       self.best = (value, boundaries)
@@ -205,7 +209,7 @@ class Minimax:
         for step in (-1, 1):
           moved = (*here[:a], *(x + step for x in here[a:b]), *here[b:])
           # What a known row rules out need not be judged.
-          if self._exists(moved) and self.largest_row(moved) < value:
+          if self.looked < self.effort and self._exists(moved) and self.largest_row(moved) < value:
             found = self.offer(moved)
             if found < value:
               value, here = found, moved
@@ -220,15 +224,16 @@ class Minimax:
     rows = (t.until(boundaries) for t in self.tables if t.limit is None)
     return max(rows, default=-math.inf)
 
-  def run(self, effort: int) -> Optimum:
-    """Searches until the best is proven or so many beginnings have been looked at."""
+  def run(self) -> Optimum:
+    """Searches until the best is proven or the effort is spent."""
     self._strike()
-    heap = [_Open(-math.inf, 0, (0,), [table.constant for table in self.tables])]
+    values = [table.constant for table in self.tables]
+    heap = [_Open(self._bound((0,), values), 0, (0,), values)]
     while heap:
       node = heapq.heappop(heap)  # [1]
       if node.bound >= self._cutoff:
         break
-      if self.looked >= effort:
+      if self.looked >= self.effort:
         return self._optimum(node.bound)
       self.looked += 1
       here, values = node.boundaries, self._values(node)

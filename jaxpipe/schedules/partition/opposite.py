@@ -1,8 +1,8 @@
 """Two backbones through the same devices in opposite directions (DiffusionPipe: Tian et al., 2024).
 
 A cascaded diffusion model trains two backbones that know nothing of each other. Each device holds
-a stage of both, and where one pipeline has its bubbles the other has its work, as in Chimera, whose
-order this is, with the second replica's stages renamed: it is another model. P=4:
+a stage of both, and where one pipeline has its bubbles the other has its work: the order is that of
+a bidirectional schedule, with the second replica's stages renamed, for it is another model. P=4:
 
   device     0      1      2      3
   first      0 ->   1 ->   2 ->   3
@@ -71,7 +71,7 @@ def opposite(
   *,
   devices: int,
   microbatches: int,
-  schedule: str = "chimera",
+  schedule: str = "dualpipe",
   hop: float = 0,
   memory_limit: float | Sequence[float] | None = None,
   effort: int = 20_000,
@@ -83,7 +83,7 @@ def opposite(
     second: the layers of the one that runs from the last device on.
     devices: number of devices, P, even.
     microbatches: number of each model's microbatches.
-    schedule: `chimera`, `dualpipe` or `bitpipe`, whose two replicas become the two models.
+    schedule: `dualpipe`, `chimera` or `bitpipe`, whose two replicas become the two models.
     hop: latency of sending between two devices.
     memory_limit: most that a device may hold of both, one number or one per device.
     effort: how many partitions and beginnings of them may be looked at.

@@ -29,6 +29,7 @@ class Order(Protocol):
 
   placement: Placement
   microbatches: int
+  price: int  # of asking for a makespan, in beginnings of partitions looked at
 
   def rows(self) -> list[Row]:
     """Linear functions that the makespan is never below, of every partition."""
@@ -48,6 +49,8 @@ class Order(Protocol):
 
 class FixedOrder:
   """One order, whatever the costs."""
+
+  price = 1
 
   def __init__(self, schedule: Schedule, hop: float) -> None:
     """Lays the order's waits out."""
@@ -82,6 +85,8 @@ class FixedOrder:
 
 class PlannedOrder:
   """An order that is planned around the costs."""
+
+  price = 100
 
   def __init__(
     self, factory: Factory, hop: float, example: Schedule, limits: Sequence[float]

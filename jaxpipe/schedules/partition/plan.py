@@ -20,7 +20,7 @@ class Plan:
     proven: whether the makespan is that of the best partition there is.
     uniform: makespan of as many layers in every stage, in memory's limits or not; None where
       there is no schedule for it.
-    looked: beginnings and partitions that were looked at.
+    looked: what was spent of the effort.
   """
 
   partition: Partition
