@@ -84,15 +84,12 @@ class FilledPlan:
     )
 
 
-def fill(
-  plan: Plan, frozen: Sequence[LayerCost], *, hop: float = 0, overhead: float = 0
-) -> FilledPlan:
+def fill(plan: Plan, frozen: Sequence[LayerCost], *, overhead: float = 0) -> FilledPlan:
   """Fills a plan's bubbles with frozen layers of the next step.
 
   Args:
     plan: the backbone's.
     frozen: the frozen layers, each running after the one before it; only `forward` counts.
-    hop: latency of sending between two devices, as the plan was made with.
     overhead: what a piece takes beyond its share of its layer.
 
   Returns:
@@ -107,7 +104,7 @@ def fill(
   lengths = [longest / 2**i for i in range(_HALVINGS)]
   # Several lengths may cut alike.
   cuts = dict.fromkeys(tuple(_pieces(layer, length) for layer in frozen) for length in lengths)
-  timelines = {pieces: _timeline(plan, frozen, pieces, hop, overhead) for pieces in cuts}
+  timelines = {pieces: _timeline(plan, frozen, pieces, overhead) for pieces in cuts}
   pieces = min(timelines, key=lambda pieces: timelines[pieces].makespan)
   work = M * sum(layer.forward for layer in frozen)
   return FilledPlan(
@@ -120,7 +117,7 @@ def fill(
 
 
 def best_filled(
-  plans: Sequence[Plan], frozen: Sequence[LayerCost], *, hop: float = 0, overhead: float = 0
+  plans: Sequence[Plan], frozen: Sequence[LayerCost], *, overhead: float = 0
 ) -> tuple[FilledPlan, str]:
   """Fills several plans of the same backbone; returns the shortest step, and a table of all.
 
@@ -130,7 +127,6 @@ def best_filled(
   Args:
     plans: such as `best` makes of several schedules.
     frozen: as in `fill`.
-    hop: as in `fill`.
     overhead: as in `fill`.
 
   Raises:
@@ -138,7 +134,7 @@ def best_filled(
   """
   if not plans:
     raise ValueError("there are 0 plans to fill; give 1 or more")
-  filled = [fill(plan, frozen, hop=hop, overhead=overhead) for plan in plans]
+  filled = [fill(plan, frozen, overhead=overhead) for plan in plans]
   rows = [("schedule", "backbone", "bubble", "filled", "bubble", "least", "memory")]
   for plan, done in zip(plans, filled, strict=True):
     rows.append(
@@ -173,7 +169,7 @@ def _pieces(layer: LayerCost, length: float) -> int:
 
 
 def _timeline(
-  plan: Plan, frozen: Sequence[LayerCost], pieces: tuple[int, ...], hop: float, overhead: float
+  plan: Plan, frozen: Sequence[LayerCost], pieces: tuple[int, ...], overhead: float
 ) -> Timeline:
   times = itertools.chain(
     *(
@@ -181,7 +177,7 @@ def _timeline(
       for layer, n in zip(frozen, pieces, strict=True)
     )
   )
-  plain = plan.partition.costs(hop)
+  plain = plan.partition.costs(plan.hop)
   costs = Costs(plain.forward, plain.input_grad, plain.weight_grad, plain.hop, filler=list(times))
   schedule = with_fillers(plan.timeline.schedule, sum(pieces), costs)
   return simulate(schedule, costs, plan.partition.memory)

@@ -24,7 +24,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 # Relative: below this, two values are the same.
 _SAME = 1e-11
@@ -148,6 +148,7 @@ class Minimax:
     price: int = 1,
     effort: int,
     pinned: dict[int, int] | None = None,
+    barred: Container[int] = (),
   ) -> None:
     """Lays the problem out.
 
@@ -160,6 +161,7 @@ class Minimax:
       price: what asking it counts as, in beginnings of partitions looked at.
       effort: how much may be looked at in all.
       pinned: stage -> the layer that it must begin at.
+      barred: layers that no stage may begin at.
     """
     self.stages, self.layers, self.sums = stages, len(sums[0]) - 1, sums
     self.judge, self.price, self.effort = judge, price, effort
@@ -169,7 +171,7 @@ class Minimax:
     L = self.layers
 
     def allowed(s: int, x: int) -> bool:
-      return pins.get(s, x) == x
+      return pins.get(s, x) == x and x not in barred
 
     # By stage and first layer, where it may end: what is left of all the stages there are.
     self.ends = [
@@ -202,6 +204,8 @@ class Minimax:
 
     Moving the boundaries from a to b takes a layer from one stage and gives it to another.
     """
+    if not self._exists(here):
+      return
     value, before = self.offer(here), math.inf
     while value < before:
       before = value

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 
 from jaxpipe.schedules.actions import Action, ScheduleError
 from jaxpipe.schedules.build import make_schedule
-from jaxpipe.schedules.partition.best import best_of_order
 from jaxpipe.schedules.partition.layer import LayerCost
 from jaxpipe.schedules.partition.orders import FixedOrder
 from jaxpipe.schedules.partition.plan import Plan
+from jaxpipe.schedules.partition.solve import solve
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import limit_by_device
@@ -73,6 +73,7 @@ def opposite(
   microbatches: int,
   schedule: str = "dualpipe",
   hop: float = 0,
+  bandwidth: float | None = None,
   memory_limit: float | Sequence[float] | None = None,
   effort: int = 20_000,
 ) -> Plan:
@@ -85,6 +86,7 @@ def opposite(
     microbatches: number of each model's microbatches.
     schedule: `dualpipe`, `chimera` or `bitpipe`, whose two replicas become the two models.
     hop: latency of sending between two devices.
+    bandwidth: bytes that a link sends in one unit of time, as in `best`.
     memory_limit: most that a device may hold of both, one number or one per device.
     effort: how many partitions and beginnings of them may be looked at.
 
@@ -96,10 +98,11 @@ def opposite(
     ValueError: the sizes do not fit, or no partition fits the limit.
   """
   both = two_models(make_schedule(schedule, devices=devices, microbatches=2 * microbatches))
-  return best_of_order(
-    FixedOrder(both, hop),
+  return solve(
+    lambda hop: FixedOrder(both, hop),
     (first, second),
     limits=limit_by_device(memory_limit, devices),
     hop=hop,
+    bandwidth=bandwidth,
     effort=effort,
   )

@@ -15,6 +15,7 @@ class Plan:
   Attributes:
     partition: which layers are which stage.
     timeline: the schedule with the stages' own times, and the schedule itself in it.
+    hop: time of sending between two devices, the widest boundary's included.
     limits: most that each device may hold; infinite without a limit.
     lower_bound: what the makespan of no partition can go below.
     proven: whether the makespan is that of the best partition there is.
@@ -25,6 +26,7 @@ class Plan:
 
   partition: Partition
   timeline: Timeline
+  hop: float
   limits: tuple[float, ...]
   lower_bound: float
   proven: bool

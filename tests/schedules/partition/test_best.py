@@ -1,5 +1,6 @@
 """`best` against every partition there is, each simulated."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -119,6 +120,31 @@ def test_what_is_not_proven_is_bounded(seed):
   assert found.lower_bound <= expected.makespan <= found.makespan
   assert found.proven == (found.lower_bound == found.makespan)
   assert found.gap == (0 if found.proven else 1 - found.lower_bound / found.makespan)
+
+
+@pytest.mark.sampled("seed", range(200), 10)
+def test_no_partition_is_better_where_wide_boundaries_take_longer(seed):
+  draw = random.Random(seed)
+  name, P, V = draw.choice(SHAPES[:8])
+  schedule = make_schedule(name, devices=P, chunks=V, microbatches=4)
+  layers = [
+    dataclasses.replace(layer, output=draw.choice((1, 4, 16))) for layer in drawn_layers(draw, 8)
+  ]
+  hop, bandwidth = draw.randint(0, 2), draw.choice((1, 2, 4))
+
+  def hop_of(partition):
+    return hop + max(stage.output for stage in partition.stages[:-1]) / bandwidth
+
+  expected = min(
+    simulate(schedule, partition.costs(hop_of(partition))).makespan
+    for partition in every_partition(layers, schedule.stages)
+  )
+  plan = best(layers, schedule, hop=hop, bandwidth=bandwidth)
+  assert (plan.makespan, plan.proven, plan.lower_bound) == (expected, True, expected)
+  # What was found in the turn of a wider boundary was charged for that.
+  assert plan.hop == hop_of(plan.partition)
+  equal = uniform(layers, schedule.stages)
+  assert plan.uniform == simulate(schedule, equal.costs(hop_of(equal))).makespan
 
 
 def test_an_effort_too_small_is_no_proof():
@@ -260,6 +286,7 @@ LAYERS = [LayerCost(str(i), 1, 1, 1, 10, 2) for i in range(6)]
     ({"devices": None}, "1f1b has no sizes with devices=None, microbatches=4; give both"),
     ({"waves": 2}, "1f1b has no option 'waves'"),
     ({"schedule": "2f2b"}, "unknown schedule '2f2b'"),
+    ({"bandwidth": 0}, "bandwidth=0 sends nothing; use more than 0"),
     ({"memory_limit": [1, 2]}, "memory_limit lists 2 devices, there are 4"),
     ({"memory_limit": 10}, "holds 28, above memory_limit=10; use memory_limit=28, more devices"),
     ({"schedule": "zb-auto", "memory_limit": 9}, "no partition of 6 layers in 4 stages fits"),
