@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.placing import layer_paths, place, unplace
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
 from jaxpipe.pipeline.reference import reference_value_and_grad
-from jaxpipe.pipeline.residuals import Policy
+from jaxpipe.pipeline.residuals import AUTO, Policy
 from jaxpipe.schedules import Schedule
 
 Tree = Any
@@ -97,7 +97,7 @@ def check(
   params: Tree | None = None,
   state: Tree | None = None,
   key: jax.Array | None = None,
-  residuals: str | Policy | None = None,
+  residuals: str | Policy = AUTO,
   slack: int = 0,
   unroll: str = "auto",
   tolerance: float | None = None,

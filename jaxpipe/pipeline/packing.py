@@ -19,8 +19,8 @@ from jaxpipe.parallel.flat import ROW, Flat
 from jaxpipe.parallel.replicas import owned
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
-from jaxpipe.pipeline.executor import Pipeline, default_residuals, lower_on
-from jaxpipe.pipeline.residuals import Policy, residual_policy
+from jaxpipe.pipeline.executor import Pipeline, lower_on
+from jaxpipe.pipeline.residuals import AUTO, Policy, residual_policy
 from jaxpipe.pipeline.rings import wide
 from jaxpipe.pipeline.stages import Stages
 from jaxpipe.pipeline.workspace import live_peak
@@ -77,7 +77,7 @@ def packing_report(
   mesh: Mesh,
   example_batch: Tree,
   *,
-  residuals: str | Policy | None = None,
+  residuals: str | Policy = AUTO,
   moments: int = 2,
 ) -> PackingReport:
   """Counts what a packed stack holds and needs; compiles nothing.
@@ -94,7 +94,7 @@ def packing_report(
   stack = stack.laid_out(schedule)
   if stack.uniform:
     raise ValueError("the stack's layers are alike: they lie stacked, and nothing is packed")
-  policy = residual_policy(default_residuals(stack) if residuals is None else residuals)
+  policy = residual_policy(residuals, stack.uniform)
   program = lower_on(schedule, mesh, policy, 0)
   pipeline = Pipeline(stack, program, mesh, schedule, policy)
   found: list[PackingReport] = []

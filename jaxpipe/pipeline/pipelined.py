@@ -15,6 +15,7 @@ from jaxpipe.parallel.mesh import STAGE, make_mesh
 from jaxpipe.parallel.placing import place, unplace
 from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
+from jaxpipe.pipeline.residuals import AUTO, Policy
 from jaxpipe.schedules import Schedule, make_schedule
 
 Tree = Any
@@ -74,7 +75,7 @@ def pipeline(
   schedule: str | Schedule = "1f1b",
   microbatches: int = 8,
   inputs: str | Callable[[Tree], Tree] = "x",
-  residuals: Any = None,
+  residuals: str | Policy = AUTO,
   **stack_options: Any,
 ) -> Pipelined:
   """Pipelines a plain loss function over a stack of layers.
@@ -107,5 +108,5 @@ def pipeline(
   mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
   if isinstance(schedule, str):
     schedule = make_schedule(schedule, devices=mesh.shape[STAGE], microbatches=microbatches)
-  options = {} if residuals is None else {"residuals": residuals}
+  options = {"residuals": residuals}
   return Pipelined(stack=stack, schedule=schedule, mesh=mesh, options=options)
