@@ -38,10 +38,10 @@ def test_needs_are_those_of_the_leaves(float64):
   assert packing.needed["parameters"] == [size(table, 2 * dense, adapter), size(3)]
 
 
-def test_a_uniform_stack_has_nothing_packed():
+def test_a_uniform_stack_has_nothing_packed(float64):
   schedule, mesh = plan(P=2, M=2)
   with pytest.raises(ValueError, match="nothing is packed"):
-    jaxpipe.packing_report(tiny.stack(dtype=jnp.float32), schedule, mesh, tiny.batch(4))
+    jaxpipe.packing_report(tiny.stack(), schedule, mesh, tiny.batch(4))
 
 
 def test_records_never_overlap_while_they_are_waited_for():
