@@ -11,8 +11,8 @@ from typing import Protocol
 
 from jaxpipe.schedules.actions import Kind
 from jaxpipe.schedules.partition.critical import CriticalPaths, PathWeights
-from jaxpipe.schedules.partition.minimax import Row
 from jaxpipe.schedules.partition.partition import Partition
+from jaxpipe.schedules.partition.rows import Row
 from jaxpipe.schedules.peaks import peaks
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule

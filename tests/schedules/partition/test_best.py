@@ -147,6 +147,19 @@ def test_no_partition_is_better_where_wide_boundaries_take_longer(seed):
   assert plan.uniform == simulate(schedule, equal.costs(hop_of(equal))).makespan
 
 
+@pytest.mark.parametrize("unit", [1, 0.1])
+@pytest.mark.sampled("seed", range(100), 6)
+def test_what_just_fits_fits(seed, unit):
+  schedule, layers, _, _ = drawn_case(seed)
+  layers = [
+    dataclasses.replace(x, parameters=unit * x.parameters, activations=unit * x.activations)
+    for x in layers
+  ]
+  free = best(layers, schedule, empty=True)
+  tight = best(layers, schedule, empty=True, memory_limit=free.memory)
+  assert (tight.makespan, tight.proven) == (free.makespan, True)
+
+
 def test_an_effort_too_small_is_no_proof():
   layers = drawn_layers(random.Random(0), 20)
   ask = {"devices": 4, "microbatches": 4, "chunks": 2}
