@@ -121,7 +121,7 @@ def memory_table() -> str:
   layers = conv_net()
   free = best(layers, "1f1b", devices=4, microbatches=16)
   top = max(free.memory)
-  for share in (None, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+  for share in (None, 0.9, 0.75, 0.6, 0.45, 0.3):
     limit = None if share is None else int(share * top)
     try:
       plan = best(layers, "1f1b", devices=4, microbatches=16, memory_limit=limit)
@@ -234,7 +234,7 @@ partition, under bounds that hold for every order; that is slow, so each counts 
 
 {search}
 
-Equal to every partition there is on 500 random cases, thirteen schedules, V up to 3, hops, limits
+Equal to every partition there is on 500 random cases, thirteen schedules, V up to 4, hops, limits
 and fewer layers than stages: `./launch/test.sh tests/schedules/partition --whole-grid`.
 
 A language model of 48 equal blocks, an embedding and a head that takes as long as four blocks, 1F1B
