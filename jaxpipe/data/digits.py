@@ -75,7 +75,8 @@ def load_digits(path: str | os.PathLike[str]) -> Digits:
   """
   try:
     packed = pathlib.Path(path).read_bytes()
-    table = np.loadtxt(gzip.decompress(packed).decode().splitlines(), np.int32, delimiter=",")
+    lines = gzip.decompress(packed).decode().splitlines()
+    table = np.array([line.split(",") for line in lines], np.int32)
   except (OSError, EOFError, ValueError, zlib.error) as error:
     raise DataError(f"{path}: cannot be read as digits ({error}); restore the file") from None
   if table.ndim != 2 or table.shape[1] != SIZE * SIZE + 1:
