@@ -25,7 +25,7 @@ _TEST_EVERY = 5
 _SPLIT_SEED = 0  # part of the data: another split would be another test set
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Digits:
   """The digits, split once and for all.
 
@@ -85,8 +85,8 @@ def load_digits(path: str | os.PathLike[str]) -> Digits:
   label = table[:, -1]
   test = _test_rows(label)
   train = np.setdiff1d(np.arange(len(label)), test)
-  parts = [{"image": image[rows], "label": label[rows]} for rows in (train, test)]
-  return Digits(*parts, checksum=f"{zlib.crc32(packed):08x}")
+  of = lambda rows: {"image": image[rows], "label": label[rows]}  # noqa: E731
+  return Digits(train=of(train), test=of(test), checksum=f"{zlib.crc32(packed):08x}")
 
 
 def _test_rows(label: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
