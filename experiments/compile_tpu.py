@@ -31,7 +31,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 import jaxpipe
-from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
+from jaxpipe.models.transformer import transformer
+from jaxpipe.models.transformer_config import TransformerConfig, flops_per_token
 from jaxpipe.pipeline.compiled import read_compiled
 from jaxpipe.pipeline.executor import lower_on
 from jaxpipe.pipeline.places import SCOPES

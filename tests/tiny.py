@@ -5,10 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.models.stack import LayerStack
-from jaxpipe.models.transformer import TransformerConfig, transformer
+from jaxpipe.models.transformer import transformer
+from jaxpipe.models.transformer_config import TransformerConfig
 
 VOCABULARY = 16
 LENGTH = 4
+
+# What makes a configuration that of a known model, on any shape.
+GPT2 = dict(norm="layernorm", bias="all", positions="learned", max_positions=8, mlp="gelu")
+QWEN2 = dict(bias="qkv", tied=True)
+QWEN3 = dict(head_width=6, qk_norm=True, tied=True)
 
 
 def attention(query, key, value, *, is_causal):

@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxpipe.models.moe import MoeConfig
-from jaxpipe.models.transformer import TransformerConfig
+from jaxpipe.models.transformer_config import TransformerConfig
 from jaxpipe.parallel.mesh import SLOW
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.pipeline.unroll import SHAPES

@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxpipe.models.transformer import flops_per_token
+from jaxpipe.models.transformer_config import flops_per_token
 from jaxpipe.parallel.placing import shardings
 from jaxpipe.schedules import draw_text, simulate
 from jaxpipe.training.metrics import Record

@@ -91,6 +91,10 @@ def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
     ("stage:2,sequence:2,tensor:2", "1f1b", dict(logits_chunk=2)),
     ("stage:2,fsdp:2,expert:2", "zeropp", dict(experts=("expert",))),
     ("stage:2,sequence:4", "1f1b", dict(experts=("sequence",))),
+    ("stage:2,data:2,tensor:2", "zb-h1", tiny.GPT2),
+    ("stage:2,sequence:2,tensor:2", "1f1b", dict(**tiny.GPT2, positions_cut=True)),
+    ("stage:2,fsdp:2,tensor:2", "1f1b", tiny.QWEN2),
+    ("stage:2,sequence:2,tensor:2", "zb-h1", dict(**tiny.QWEN3, positions_cut=True)),
   ],
 )
 def test_meshes_of_every_axis(float64, mesh, schedule, changes):
