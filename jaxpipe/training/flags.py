@@ -10,13 +10,15 @@ import dataclasses
 import difflib
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from absl import flags
 
-from jaxpipe.training.config import Config
-from jaxpipe.training.errors import AgreedError, ConfigError
+from jaxpipe.models.huggingface import read_config as read_model
+from jaxpipe.models.presets import find_preset
+from jaxpipe.training.config import Config, shape_flags
+from jaxpipe.training.errors import AgreedError, ConfigError, naming
 
 Settings = TypeVar("Settings")
 
@@ -88,14 +90,45 @@ def read_ahead(defaults: Settings, arguments: Sequence[str]) -> Settings:
   return type(defaults)(**{name: values[name].value for name in vars(defaults)})
 
 
-def read_config(values: flags.FlagValues = flags.FLAGS) -> Config:
+def read_config(
+  values: flags.FlagValues = flags.FLAGS, otherwise: Mapping[str, Any] | None = None
+) -> Config:
   """Returns the configuration that the parsed flags describe.
 
+  Args:
+    values: absl's registry. Flags that were not given take the values of `--preset` or
+      `--init_from`.
+    otherwise: values after those, of any flags that were not given.
+
   Raises:
-    ConfigError: see `Config`.
+    ConfigError: see `Config`; or a model that is unknown or cannot be read.
   """
+  for name, value in {**_model_flags(values), **(otherwise or {})}.items():
+    if not values[name].present:
+      values[name].value = value
   given: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
   return Config(**given)
+
+
+def _model_flags(values: flags.FlagValues) -> dict[str, Any]:
+  """What the flags that name a whole model stand for."""
+  preset, folder = values["preset"].value, values["init_from"].value
+  if preset and folder:
+    raise ConfigError(
+      f"--preset={preset} --init_from={folder}: both say what the model's shape is; leave --preset"
+      " out"
+    )
+  if preset:
+    with naming(f"--preset={preset}"):
+      return shape_flags(find_preset(preset))
+  if not folder:
+    return {}
+  with naming(f"--init_from={folder}"):
+    shape = shape_flags(read_model(folder))
+  tokenizer = pathlib.Path(folder) / "tokenizer.json"
+  if not values["tokenizer"].present and not tokenizer.is_file():
+    raise ConfigError(f"--init_from={folder}: has no tokenizer.json; give the model's --tokenizer")
+  return {**shape, "tokenizer": str(tokenizer)}
 
 
 def exit_with_error(error: Exception) -> NoReturn:

@@ -87,7 +87,8 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, start: int) -> TrainSta
   where = (setup.stack, setup.schedule, setup.mesh)
   if not start:
     seed, shapes = setup.config.seed, setup.batch_shapes
-    return create_state(setup.stack, setup.optimizer, seed, shapes, *where[1:])
+    params = setup.first_params()
+    return create_state(setup.stack, setup.optimizer, seed, shapes, *where[1:], params=params)
   say(f"resuming from {setup.folder.path} after {start} steps")
   return checkpoints.restore(start, state_shapes(setup.stack, setup.optimizer), *where)
 

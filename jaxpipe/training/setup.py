@@ -20,8 +20,11 @@ from jax.sharding import Mesh
 
 from jaxpipe.data import EvaluationBatches, TextData, TokenBatches, prepare_text
 from jaxpipe.models.cross_entropy import check_chunk
+from jaxpipe.models.huggingface import check_weights, read_params
 from jaxpipe.models.stack import LayerStack
-from jaxpipe.models.transformer import TransformerConfig, check_sizes, transformer
+from jaxpipe.models.transformer import check_sizes, transformer
+from jaxpipe.models.transformer_config import TransformerConfig
+from jaxpipe.models.transformer_ends import check_positions
 from jaxpipe.parallel.mesh import SEQUENCE, STAGE, TENSOR, make_mesh, row_shards
 from jaxpipe.parallel.placing import layers_per_stage, param_specs
 from jaxpipe.parallel.sequence import check_divides
@@ -84,6 +87,13 @@ class Setup:
     """A batch as `jax.ShapeDtypeStruct`s."""
     return batch_shapes(self.config)
 
+  def first_params(self) -> Tree | None:
+    """Where `--init_from` says what the run begins from: its weights, placed; otherwise None."""
+    if not self.config.init_from:
+      return None
+    where = (self.schedule, self.mesh)
+    return read_params(self.config.init_from, self.model, self.stack, *where)
+
   def begin(self) -> Self:
     """Makes the run directory, or brings its record up to date; returns this setup."""
     self.folder.begin(self.record, self.data.tokenizer)
@@ -120,6 +130,9 @@ def build(config: Config) -> Setup:
     check_data(folder.path, record, config, dict(train.identity))
   model = config.model(data.tokenizer.vocabulary_size)
   stack, optimizer, shapes = transformer(model), make_optimizer(config), batch_shapes(config)
+  if config.init_from:
+    with naming(config.flag("init_from")):
+      check_weights(config.init_from, model, stack)
   choice = None
   if config.schedule == AUTO:
     choice = choose(config, mesh, stack, shapes, optimizer)
@@ -246,6 +259,8 @@ def _check_positions(config: Config, mesh: Mesh) -> None:
   T, c = config.sequence_length, sizes[SEQUENCE]
   with naming(*config.flags("sequence_length", "mesh", "sequence_parallel")):
     check_divides(T, c, sizes[TENSOR] if config.sequence_parallel else 1)
+  with naming(*config.flags("sequence_length", "max_positions")):
+    check_positions(config.model(vocabulary_size=1), T)
   if config.logits_chunk:
     with naming(*config.flags("logits_chunk", "sequence_length", "mesh")):
       check_chunk(T // c, min(config.logits_chunk, T // c))

@@ -97,7 +97,7 @@ def read_params(
   def one(path: Any, leaf: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
     name = describe(path)
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: Any) -> np.ndarray:
       return _block(files, names, name, leaf, index, order)
 
     return jax.make_array_from_callback(leaf.shape, place, block)
