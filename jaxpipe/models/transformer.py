@@ -45,12 +45,14 @@ class Layer(nnx.Module):
   """
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-    self.config = config
-    out = 0.02 / (2 * config.layers) ** 0.5  # keeps the residual stream's scale at any depth
+    self.config, rules = config, config.completep
+    usual = 0.02 * (rules.deviation if rules else 1)
+    # Keeps the residual stream's scale at any depth, unless branches are scaled as they are added.
+    out = usual / (2 * config.layers / (rules.depth if rules else 1)) ** 0.5
     D, F, H = config.width, config.hidden, config.H
     qkv, everywhere = config.bias != "none", config.bias == "all"
 
-    def dense(fan_in: int, out: int, bias: bool, scale: float = 0.02) -> Dense:
+    def dense(fan_in: int, out: int, bias: bool, scale: float = usual) -> Dense:
       return make_dense(config, fan_in, out, rngs, bias=bias, scale=scale)
 
     self.attention_norm = make_norm(config, rngs)
@@ -74,7 +76,11 @@ class Layer(nnx.Module):
     x_BTD, length = x.x if moe else x, context.batch["tokens"].shape[1]
     at_T = own_positions(length)
     mine = own_piece(at_T, cut)
-    drop = functools.partial(context.dropout, rate=self.config.dropout, positions=mine)
+    rate, rules = self.config.dropout, self.config.completep
+
+    def drop(y_BTD: jax.Array) -> jax.Array:
+      y_BTD = context.dropout(y_BTD, rate, positions=mine)
+      return y_BTD * rules.branch if rules else y_BTD
 
     h_BTD = enter_tensor(self.attention_norm(x_BTD), cut)
     out_BTD = self.attend(h_BTD, at_T, length, context.batch.get("segments"))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpipe.models.completep import CompleteP
 from jaxpipe.models.moe import MoeConfig
 from jaxpipe.models.rotary import RopeScaling
 
@@ -61,6 +62,7 @@ class TransformerConfig:
       exchange keys and values in a ring. 1: all in the ring.
     logits_chunk: positions whose logits live at once; 0: all of a microbatch's.
     moe: experts of width `mlp_width` in place of every layer's MLP, gated; None: no experts.
+    completep: how it differs from a base model, so that both learn alike; None: it does not.
 
   Raises:
     ValueError: shapes that do not divide, or an unknown choice.
@@ -91,6 +93,7 @@ class TransformerConfig:
   ulysses: int = 1
   logits_chunk: int = 0
   moe: MoeConfig | None = None
+  completep: CompleteP | None = None
 
   def __post_init__(self) -> None:
     for name, known in CHOICES.items():
@@ -102,6 +105,8 @@ class TransformerConfig:
       raise ValueError(f"mlp {self.mlp!r} with experts: they are gated; use swiglu")
     if self.moe and self.bias == "all":
       raise ValueError("bias 'all' with experts: they have none; use qkv or none")
+    if self.moe and self.completep:
+      raise ValueError("completep with experts: it has no rules for them; leave one out")
     if self.positions == "learned" and self.max_positions < 1:
       raise ValueError(
         f"{self.max_positions} learned positions are none; use max_positions of the longest row"

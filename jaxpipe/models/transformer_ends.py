@@ -91,8 +91,10 @@ class Head(nnx.Module):
 
   def features(self, x: Any, batch: Any) -> jax.Array:
     """What the table multiplies, [B, T, D]."""
-    x_BTD = x.x if self.config.moe else x
-    return enter_tensor(self.norm(x_BTD), self.config.positions_cut)
+    h_BTD = self.norm(x.x if self.config.moe else x)
+    if self.config.completep:
+      h_BTD = h_BTD * self.config.completep.logits
+    return enter_tensor(h_BTD, self.config.positions_cut)
 
   def targets(self, batch: Any) -> tuple[jax.Array, jax.Array]:
     """Targets int [B, T] and their weights [B, T], of this device's positions."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxpipe.models.completep import CompleteP
 from jaxpipe.models.moe import MoeConfig
 from jaxpipe.models.rotary import RopeScaling
 from jaxpipe.models.transformer_config import CHOICES, TransformerConfig
@@ -92,6 +93,9 @@ class Config:
   learning_rate: float = _same(2e-3, "peak learning rate")
   warmup_steps: int = _same(100, "steps of linear warm-up; then cosine, to a tenth at --steps")
   weight_decay: float = _same(0.1, "decoupled decay of matrices; norm scales have none")
+  completep_base: str = _same(
+    "", "WIDTHxLAYERS of a model that the rates were found on, scaled from there by CompleteP; none"
+  )
   clip_norm: float = _same(1.0, "largest global norm of the gradient; 0: not clipped")
   steps: int = _free(
     2000, "updates in total, those before a resume included; another number bends the cosine anew"
@@ -183,6 +187,7 @@ class Config:
     self._check("slow_axis", slow, f"cannot lie between hosts; use {' or '.join(SLOW)}")
     self._moe()  # raises for what is impossible
     self._rope_scaling()
+    self.completep()
     self._check("run_dir", bool(self.run_dir), "names no folder; use --run_dir=runs/NAME")
     self.profile_range()
 
@@ -222,6 +227,7 @@ class Config:
       return TransformerConfig(
         **shape,
         rope_scaling=scaling,
+        completep=self.completep(),
         dropout=self.dropout,
         dtype=jnp.dtype(self.dtype),
         positions_cut=self.sequence_parallel,
@@ -229,6 +235,16 @@ class Config:
         logits_chunk=self.logits_chunk,
         moe=moe,
       )
+
+  def completep(self) -> CompleteP | None:
+    """How the model differs from `--completep_base`."""
+    base = self.completep_base
+    for name in ("experts", "init_from"):
+      self._check(
+        name, not (base and getattr(self, name)), "has no --completep_base; leave one of them out"
+      )
+    with naming(self.flag("completep_base")):
+      return CompleteP.parse(base, self.width, self.layers) if base else None
 
   def _rope_scaling(self) -> RopeScaling | None:
     with naming(self.flag("rope_scaling")):

@@ -159,6 +159,10 @@ def kind_of(config: TransformerConfig) -> str:
     ValueError: none has.
   """
   c = config
+  if c.completep:
+    raise ValueError(
+      "no model there scales branches and logits as CompleteP does; it cannot be exported"
+    )
   gpt2 = dict(norm="layernorm", bias="all", positions="learned", mlp="gelu", qk_norm=False)
   if all(getattr(c, name) == value for name, value in gpt2.items()):
     if c.kv_heads == c.heads and c.H * c.heads == c.width:
