@@ -53,10 +53,13 @@ class Run(Plan, abc.ABC):
     self.folder.begin(self.record)
     return self
 
+  def first_params(self) -> Any:
+    """Placed parameters that the run begins from; None for fresh ones."""
+    return None
+
   @abc.abstractmethod
   def batches(self, start: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
     """Batches of the steps from `start` on, without end; of each, this process's rows."""
 
-  @abc.abstractmethod
   def validator(self) -> Validate:
     """Returns `validate(state)`: what is measured on held-out data, `loss` first."""
