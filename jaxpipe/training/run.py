@@ -61,5 +61,6 @@ class Run(Plan, abc.ABC):
   def batches(self, start: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
     """Batches of the steps from `start` on, without end; of each, this process's rows."""
 
+  @abc.abstractmethod
   def validator(self) -> Validate:
     """Returns `validate(state)`: what is measured on held-out data, `loss` first."""
