@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.context import Context
+from jaxpipe.models.pictures import Convolution, max_pool
 from jaxpipe.models.stack import LayerStack
 
 GROUPS = 3  # of normal cells, a reduction cell between each two
@@ -46,6 +47,7 @@ class AmoebaNetConfig:
       the picture too, which is for large pictures; 0 keeps small ones whole.
     momentum: of the running averages of every batch norm; published 0.9997, which wants tens of
       thousands of steps.
+    convolution: how to convolve; `pictures.convolve` on a CPU.
     dtype: of the arithmetic; norms and the loss are float32 at least.
     param_dtype: of the parameters.
 
@@ -59,6 +61,7 @@ class AmoebaNetConfig:
   image_channels: int = 3
   stem_cells: int = 2
   momentum: float = 0.9997
+  convolution: Convolution = jax.lax.conv_general_dilated
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -315,27 +318,6 @@ def amoebanet(config: AmoebaNetConfig) -> LayerStack:
   )
 
 
-def max_pool(x_BHWC: jax.Array, size: int, stride: int) -> jax.Array:
-  """Maximum over windows of `size` x `size`, padded as `SAME` pads.
-
-  The maxima of shifted pictures, rows first: the backward of one `reduce_window` is a
-  select-and-scatter, which takes four times as long on a CPU. Equals share the gradient.
-  """
-  for dim in (1, 2):
-    long = x_BHWC.shape[dim]
-    short = -(-long // stride)
-    missing = max((short - 1) * stride + size - long, 0)
-    pads = [(0, 0)] * 4
-    pads[dim] = (missing // 2, missing - missing // 2)
-    padded = jnp.pad(x_BHWC, pads, constant_values=-jnp.inf)
-    last = (short - 1) * stride + 1
-    shifted = [
-      jax.lax.slice_in_dim(padded, i, i + last, stride, axis=dim) for i in range(size)
-    ]
-    x_BHWC = functools.reduce(jnp.maximum, shifted)
-  return x_BHWC
-
-
 def _operation(
   name: str, config: AmoebaNetConfig, channels: int, stride: int, rngs: nnx.Rngs
 ) -> nnx.Module:
@@ -365,6 +347,7 @@ def _conv(
     dtype=config.dtype,
     param_dtype=config.param_dtype,
     kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal"),
+    conv_general_dilated=config.convolution,
     rngs=rngs,
   )
 
