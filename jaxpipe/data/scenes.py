@@ -37,8 +37,8 @@ def make_scenes(
     noise: standard deviation of what is added to every pixel.
 
   Returns:
-    `images` float32 [rows, size, size, 1] and `labels` int32 [rows, size, size]: `BACKGROUND`, or
-    the digit plus one where there is ink.
+    `image` float32 [rows, size, size, 1], `label` int32 [rows, size, size] (`BACKGROUND`, or the
+    digit plus one where there is ink) and `weights` float32 [rows], all 1.
 
   Raises:
     ValueError: digits that are larger than the canvas.
@@ -57,4 +57,8 @@ def make_scenes(
       canvas[at] = np.where(ink, images[chosen], canvas[at])
       classes[at] = np.where(ink, labels[chosen] + 1, classes[at])
   canvas += noise * random.standard_normal(canvas.shape, np.float32)
-  return {"images": canvas[..., None], "labels": classes}
+  return {
+    "image": canvas[..., None],
+    "label": classes,
+    "weights": np.ones(rows, np.float32),
+  }

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.context import Context
-from jaxpipe.models.pictures import Convolution, max_pool
+from jaxpipe.models.images import classify
+from jaxpipe.models.pictures import Convolution, batch_norm, max_pool
 from jaxpipe.models.stack import LayerStack
 
 GROUPS = 3  # of normal cells, a reduction cell between each two
@@ -199,13 +200,13 @@ class Skip(nnx.Module):
 
 
 class Images(nnx.Module):
-  """`batch["images"]` [B, H, W, C] in the arithmetic's dtype; nothing to learn."""
+  """`batch["image"]` [B, H, W, C] in the arithmetic's dtype; nothing to learn."""
 
   def __init__(self, config: AmoebaNetConfig):
     self.dtype = config.dtype
 
   def __call__(self, batch: Any) -> jax.Array:
-    return jnp.asarray(batch["images"], self.dtype)
+    return jnp.asarray(batch["image"], self.dtype)
 
 
 class Stem(nnx.Module):
@@ -250,29 +251,17 @@ class Cell(nnx.Module):
 
 
 class Classifier(nnx.Module):
-  """ReLU, the mean over the picture, a linear map: summed cross-entropy (nats), rows, metrics.
-
-  Reads `batch["labels"]` int [B] and, where there are some, `batch["weights"]` float [B], 0 for
-  rows that do not count.
-  """
+  """ReLU, the mean over the picture, a linear map to the logits of the classes -> `classify`."""
 
   def __init__(self, config: AmoebaNetConfig, channels: int, rngs: nnx.Rngs):
-    self.linear = nnx.Linear(
+    self.logits = nnx.Linear(
       channels, config.classes, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
     )
 
-  def __call__(self, x: dict[str, jax.Array], batch: Any) -> Any:
-    logits_BK = self.linear(jnp.mean(nnx.relu(x["now"]), axis=(1, 2)))
-    logits_BK = logits_BK.astype(jnp.promote_types(logits_BK.dtype, jnp.float32))
-    labels_B = batch["labels"]
-    weights_B = jnp.asarray(batch.get("weights", jnp.ones(len(labels_B))), logits_BK.dtype)
-    chosen_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BK), labels_B[:, None], axis=-1)[:, 0]
-    right_B = jnp.argmax(logits_BK, axis=-1) == labels_B
-    return (
-      -jnp.sum(chosen_B * weights_B),
-      jnp.sum(weights_B),
-      {"correct": jnp.sum(right_B * weights_B)},
-    )
+  def __call__(
+    self, x: dict[str, jax.Array], batch: Any
+  ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    return classify(self.logits(jnp.mean(nnx.relu(x["now"]), axis=(1, 2))), batch)
 
 
 class Place(NamedTuple):
@@ -346,14 +335,14 @@ def _conv(
     use_bias=False,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
-    kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal"),
+    kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "uniform"),
     conv_general_dilated=config.convolution,
     rngs=rngs,
   )
 
 
 def _norm(config: AmoebaNetConfig, channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-  return nnx.BatchNorm(
+  return batch_norm(
     channels,
     momentum=config.momentum,
     epsilon=_EPSILON,

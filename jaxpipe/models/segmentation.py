@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.context import Context
-from jaxpipe.models.pictures import Convolution, max_pool
+from jaxpipe.models.pictures import Convolution, batch_norm, max_pool
 from jaxpipe.models.stack import LayerStack
 
 Flow = dict[str, Any]
@@ -69,7 +69,7 @@ class Convolutions(nnx.Module):
     sizes = ((fan_in, channels), (channels, channels))
     self.convs = nnx.List([nnx.Conv(*size, (3, 3), **options) for size in sizes])
     self.norms = nnx.List(
-      [nnx.BatchNorm(channels, momentum=config.momentum, **dtypes) for _ in sizes]
+      [batch_norm(channels, momentum=config.momentum, **dtypes) for _ in sizes]
     )
 
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -79,13 +79,13 @@ class Convolutions(nnx.Module):
 
 
 class Picture(nnx.Module):
-  """`batch["images"]` [B, H, W, C], and no skips yet; nothing to learn."""
+  """`batch["image"]` [B, H, W, C], and no skips yet; nothing to learn."""
 
   def __init__(self, config: SegmentationConfig):
     self.config = config
 
   def __call__(self, batch: Any) -> Flow:
-    images_BHWC = jnp.asarray(batch["images"], self.config.dtype)
+    images_BHWC = jnp.asarray(batch["image"], self.config.dtype)
     H, W = images_BHWC.shape[1:3]
     halvings = len(self.config.widths) - 1
     if H % 2**halvings or W % 2**halvings:
@@ -136,8 +136,7 @@ class Up(nnx.Module):
 class Pixels(nnx.Module):
   """A linear map at every pixel: cross-entropy (nats) summed over pixels, their number, metrics.
 
-  Reads `batch["labels"]` int [B, H, W] and, where there are some, `batch["weights"]` float [B], 0
-  for rows that do not count.
+  Reads `batch["label"]` int [B, H, W] and `batch["weights"]` float [B], 0 for rows that are padding.
 
   Metrics: `correct` pixels, and of every class [K] the pixels that truth and answer share
   (`intersection`) and those that either has (`union`); see `mean_iou`.
@@ -155,11 +154,11 @@ class Pixels(nnx.Module):
   def __call__(self, x: Flow, batch: Any) -> Any:
     logits_BHWK = self.linear(x["h"])
     logits_BHWK = logits_BHWK.astype(jnp.promote_types(logits_BHWK.dtype, jnp.float32))
-    truth_BHWK = jax.nn.one_hot(batch["labels"], logits_BHWK.shape[-1], dtype=logits_BHWK.dtype)
+    truth_BHWK = jax.nn.one_hot(batch["label"], logits_BHWK.shape[-1], dtype=logits_BHWK.dtype)
     answer_BHWK = jax.nn.one_hot(
       jnp.argmax(logits_BHWK, axis=-1), logits_BHWK.shape[-1], dtype=logits_BHWK.dtype
     )
-    weights_B = jnp.asarray(batch.get("weights", jnp.ones(len(truth_BHWK))), logits_BHWK.dtype)
+    weights_B = batch["weights"].astype(logits_BHWK.dtype)
     count = lambda a_BHWK: jnp.einsum("BHWK,B->K", a_BHWK, weights_B)  # noqa: E731
     shared_K = count(truth_BHWK * answer_BHWK)
     union_K = count(truth_BHWK) + count(answer_BHWK) - shared_K
