@@ -16,7 +16,10 @@ if TYPE_CHECKING:
   from jaxpipe.parallel.rules import Rules
   from jaxpipe.pipeline.check import check
   from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
+  from jaxpipe.pipeline.layer_costs import layer_costs
   from jaxpipe.pipeline.memory import MemoryReport, memory_report
+  from jaxpipe.pipeline.packing import PackingReport, packing_report
+  from jaxpipe.pipeline.pipelined import pipeline
   from jaxpipe.pipeline.reference import reference_value_and_grad
   from jaxpipe.schedules import (
     Action,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
   )
   from jaxpipe.training.choose import choose_schedule
   from jaxpipe.training.load import load
+  from jaxpipe.training.partition import partitioned
 
 _HOME = {
   "Action": "jaxpipe.schedules",
@@ -48,11 +52,16 @@ _HOME = {
   "Timeline": "jaxpipe.schedules",
   "check": "jaxpipe.pipeline.check",
   "choose_schedule": "jaxpipe.training.choose",
+  "layer_costs": "jaxpipe.pipeline.layer_costs",
   "linen": "jaxpipe.models.linen",
   "load": "jaxpipe.training.load",
   "make_mesh": "jaxpipe.parallel.mesh",
   "make_schedule": "jaxpipe.schedules",
   "memory_report": "jaxpipe.pipeline.memory",
+  "PackingReport": "jaxpipe.pipeline.packing",
+  "packing_report": "jaxpipe.pipeline.packing",
+  "pipeline": "jaxpipe.pipeline",  # the package, which can be called
+  "partitioned": "jaxpipe.training.partition",
   "pipeline_forward": "jaxpipe.pipeline.executor",
   "pipeline_value_and_grad": "jaxpipe.pipeline.executor",
   "place": "jaxpipe.parallel.placing",
@@ -71,4 +80,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
   if name not in _HOME:
     raise AttributeError(f"module 'jaxpipe' has no attribute {name!r}")
-  return getattr(importlib.import_module(_HOME[name]), name)
+  home = importlib.import_module(_HOME[name])
+  return home if _HOME[name] == f"jaxpipe.{name}" else getattr(home, name)
