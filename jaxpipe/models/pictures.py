@@ -53,6 +53,10 @@ def convolve(
   return jnp.matmul(jnp.concatenate(windows, axis=-1), matrix, precision=options.get("precision"))
 
 
+# By name, for flags.
+CONVOLUTIONS: dict[str, Convolution] = {"matmul": convolve, "xla": lax.conv_general_dilated}
+
+
 def max_pool(x_BHWC: jax.Array, size: int, stride: int) -> jax.Array:
   """Maximum over windows of `size` x `size`, padded as `SAME` pads; equals share the gradient.
 
