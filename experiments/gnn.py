@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxpipe.data.graph import split
 from jaxpipe.data.roget import CLASSES, load_roget
-from jaxpipe.models.forward import forward
+from jaxpipe.models.forward import evaluate
 from jaxpipe.models.gnn import GnnConfig, gnn
 from jaxpipe.parallel.mesh import ROWS, parse_mesh
 from jaxpipe.training.settings import same
@@ -75,7 +75,7 @@ def build(config: GnnRun) -> Task:
 
 def whole_graph(stack: Any, batch: Any, params: Any, state: Any) -> str:
   """What the trained network says without chunks and history."""
-  _, weight, metrics = jax.jit(functools.partial(forward, stack))(params, state, batch)
+  _, weight, metrics = jax.jit(functools.partial(evaluate, stack))(params, state, batch)
   return f"the whole graph at once, no history: accuracy {metrics['correct'] / weight:.4f}"
 
 

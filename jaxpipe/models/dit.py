@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpipe.models.context import Context
-from jaxpipe.models.patch_codec import Encoder, PatchCodec
+from jaxpipe.models.patch_codec import TRAINABLE, Encoder, PatchCodec
 from jaxpipe.models.stack import LayerStack
 
 Linear = Callable[..., nnx.Linear]
@@ -169,4 +169,5 @@ def dit(config: DitConfig, codec: PatchCodec) -> LayerStack:
     embed=functools.partial(Embed, config, codec),
     layers=[layer] * config.layers,
     head=functools.partial(Head, config, codec),
+    trainable=TRAINABLE,
   )

@@ -8,33 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.models.context import LayerInputs
+from jaxpipe.models.forward import modules, run_layers
 from jaxpipe.models.stack import LayerStack
 
 Velocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def velocity_field(stack: LayerStack, params: Any) -> Velocity:
+def velocity_field(stack: LayerStack, params: Any, state: Any) -> Velocity:
   """The network as a function `latents [B, N, C], time [B], labels [B] -> velocity [B, N, C]`.
 
   Args:
     stack: made by `jaxpipe.models.dit.dit`.
-    params: canonical.
+    params, state: canonical.
   """
+  embed, *layers, head = modules(stack, params, state)
 
   def velocity(latents: jax.Array, time: jax.Array, labels: jax.Array) -> jax.Array:
     batch = {"time": time, "labels": labels}
-    rows = jnp.arange(len(latents))
-
-    def layer(x: Any, at: Any) -> tuple[Any, None]:
-      own, number = at
-      inputs = LayerInputs(batch=batch, key=None, layer=number, microbatch=0, rows=rows)
-      return stack.apply_layer(own, x, False, inputs), None
-
-    x = stack.enter(params["embed"], latents, batch)
-    x, _ = jax.lax.scan(layer, x, (params["layers"], jnp.arange(stack.depth)))
-    head: Any = stack.head_module(params)
-    predicted: jax.Array = head.velocity(x)
+    predicted: jax.Array = head.velocity(run_layers(layers, embed.enter(latents, batch), batch))
     return predicted
 
   return velocity

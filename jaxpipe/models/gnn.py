@@ -25,15 +25,15 @@ F features, D width.
 
 References:
   GNNPipe: Chen et al., arXiv 2308.10087. Historical embeddings: Chen et al., arXiv 1710.10568; Fey
-  et al., GNNAutoScale, arXiv 2106.05609. Layers: GCNII, Chen et al., arXiv 2007.02133, which can be
-  many without all nodes becoming alike; its beta, which falls with depth there, is one number here.
+  et al., GNNAutoScale, arXiv 2106.05609. Layers: GraphSAGE, Hamilton et al., arXiv 1706.02216,
+  with the normalised residuals of DeeperGCN, Li et al., arXiv 2006.07739, which let them be many.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,7 @@ class GnnConfig:
     classes: number of classes.
     layers: number of layers.
     width: D.
-    dropout: rate, of what a layer takes.
-    restart: share of the first embedding in what every layer smooths (alpha).
-    mixing: share of the dense layer against the identity (beta).
+    dropout: rate, of what a layer adds.
     dtype: of parameters, history and arithmetic.
   """
 
@@ -66,24 +64,19 @@ class GnnConfig:
   layers: int = 8
   width: int = 64
   dropout: float = 0.5
-  restart: float = 0.1
-  mixing: float = 0.3
   dtype: Any = jnp.float32
 
   def linear(self, wide: int, narrow: int, rngs: nnx.Rngs) -> nnx.Linear:
     """A dense layer."""
     return nnx.Linear(wide, narrow, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs)
 
+  def norm(self, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A norm over the channels of a node."""
+    return nnx.LayerNorm(self.width, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs)
+
 
 class History(nnx.Variable[jax.Array]):
   """What a layer saw of every node a step ago, [V, D]."""
-
-
-class Nodes(TypedDict):
-  """What layers pass on: h [B, D], and what it was before the first layer."""
-
-  h: jax.Array
-  first: jax.Array
 
 
 class Embed(nnx.Module):
@@ -92,45 +85,45 @@ class Embed(nnx.Module):
   def __init__(self, config: GnnConfig, rngs: nnx.Rngs):
     self.project = config.linear(config.features, config.width, rngs)
 
-  def __call__(self, batch: Any) -> Nodes:
-    h = nnx.relu(self.project(batch["features"]))
-    return Nodes(h=h, first=h)
+  def __call__(self, batch: Any) -> jax.Array:
+    return nnx.relu(self.project(batch["features"]))
 
 
 class Layer(nnx.Module):
-  """A step of smoothing along the edges, back towards the start, and a little of a dense layer."""
+  """Adds to each node a function of itself and of the weighted sum over its neighbours."""
 
   def __init__(self, config: GnnConfig, rngs: nnx.Rngs):
-    self.config = config
-    self.mix = config.linear(config.width, config.width, rngs)
+    self.rate = config.dropout
+    self.norm = config.norm(rngs)
+    self.mix = config.linear(2 * config.width, config.width, rngs)
     self.history = History(jnp.zeros((config.nodes, config.width), config.dtype))
 
-  def __call__(self, x: Nodes, context: Context) -> Nodes:
-    config, near_BD = self.config, self.gather(x["h"], context)
-    kept_BD = (1 - config.restart) * near_BD + config.restart * x["first"]
-    mixed_BD = (1 - config.mixing) * kept_BD + config.mixing * self.mix(kept_BD)
-    return Nodes(h=nnx.relu(mixed_BD), first=x["first"])
+  def __call__(self, h_BD: jax.Array, context: Context) -> jax.Array:
+    own_BD = self.norm(h_BD)
+    both_B2D = jnp.concatenate([own_BD, self.gather(own_BD, context)], axis=-1)
+    return h_BD + context.dropout(nnx.relu(self.mix(both_B2D)), self.rate)
 
-  def gather(self, h_BD: jax.Array, context: Context) -> jax.Array:
-    """The weighted sum over every node's neighbours, [B, D]; notes h for the next step."""
+  def gather(self, own_BD: jax.Array, context: Context) -> jax.Array:
+    """The weighted sum over every node's neighbours, [B, D]; notes `own_BD` for the next step."""
     past_VD, node_B = jax.lax.stop_gradient(self.history[...]), context.batch["node"]
-    table_VD = past_VD.at[node_B].set(context.dropout(h_BD, self.config.dropout))
+    table_VD = past_VD.at[node_B].set(own_BD)
     if context.training:
-      chunks = len(past_VD) // len(h_BD)
-      change_BD = jax.lax.stop_gradient(h_BD) - past_VD[node_B]
+      chunks = len(past_VD) // len(own_BD)
+      change_BD = jax.lax.stop_gradient(own_BD) - past_VD[node_B]
       self.history[...] = past_VD.at[node_B].add(chunks * change_BD)
     near_BGD = table_VD[context.batch["neighbours"]]
-    return jnp.einsum("BG,BGD->BD", context.batch["strengths"].astype(h_BD.dtype), near_BGD)
+    return jnp.einsum("BG,BGD->BD", context.batch["strengths"].astype(own_BD.dtype), near_BGD)
 
 
 class Head(nnx.Module):
   """Cross-entropy of the nodes' classes, weighted by `batch["weights"]`."""
 
   def __init__(self, config: GnnConfig, rngs: nnx.Rngs):
+    self.norm = config.norm(rngs)
     self.out = config.linear(config.width, config.classes, rngs)
 
-  def __call__(self, x: Nodes, batch: Any) -> tuple[jax.Array, jax.Array, Any]:
-    logits = self.out(x["h"])
+  def __call__(self, h_BD: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, Any]:
+    logits = self.out(self.norm(h_BD))
     weights = batch["weights"].astype(logits.dtype)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
     correct = (logits.argmax(axis=-1) == batch["labels"]) * weights

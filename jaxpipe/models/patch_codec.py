@@ -2,8 +2,8 @@
 
 Latent diffusion (Rombach et al., arXiv 2112.10752) trains in the space of an autoencoder that no
 longer changes. For images of 8 by 8 pixels the best linear autoencoder of patches is enough, and
-that one needs no training: its weights are eigenvectors. Within the stack they are `Frozen`
-variables, so that `LayerStack(trainable=nnx.Param)` leaves them alone.
+that one needs no training: its weights are eigenvectors. Within the stack they are `Frozen`, which
+`LayerStack(trainable=TRAINABLE)` leaves alone.
 
 Dims: B images, H pixels along a side, K along the side of a patch, N = (H / K)^2 patches, C
 channels of a latent.
@@ -23,8 +23,11 @@ from flax import nnx
 Floats = npt.NDArray[np.floating[Any]]
 
 
-class Frozen(nnx.Variable[jax.Array]):
-  """Weights that no gradient changes."""
+class Frozen(nnx.Param[jax.Array]):
+  """Weights that nothing changes."""
+
+
+TRAINABLE = nnx.All(nnx.Param, nnx.Not(Frozen))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

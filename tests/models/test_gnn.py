@@ -50,10 +50,10 @@ def chunked(graph, params, state, batch, chunks):
   for k in range(chunks):
     part = {name: leaf[k * rows : (k + 1) * rows] for name, leaf in batch.items()}
     embed, layers, head = model = nnx.merge(graph, params, state, copy=True)
-    x = embed(part)
+    h = embed(part)
     for layer in layers:
-      x = layer(x, Context(part, True, None, jnp.arange(rows)))
-    losses.append(head(x, part)[0])
+      h = layer(h, Context(part, True, None, jnp.arange(rows)))
+    losses.append(head(h, part)[0])
     states.append(nnx.split(model, nnx.Param, ...)[2])
   return sum(losses), jax.tree.map(lambda *leaves: sum(leaves) / chunks, *states)
 
@@ -63,11 +63,11 @@ def full_graph(graph, params, state, batch):
   """The loss of a plain full-graph network: a dense adjacency matrix, no neighbours, no history."""
   matrix = np.pad(GRAPH.adjacency(), (0, 1))
   embed, layers, head = nnx.merge(graph, params, state, copy=True)
-  h = first = embed(batch)["h"]
+  h = embed(batch)
   for layer in layers:
-    kept = 0.9 * (matrix @ h) + 0.1 * first
-    h = nnx.relu(0.7 * kept + 0.3 * layer.mix(kept))
-  return head({"h": h}, batch)[0]
+    own = layer.norm(h)
+    h = h + nnx.relu(layer.mix(jnp.concatenate([own, matrix @ own], axis=1)))
+  return head(h, batch)[0]
 
 
 def test_one_chunk_is_the_full_graph(float64):
@@ -91,8 +91,8 @@ def test_every_chunk_replaces_its_own_rows(float64):
   (graph, params, state), data = modules(config()), batch()
   _, after = chunked(graph, params, state, data, 2)
   first = nnx.merge(graph, params, after, copy=True)[1][0]
-  embed = nnx.merge(graph, params, state, copy=True)[0]
-  np.testing.assert_allclose(first.history[...], embed(data)["h"], atol=1e-14)
+  embed, layers, _ = nnx.merge(graph, params, state, copy=True)
+  np.testing.assert_allclose(first.history[...], layers[0].norm(embed(data)), atol=1e-14)
 
 
 def test_no_gradient_goes_through_history(float64):
@@ -103,8 +103,7 @@ def test_no_gradient_goes_through_history(float64):
 
 def test_evaluation_leaves_history_alone():
   layer, data = Layer(config(dtype=jnp.float32), nnx.Rngs(0)), batch()
-  h = jnp.ones((NODES, WIDTH))
-  layer({"h": h, "first": h}, Context(data, False, None, jnp.arange(NODES)))
+  layer(jnp.ones((NODES, WIDTH)), Context(data, False, None, jnp.arange(NODES)))
   assert not layer.history[...].any()
 
 
