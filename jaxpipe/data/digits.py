@@ -84,8 +84,8 @@ def load_digits(path: str | os.PathLike[str]) -> Digits:
   label = table[:, -1]
   test = _test_rows(label)
   train = np.setdiff1d(np.arange(len(label)), test)
-  parts = [{"image": image[rows], "label": label[rows]} for rows in (train, test)]
-  return Digits(*parts, checksum=f"{zlib.crc32(packed):08x}")
+  of = lambda rows: {"image": image[rows], "label": label[rows]}  # noqa: E731
+  return Digits(of(train), of(test), f"{zlib.crc32(packed):08x}")
 
 
 def _test_rows(label: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
