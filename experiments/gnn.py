@@ -16,8 +16,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxpipe.data.graph import split
 from jaxpipe.data.roget import CLASSES, load_roget
@@ -83,10 +81,10 @@ if __name__ == "__main__":
   defaults = GnnRun(
     run_dir="runs/gnn",
     batch_size=1024,
-    steps=500,
-    learning_rate=1e-2,
+    steps=150,
+    learning_rate=3e-3,
     warmup_steps=20,
-    validate_every=100,
-    checkpoint_every=250,
+    validate_every=25,
+    checkpoint_every=75,
   )
   run_task(defaults, build)

@@ -1,21 +1,11 @@
 """Exactness of the models that stress corners: five schedules over two devices, float64."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
-import pytest
 
 import jaxpipe
-from jaxpipe.models.stack import LayerStack
 
 SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-v", "chimera")
-
-# Unlike layers and state came to the stack together.
-unlike_layers = pytest.mark.skipif(
-  "trainable" not in {field.name for field in dataclasses.fields(LayerStack)},
-  reason="this LayerStack has neither unlike layers nor state",
-)
 
 
 def shaken(params, scale=0.3):

@@ -58,3 +58,12 @@ class GaussianVelocity:
       own = (1 - time) ** 2 * unit + time**2 * covariance
       velocity[rows] = mean + (flat[rows] - time * mean) @ np.linalg.solve(own, cross)
     return velocity.reshape(latents_t.shape)
+
+  def error(self, latents: Floats, labels: npt.NDArray[Any], times: int = 20) -> float:
+    """Mean squared error over latents [B, ...], each at `times` times, with noise that is fixed."""
+    rng, errors = np.random.default_rng(0), []
+    for time in (np.arange(times) + 0.5) / times:
+      noise = rng.standard_normal(latents.shape)
+      at_time = (1 - time) * noise + time * latents
+      errors.append(np.mean((self(at_time, time, labels) - (latents - noise)) ** 2))
+    return float(np.mean(errors))
