@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   from jaxpipe.parallel.rules import Rules
   from jaxpipe.pipeline.check import check
   from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
+  from jaxpipe.pipeline.layer_costs import layer_costs
   from jaxpipe.pipeline.memory import MemoryReport, memory_report
   from jaxpipe.pipeline.packing import PackingReport, packing_report
   from jaxpipe.pipeline.pipelined import pipeline
@@ -31,16 +32,20 @@ if TYPE_CHECKING:
     make_schedule,
     simulate,
   )
+  from jaxpipe.schedules.partition import LayerCost, Partition
   from jaxpipe.training.choose import choose_schedule
   from jaxpipe.training.load import load
+  from jaxpipe.training.partition import partitioned
 
 _HOME = {
   "Action": "jaxpipe.schedules",
   "Costs": "jaxpipe.schedules",
   "Kind": "jaxpipe.schedules",
+  "LayerCost": "jaxpipe.schedules.partition",
   "LayerStack": "jaxpipe.models.stack",
   "MemoryReport": "jaxpipe.pipeline.memory",
   "MeshError": "jaxpipe.parallel.mesh",
+  "Partition": "jaxpipe.schedules.partition",
   "Placement": "jaxpipe.schedules",
   "Rules": "jaxpipe.parallel.rules",
   "Schedule": "jaxpipe.schedules",
@@ -50,6 +55,7 @@ _HOME = {
   "Timeline": "jaxpipe.schedules",
   "check": "jaxpipe.pipeline.check",
   "choose_schedule": "jaxpipe.training.choose",
+  "layer_costs": "jaxpipe.pipeline.layer_costs",
   "linen": "jaxpipe.models.linen",
   "load": "jaxpipe.training.load",
   "make_mesh": "jaxpipe.parallel.mesh",
@@ -58,6 +64,7 @@ _HOME = {
   "PackingReport": "jaxpipe.pipeline.packing",
   "packing_report": "jaxpipe.pipeline.packing",
   "pipeline": "jaxpipe.pipeline",  # the package, which can be called
+  "partitioned": "jaxpipe.training.partition",
   "pipeline_forward": "jaxpipe.pipeline.executor",
   "pipeline_value_and_grad": "jaxpipe.pipeline.executor",
   "place": "jaxpipe.parallel.placing",

@@ -1,4 +1,4 @@
-"""Breaks the package in twelve ways, one at a time, and sees that tests notice each.
+"""Breaks the package in seventeen ways, one at a time, and sees that tests notice each.
 
     .venv/bin/python tests/mutate.py [NAME ...]          # all faults, or those of these names
 
@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Tests of values first: what they miss, tests of tables may still find.
 SUITES = ("tests/pipeline/test_exactness.py", "tests/pipeline/test_program.py")
 ON_MESHES = ("tests/parallel/test_meshes.py",)
+OF_STAGES = ("tests/pipeline/test_stages.py", "tests/pipeline/test_packing.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,41 @@ FAULTS = [
     "else axes.total(x_BTD, TENSOR)",
     "else x_BTD",
     ON_MESHES,
+  ),
+  Fault(
+    "records that share rows",
+    "pipeline/arenas.py",
+    "table[tick, d, r] = base[d, name] + slot[at] * rows",
+    "table[tick, d, r] = base[d, name]",
+    OF_STAGES,
+  ),
+  Fault(
+    "borrowed gradient lost",
+    "models/packed.py",
+    "rows[name] = write_span(rows[name], old + whole, offset, chunk)",
+    "rows[name] = write_span(rows[name], old + 0 * whole, offset, chunk)",
+    OF_STAGES,
+  ),
+  Fault(
+    "statistics of a shard",
+    "models/part.py",
+    "over = tuple(axis for axis in ROWS if axes.size(axis) > 1)",
+    "over = ()",
+    OF_STAGES,
+  ),
+  Fault(
+    "statistics of the last microbatch",
+    "pipeline/stages.py",
+    "new = old + new if is_float(leaf) else jnp.maximum(old, new)",
+    "new = new * self.local.program.schedule.microbatches",
+    OF_STAGES,
+  ),
+  Fault(
+    "key of a stage",
+    "models/pieces.py",
+    'inputs = {**inputs, "layer": layer_number(piece)}\n    return',
+    'inputs = {**inputs, "layer": 0}\n    return',
+    OF_STAGES,
   ),
 ]
 

@@ -20,6 +20,7 @@ SCHEDULE_VALUES = {
     ".actions",
     ".check",
     ".costs",
+    ".partition.layer",
     ".peaks",
     ".placement",
     ".schedule",

@@ -25,7 +25,7 @@ _TEST_EVERY = 5
 _SPLIT_SEED = 0  # part of the data: another split would be another test set
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Digits:
   """The digits, split once and for all.
 
@@ -75,7 +75,8 @@ def load_digits(path: str | os.PathLike[str]) -> Digits:
   """
   try:
     packed = pathlib.Path(path).read_bytes()
-    table = np.loadtxt(gzip.decompress(packed).decode().splitlines(), np.int32, delimiter=",")
+    lines = gzip.decompress(packed).decode().splitlines()
+    table = np.array([line.split(",") for line in lines], np.int32)
   except (OSError, EOFError, ValueError, zlib.error) as error:
     raise DataError(f"{path}: cannot be read as digits ({error}); restore the file") from None
   if table.ndim != 2 or table.shape[1] != SIZE * SIZE + 1:
@@ -85,7 +86,7 @@ def load_digits(path: str | os.PathLike[str]) -> Digits:
   test = _test_rows(label)
   train = np.setdiff1d(np.arange(len(label)), test)
   of = lambda rows: {"image": image[rows], "label": label[rows]}  # noqa: E731
-  return Digits(of(train), of(test), f"{zlib.crc32(packed):08x}")
+  return Digits(train=of(train), test=of(test), checksum=f"{zlib.crc32(packed):08x}")
 
 
 def _test_rows(label: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:

@@ -69,8 +69,9 @@ class PatchEmbed(nnx.Module):
     self.config = config
     pixels = config.patch**2 * config.image[2]
     self.project = nnx.Linear(pixels, config.width, rngs=rngs, **config.dtypes)
+    # About as large as what the patches give: a small set has no time to let them grow from 0.02.
     shape = (config.patches, config.width)
-    self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
+    self.positions = nnx.Param(0.5 * jax.random.normal(rngs.params(), shape, config.param_dtype))
 
   def __call__(self, batch: Any) -> jax.Array:
     x_BTD = self.project(cut(batch["image"].astype(self.config.dtype), self.config.patch))

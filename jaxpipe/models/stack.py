@@ -155,9 +155,12 @@ class LayerStack:
 
   @functools.cached_property
   def _head_ties(self) -> dict[str, str]:
-    """Head path -> embed path, where the stack is uniform."""
-    cut = lambda path: path.partition("/")[2]  # noqa: E731
-    return {cut(theirs): cut(ours) for theirs, ours in self.pieces.ties.items()}
+    """Head path -> embed path: all ties of a uniform stack."""
+    return {
+      theirs.removeprefix("head/"): ours.removeprefix("embed/")
+      for theirs, ours in self.pieces.ties.items()
+      if theirs.startswith("head/") and ours.startswith("embed/")
+    }
 
   def laid_out(self, schedule: Any) -> Any:
     """The stack as it lies on the devices of a schedule: itself, or packed.

@@ -100,8 +100,14 @@ def choose_schedule(
     memory_limit: bytes that one device may hold.
 
   Raises:
-    ValueError: no schedule fits the layers or the limit; says what 1F1B needs.
+    ValueError: no schedule fits the layers or the limit; says what 1F1B needs. Or the layers are
+      not alike.
   """
+  if not stack.uniform:
+    raise ValueError(
+      "schedules are chosen for layers of one kind, and the stack's are not alike; name one, for"
+      " example 1f1b or zb-h1"
+    )
   sizes: dict[str, Any] = dict(devices=mesh.shape[STAGE], microbatches=microbatches)
   policy: dict[str, Any] = dict(residuals=residuals, slack=slack, optimizer=optimizer)
 

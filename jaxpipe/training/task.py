@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.training.run_config import RunConfig
+from jaxpipe.training.settings import free
 
 Tree = Any
 Batch = Any  # a pytree of NumPy arrays, leaves [B, ...]
@@ -23,6 +24,12 @@ Batch = Any  # a pytree of NumPy arrays, leaves [B, ...]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig(RunConfig):
   """The flags of an experiment; a subclass adds its own by `same` and `free` of `settings.py`."""
+
+  partition: str = free(
+    "",
+    "layers of each stage, such as 3,2,4; or best (shortest simulated step), balanced, variance,"
+    " parameters, uniform or type:REGEX; default: as many in each as can be",
+  )
 
 
 def sum_of_weights(batch: Batch) -> float:

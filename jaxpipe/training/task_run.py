@@ -13,10 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jaxpipe.parallel.mesh import row_shards
 from jaxpipe.training.checkpoint import Checkpoints
 from jaxpipe.training.errors import ConfigError, naming
 from jaxpipe.training.launch import launch
 from jaxpipe.training.metrics import read_records
+from jaxpipe.training.partition import partitioned
 from jaxpipe.training.plan import build_mesh, build_schedule, check_batch, make_plan, schedule_flags
 from jaxpipe.training.rows import ProcessRows
 from jaxpipe.training.run import Run, Validate
@@ -108,7 +110,18 @@ def build_run(config: Kind, build: Callable[[Kind], Task]) -> TaskRun:
     check_data(folder.path, record, task.identity, lambda name: "data")
   shapes = _check_rows(config, task.batches(0))
   sizes = ["mesh", *schedule_flags(config)]
-  plan = make_plan(config, mesh, schedule, task.stack, shapes, filled_by=sizes)
+  stack = task.stack
+  if config.partition:
+    with naming(*config.flags("partition", *sizes)):
+      stack, _ = partitioned(
+        stack,
+        schedule,
+        shapes,
+        config.partition,
+        shards=row_shards(mesh),
+        residuals=config.residuals,
+      )
+  plan = make_plan(config, mesh, schedule, stack, shapes, filled_by=sizes)
   return TaskRun(
     **vars(plan),
     config=config,

@@ -1,5 +1,7 @@
 """Networks on images: exact gradients under every kind of schedule, and what patches mean."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,8 +31,10 @@ def batch(rows: int = 4) -> dict[str, np.ndarray]:
   }
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "zb-v", "chimera"])
-@pytest.mark.parametrize("model", STACKS)
+SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-v", "chimera")
+
+
+@pytest.mark.sampled("model, name", list(itertools.product(STACKS, SCHEDULES)), 2)
 def test_gradients_are_exact(float64, model: str, name: str) -> None:
   schedule = jaxpipe.make_schedule(name, devices=2, microbatches=4)
   mesh = jaxpipe.make_mesh("stage:2")

@@ -84,7 +84,10 @@ def test_a_collective_within_a_group_is_none_of_these():
 
 @pytest.mark.parametrize(
   "tied, tables",
-  [({"table": "other"}, Tables("table", "table")), ({"other": "table"}, Tables("table", "table"))],
+  [
+    ({"head/table": "embed/other"}, Tables("table", "table")),
+    ({"head/other": "embed/table"}, Tables("table", "table")),
+  ],
 )
 def test_a_table_tied_to_what_is_no_table(tied, tables):
   """Every device took the whole of it for its own shard: gradients were wrong in silence."""

@@ -22,11 +22,11 @@ STACKS = {
   "language": (unlike.language, unlike.text),
 }
 # P=1 has every stage on one device; 8 stages of 5 layers leave some of them empty.
+MESHES = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1))
+# Policies are dealt in turn to the cases of the grid.
 GRID = [
-  (stack, name, P, data, residuals)
-  for stack, name, (P, data), residuals in itertools.product(
-    STACKS, FAMILIES, ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)), ("full", "dots", "all")
-  )
+  (stack, name, P, data, ("full", "dots", "all")[i % 3])
+  for i, (stack, (P, data), name) in enumerate(itertools.product(STACKS, MESHES, FAMILIES))
   if name != "skippipe" and not (name in ("chimera", "bitpipe", "dualpipe") and P == 1)
 ]
 
@@ -118,7 +118,7 @@ def test_a_moving_average_is_moved_once_a_step_by_the_mean_of_the_microbatches(f
     "SAME",
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
-  each = (out + first["bias"]).reshape(M, -1, 4)
+  each = (out + first["bias"][None, None, None]).reshape(M, -1, 4)
   found = jaxpipe.unplace(after, stack, schedule)["layers"][0]["norm"]
   np.testing.assert_allclose(found["mean"][0], 0.01 * each.mean(1).mean(0), atol=1e-14)
   want = 0.99 + 0.01 * each.var(1).mean(0)
@@ -158,8 +158,8 @@ def test_a_step_without_its_state_says_how_to_make_it():
 
 
 def test_a_layer_that_cannot_take_what_it_is_given_is_named():
-  stack = dataclasses.replace(unlike.convolutions(), layers=unlike.convolutions().layers[::2])
-  with pytest.raises(StackError, match=r"layers\[1\] \(Convolution\) cannot be called with .*"):
+  stack = dataclasses.replace(unlike.convolutions(), layers=unlike.convolutions().layers[1:])
+  with pytest.raises(StackError, match=r"layers\[0\] \(Convolution\) cannot be called with .*"):
     stack.init(jax.random.key(0), unlike.images(2))
 
 

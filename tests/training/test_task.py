@@ -82,7 +82,7 @@ def build(config: LineRun) -> Task:
 def config(folder: Path, **changes: Any) -> LineRun:
   small: dict[str, Any] = dict(steps=12, batch_size=8, warmup_steps=2, learning_rate=1e-2)
   options: dict[str, Any] = dict(mesh="stage:2", unroll="none", validate_every=5)
-  return LineRun(run_dir=str(folder / "run"), **{**small, **options, **changes})
+  return LineRun(**{"run_dir": str(folder / "run"), **small, **options, **changes})
 
 
 def run(folder: Path, **changes: Any) -> int:

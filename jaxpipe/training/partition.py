@@ -1,0 +1,55 @@
+"""Cuts a stack into stages by what its layers cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+
+from jaxpipe.models.stack import LayerStack
+from jaxpipe.pipeline.layer_costs import layer_costs
+from jaxpipe.pipeline.residuals import AUTO, Policy
+from jaxpipe.schedules import Schedule
+from jaxpipe.schedules.partition import Partition, best, cut
+
+Tree = Any
+
+
+def partitioned(
+  stack: LayerStack,
+  schedule: Schedule,
+  example_batch: Tree,
+  method: str = "best",
+  *,
+  shards: int = 1,
+  measured: bool = False,
+  residuals: str | Policy = AUTO,
+) -> tuple[LayerStack, Partition]:
+  """Returns the stack with a partition, and the partition with its report.
+
+  Args:
+    stack: whose layers are to be cut.
+    schedule: for whose stages; `best` looks for the shortest simulated step of its order.
+    example_batch: a batch or its shapes, leaves `[B, ...]`.
+    method: `best`, `balanced` (least largest stage), `variance` (GPipe's), `parameters`, `uniform`,
+      `type:REGEX`, which counts layers whose class it matches, or numbers such as `3,2,4`.
+    shards: devices over which the rows of a microbatch lie.
+    measured: whether to time each layer on this process's first device, not to count FLOPs.
+    residuals: as for `pipeline_value_and_grad`.
+
+  Raises:
+    ValueError: an unknown method, or too few layers.
+  """
+  M = schedule.microbatches * shards
+  rows = lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // M, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
+  microbatch = jax.tree.map(rows, example_batch)
+  costs = layer_costs(stack, microbatch, measured=measured, residuals=residuals)
+  if re.fullmatch(r"\d+(,\d+)*", method):
+    found = Partition(layers=tuple(costs), sizes=tuple(map(int, method.split(","))), method=method)
+  elif method == "best":
+    found = best(costs, schedule, empty=True).partition
+  else:
+    found = cut(costs, schedule.stages, method, empty=True)
+  return dataclasses.replace(stack, partition=found.sizes), found
