@@ -66,6 +66,7 @@ def clip(wave):
 
 
 def main():
+  """Writes digits.npz beside this file."""
   rng, speaker = np.random.default_rng(SEED), Speaker()
   pairs = list(itertools.product(ACCENTS, VOICES))
   clips, who = [], []

@@ -72,7 +72,7 @@ class DeepSpeechConfig:
     types = dict(dtype=self.dtype, param_dtype=self.dtype)
     norm = nnx.BatchNorm(features, momentum=0.95, rngs=rngs, **types)
     # Flax begins its averages in float32 whatever the types are, and goes on in the wider one.
-    norm.mean[...], norm.var[...] = (a[...].astype(self.dtype) for a in (norm.mean, norm.var))
+    norm.mean, norm.var = (nnx.BatchStat(a[...].astype(self.dtype)) for a in (norm.mean, norm.var))
     return norm
 
 
