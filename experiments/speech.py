@@ -2,7 +2,7 @@
 
     ./launch/local.sh experiments/speech.py
 
-SIZE parameters over 4 CPU devices, whose stages are all unlike, each with BatchNorm; 400 steps of 32
+SIZE parameters over 4 CPU devices whose stages are unlike, all with BatchNorm; 400 steps of 32
 utterances of up to four digits, put together from clips that eSpeak NG has spoken (see
 data/spoken_digits). Expected on two cores: about 3 minutes, and a character error rate of about
 RESULT for twelve speakers that training never heard (for the best answer that is always the same:

@@ -2,9 +2,9 @@
 
     pip install espeakng-loader==0.2.4 scipy && python data/spoken_digits/make.py
 
-Every speaker is an accent of English, a voice, a speed and a pitch, drawn by a fixed seed; each says
-the ten digits once. The clips are 8 kHz, cut to where there is sound, as loud as each other, and
-stored as 8-bit mu-law.
+Every speaker is an accent of English, a voice, a speed and a pitch, drawn by a fixed seed; each
+says the ten digits once. The clips are 8 kHz, cut to where there is sound, as loud as each other,
+and stored as 8-bit mu-law.
 """
 
 import ctypes
@@ -18,7 +18,11 @@ from scipy.signal import resample_poly
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-029")
-VOICES = "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 Andy Annie adam belinda linda john steph".split()
+VOICES = (
+  *(f"m{i}" for i in range(1, 9)),
+  *(f"f{i}" for i in range(1, 6)),
+  *("Andy", "Annie", "adam", "belinda", "linda", "john", "steph"),
+)
 SPEAKERS, SEED = 48, 0
 SPEEDS, PITCHES = (190, 300), (30, 75)  # words a minute; eSpeak's own scale
 RATE, SPOKEN_RATE = 8000, 22050

@@ -32,7 +32,8 @@ def load_roget(path: pathlib.Path, feature_width: int = 512) -> Graph:
   """
   with gzip.open(path, "rt", encoding="latin-1") as file:
     text = "".join(line for line in file if not line.startswith("*"))
-  words, pairs = [], set()
+  words: list[str] = []
+  pairs: set[tuple[int, int]] = set()
   for line in text.replace("\\\n", " ").splitlines():
     found = re.fullmatch(r"(\d+)([^:\d]+):([\d ]*)", line)
     if not found or int(found[1]) != len(words) + 1:

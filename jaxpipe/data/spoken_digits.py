@@ -61,7 +61,7 @@ class SpokenDigits:
     waves = np.zeros((batch_size, frames * HOP))
     spoken, labels = np.zeros(batch_size, np.int32), np.zeros((batch_size, LONGEST), np.int32)
     for row in range(batch_size):
-      end, said = _speak(waves[row], speakers[rng.integers(len(speakers))], rng)
+      end, said = _speak(waves[row], speakers[int(rng.integers(len(speakers)))], rng)
       spoken[row] = -(-end // HOP)
       labels[row, : len(said)] = said
     waves *= rng.uniform(*_LOUDNESS, (batch_size, 1))
