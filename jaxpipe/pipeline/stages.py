@@ -29,7 +29,7 @@ from jaxpipe.pipeline.slices import LayerSplit
 from jaxpipe.pipeline.split import Layer, forward_only, split
 from jaxpipe.pipeline.stage import Call
 from jaxpipe.pipeline.storage import Pools, Storage
-from jaxpipe.pipeline.varying import vary
+from jaxpipe.pipeline.varying import axes_of, vary
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
@@ -396,7 +396,9 @@ def _stage_function(packed: Any, s: int, training: bool, axes: Sequence[str]) ->
   def stage(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Leaves]:
     rest = {name: value for name, value in inputs.items() if name != "state"}
     y, after = packed.run_stage(s, params, inputs["state"], x, training, rest)
-    out: tuple[Tree, Leaves] = vary(jax.tree.map(jnp.asarray, (y, after)), axes)
+    # Off the mesh, where loops that start from constants are traced, nothing may vary.
+    over = axes_of(jax.tree.leaves((params, inputs, x))) & {*axes}
+    out: tuple[Tree, Leaves] = vary(jax.tree.map(jnp.asarray, (y, after)), over)
     return out
 
   return stage
