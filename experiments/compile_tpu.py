@@ -44,11 +44,13 @@ from jaxpipe.training.aot import (
   ring_shapes,
 )
 from jaxpipe.training.aot_report import describe, describe_estimate, lines
-from jaxpipe.training.config import AUTO, Config
+from jaxpipe.training.config import Config
 from jaxpipe.training.errors import ConfigError, naming
-from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags, read_config
+from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags, read_flags
 from jaxpipe.training.optimizer import learning_rate, make_optimizer
-from jaxpipe.training.setup import batch_shapes, build_mesh, build_schedule, choose
+from jaxpipe.training.plan import build_mesh, choose
+from jaxpipe.training.run_config import AUTO
+from jaxpipe.training.setup import batch_shapes, build_schedule
 from jaxpipe.training.state import state_shapes
 from jaxpipe.training.step import make_train_step
 
@@ -115,7 +117,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 def main(_: Sequence[str]) -> None:
   try:
     take_preset()
-    report = compile_and_read(prepare(read_config()))
+    report = compile_and_read(prepare(read_flags(Config)))
     text = json.dumps(report, indent=2) if _FORMAT.value == "json" else "\n".join(lines(report))
     with naming(f"--out={_OUT.value}"):
       pathlib.Path(_OUT.value or os.devnull).write_text(text + "\n")
@@ -165,7 +167,7 @@ def prepare(config: Config) -> Job:
   model, optimizer = config.model(_VOCABULARY.value), make_optimizer(config)
   stack = transformer(model)
   shapes = batch_shapes(config)
-  schedule = named or choose(config, mesh, stack, shapes, optimizer).schedule
+  schedule = named or choose(config, mesh, stack, shapes, optimizer, ["layers"]).schedule
   state = placed_shapes(state_shapes(stack, optimizer), stack, schedule, mesh)
   batch = on_all(shapes, mesh)
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)

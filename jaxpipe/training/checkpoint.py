@@ -6,6 +6,7 @@ whole, so that a killed run finds the one before.
 
     checkpoints/STEP/params      parameters
     checkpoints/STEP/optimizer   moments, and the step
+    checkpoints/STEP/state       what a stack keeps besides parameters, if it does
     checkpoints/STEP/meta        JSON: step, seed, configuration, fingerprint of the data
 
 Parameters stand alone, so that sampling reads them without knowing the optimizer.
@@ -22,14 +23,14 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.models.stack import LayerStack
-from jaxpipe.parallel.placing import map_param_trees, shardings
+from jaxpipe.parallel.placing import shardings
 from jaxpipe.schedules import Schedule
 from jaxpipe.training.errors import ConfigError
-from jaxpipe.training.state import TrainState, to_canonical, to_placed
+from jaxpipe.training.state import TrainState, map_params, to_canonical, to_placed
 
 Tree = Any
 
-_ITEMS = ("params", "optimizer", "meta")
+_ITEMS = ("params", "optimizer", "state", "meta")
 _KEEP = 3
 
 
@@ -80,11 +81,8 @@ class Checkpoints:
     # The last step may be due by the interval and by the end; orbax refuses the second.
     if step == self.newest:
       return
-    items = ocp.args.Composite(
-      params=ocp.args.StandardSave(canonical.params),
-      optimizer=ocp.args.StandardSave(_optimizer_item(canonical)),
-      meta=ocp.args.JsonSave({**meta, "step": step}),
-    )
+    trees = {name: ocp.args.StandardSave(tree) for name, tree in _trees(canonical).items()}
+    items = ocp.args.Composite(**trees, meta=ocp.args.JsonSave({**meta, "step": step}))
     self._manager.save(step, args=items)
 
   def restore(
@@ -103,23 +101,29 @@ class Checkpoints:
     # Canonical order, but already spread like the placed tree: both have the same shapes and specs,
     # so that what is left to do is to exchange layers between devices, and often nothing.
     everywhere = NamedSharding(mesh, Spec())
-    targets = map_param_trees(
+    targets = map_params(
       lambda p: jax.tree.map(_on, p, shardings(p, stack, schedule, mesh)),
       shapes,
       lambda leaf: _on(leaf, everywhere),
     )
-    items = self._restore(
-      step,
-      params=ocp.args.StandardRestore(targets.params),
-      optimizer=ocp.args.StandardRestore(_optimizer_item(targets)),
+    trees = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(targets).items()}
+    items = self._restore(step, **trees)
+    state = TrainState(
+      params=items["params"], **items["optimizer"], model_state=items.get("state") or {}
     )
-    state = TrainState(params=items["params"], **items["optimizer"])
     return to_placed(state, stack, schedule, mesh)
 
   def restore_params(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
     """Reads the canonical parameters alone, all leaves to one place."""
+    return self._restore_item("params", step, shapes, sharding)
+
+  def restore_model_state(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
+    """Reads what the stack keeps besides them; `{}` where the shapes are."""
+    return self._restore_item("state", step, shapes, sharding) if shapes else {}
+
+  def _restore_item(self, item: str, step: int, shapes: Tree, sharding: Sharding) -> Tree:
     target = jax.tree.map(lambda leaf: _on(leaf, sharding), shapes)
-    return self._restore(step, params=ocp.args.StandardRestore(target))["params"]
+    return self._restore(step, **{item: ocp.args.StandardRestore(target)})[item]
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON values that a checkpoint was saved with."""
@@ -144,8 +148,11 @@ class Checkpoints:
     self._manager.close()
 
 
-def _optimizer_item(state: TrainState) -> dict[str, Any]:
-  return {"opt_state": state.opt_state, "step": state.step}
+def _trees(state: TrainState) -> dict[str, Tree]:
+  """What each item holds."""
+  optimizer = {"opt_state": state.opt_state, "step": state.step}
+  trees = {"params": state.params, "optimizer": optimizer}
+  return {**trees, "state": state.model_state} if state.model_state else trees
 
 
 def _on(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:

@@ -1,44 +1,26 @@
-"""Everything that a training run can be told, as one frozen value.
+"""Everything that a language-model run can be told besides what every run can (`run_config.py`).
 
-Each field is a flag of the same name (`flags.py`). Its metadata hold the flag's help and whether a
-run may be resumed with another value: what decides the numbers (model, data, optimizer, seed) may
-not change, where and how they are computed (mesh, schedule, ...) may, and so may the length of the
-run. The tokenizer and the text are compared by what they hold, not by their names.
+The tokenizer and the text are compared by what they hold, not by their names.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from typing import Any
 
 import jax.numpy as jnp
 
 from jaxpipe.models.moe import MoeConfig
 from jaxpipe.models.transformer import TransformerConfig
-from jaxpipe.parallel.mesh import SLOW
-from jaxpipe.pipeline.residuals import residual_policy
-from jaxpipe.pipeline.unroll import SHAPES
-from jaxpipe.training.errors import ConfigError, naming
+from jaxpipe.training.errors import naming
+from jaxpipe.training.run_config import AUTO, RUN_DIR, RunConfig
+from jaxpipe.training.settings import free as _free
+from jaxpipe.training.settings import same as _same
 
 DTYPES = ("float32", "bfloat16")
-# In place of a schedule's name.
-AUTO = "auto"
-
-
-def _same(default: Any, help: str) -> Any:
-  """A field that a resumed run must repeat."""
-  return dataclasses.field(default=default, metadata={"help": help, "may_change": False})
-
-
-def _free(default: Any, help: str) -> Any:
-  """A field that a resumed run may change."""
-  return dataclasses.field(default=default, metadata={"help": help, "may_change": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RunConfig):
   """A language-model run; the fields' help texts say what each means.
 
   Raises:
@@ -68,26 +50,8 @@ class Config:
   tokenizer: str = _free("byte", "byte, bpe:SIZE (trained on the text) or a tokenizer FILE.json")
   validation_fraction: float = _same(0.05, "share of the text held out, at its end")
   data_cache: str = _free("", "folder of prepared tokens; default: in the user's cache")
-  batch_size: int = _same(8, "rows B of a batch, over all microbatches and data shards")
   sequence_length: int = _same(128, "tokens T of a row")
-  seed: int = _same(0, "of parameters, data order and dropout")
 
-  learning_rate: float = _same(2e-3, "peak learning rate")
-  warmup_steps: int = _same(100, "steps of linear warm-up; then cosine, to a tenth at --steps")
-  weight_decay: float = _same(0.1, "decoupled decay of matrices; norm scales have none")
-  clip_norm: float = _same(1.0, "largest global norm of the gradient; 0: not clipped")
-  steps: int = _free(
-    2000, "updates in total, those before a resume included; another number bends the cosine anew"
-  )
-
-  mesh: str = _free(
-    "stage:4",
-    "devices along each axis, such as stage:4,data:2: stage, data, fsdp, expert, sequence, tensor;"
-    " one may be -1, all that the others leave",
-  )
-  slow_axis: str = _free(
-    "", "axis that lies between hosts or TPU slices: stage or data; default: any"
-  )
   sequence_parallel: bool = _free(
     False, "cut positions over the mesh's tensor axis too, outside of matmuls"
   )
@@ -96,87 +60,38 @@ class Config:
   )
   expert_axes: str = _free("expert", "mesh axes over which experts lie, such as sequence,expert")
   logits_chunk: int = _free(0, "positions whose logits live at once; 0: all of a microbatch's")
-  schedule: str = _free(
-    "1f1b",
-    "pipeline schedule, from python -m jaxpipe.schedules --list; auto: the fastest by estimate that"
-    " a device holds, or one as fast that holds less",
-  )
-  memory_limit: float = _free(
-    0.0, "GB (1e9 bytes) of a device that --schedule=auto may plan with; 0: all that it says it has"
-  )
-  chunks: int = _free(0, "stages V that each device holds; 0: the schedule's own number")
-  microbatches: int = _free(4, "microbatches M of a step")
-  backward: str = _free("", "fused, split or deferred; default: the schedule's own")
-  recompute: bool = _free(False, "recompute as an action of its own, which the schedule places")
   head: str = _free(
     "last", "last: the last stage has the head; sharded: every device a share, and of the embedding"
   )
-  residuals: str = _free(
-    "dots",
-    "what forwards keep for backwards: dots, selective, all, full, a policy of"
-    " jax.checkpoint_policies such as"
-    " nothing_saveable, or names:A,B, such as names:attention,mlp_up",
-  )
-  unroll: str = _free("auto", "program shape: none, one loop; ends; all, one straight line; auto")
-  slack: int = _free(0, "ticks that a transfer may take beyond its own, to run beside other work")
 
-  run_dir: str = _free("runs/lm", "folder of checkpoints, metrics and plots; resumed if it is ours")
-  checkpoint_every: int = _free(500, "steps between checkpoints; 0: only at the end")
-  validate_every: int = _free(500, "steps between validations; 0: only at the end")
-  profile_steps: str = _free("", "START:STOP, steps traced for Perfetto into the run directory")
-  compilation_cache: str = _free("", "folder of compiled programs; default: in the user's cache")
-
-  dry_run: bool = _free(False, "print what the run would cost, from its compiled step, and stop")
+  run_dir: str = _free("runs/lm", RUN_DIR)
   sample: bool = _free(False, "only print text from the run in --run_dir; trains nothing")
   prompt: str = _free("\n", "how the sample begins")
   sample_length: int = _free(400, "tokens of the sample; 0: none")
   temperature: float = _free(0.8, "of sampling; 0 takes the likeliest token")
 
   def __post_init__(self) -> None:
-    # Written so that a NaN is refused as well.
-    for name in _AT_LEAST_ONE:
-      self._check(name, getattr(self, name) >= 1, "is not a count; use 1 or more")
-    for name in _AT_LEAST_ZERO:
-      self._check(name, getattr(self, name) >= 0, "is negative or no number; use 0 or more")
-    for name in ("learning_rate", "weight_decay", "clip_norm", "temperature", "memory_limit"):
-      self._check(name, math.isfinite(getattr(self, name)), "is not finite; use a number")
+    super().__post_init__()
+    self._check_counts(
+      *("layers", "width", "heads", "kv_heads", "sequence_length", "top_k", "ulysses")
+    )
+    self._check_amounts(
+      *("mlp_width", "sample_length", "temperature", "experts", "capacity_factor"),
+      *("capacity_group", "shared_width", "balance_loss", "router_z_loss", "logits_chunk"),
+    )
     self._check("dropout", 0 <= self.dropout < 1, "is no rate; use 0 or more, below 1")
     self._check("dtype", self.dtype in DTYPES, f"is unknown; use {' or '.join(DTYPES)}")
     fraction = self.validation_fraction
     self._check("validation_fraction", 0 < fraction < 1, "is no share; use more than 0, below 1")
-    self._check("seed", 0 <= self.seed < 2**32, "is no seed; use 0 to 4294967295")
     good = self.prompt.isascii() or self.prompt.encode("utf-8", "ignore").decode() == self.prompt
     self._check("prompt", good, "is not UTF-8; write it in UTF-8")
-    shapes = ("auto", *SHAPES)
-    self._check("unroll", self.unroll in shapes, f"is unknown; use {', '.join(shapes)}")
-    self._check("slack", self.slack in (0, 1), "ticks cannot be executed; use 0 or 1")
-    with naming(self.flag("residuals")):
-      residual_policy(self.residuals)
     if self.head == "sharded":
       for name in ("experts", "logits_chunk"):
         message = "cannot be combined with --head=sharded; use --head=last, or leave it out"
         self._check(name, not getattr(self, name), message)
     if self.schedule == AUTO:
-      for name, free in (("chunks", 0), ("backward", ""), ("recompute", False), ("head", "last")):
-        message = f"is for a schedule by name, --schedule=auto decides it; leave --{name} out"
-        self._check(name, getattr(self, name) == free, message)
-    slow = self.slow_axis in ("", *SLOW)
-    self._check("slow_axis", slow, f"cannot lie between hosts; use {' or '.join(SLOW)}")
+      self._check_by_name_only("head", "last")
     self._moe()  # raises for what is impossible
-    self._check("run_dir", bool(self.run_dir), "names no folder; use --run_dir=runs/NAME")
-    self.profile_range()
-
-  def _check(self, name: str, good: bool, message: str) -> None:
-    if not good:
-      raise ConfigError(f"{self.flag(name)} {message}")
-
-  def flag(self, name: str) -> str:
-    """The field as one would type it: `--layers=4`."""
-    return show_flag(name, getattr(self, name))
-
-  def flags(self, *names: str) -> tuple[str, ...]:
-    """Several fields as one would type them."""
-    return tuple(self.flag(name) for name in names)
 
   def model(self, vocabulary_size: int) -> TransformerConfig:
     """Returns the model's own configuration.
@@ -220,50 +135,3 @@ class Config:
         shared=self.shared_width,
         axes=tuple(filter(None, self.expert_axes.split(","))),
       )
-
-  def profile_range(self) -> range:
-    """Steps to trace, from `--profile_steps=START:STOP`; empty where none are."""
-    if not self.profile_steps:
-      return range(0)
-    start, _, stop = self.profile_steps.partition(":")
-    good = start.isdecimal() and stop.isdecimal() and int(start) < int(stop)
-    self._check("profile_steps", good, "is not START:STOP with START below STOP; use 10:13")
-    inside = int(start) < self.steps
-    self._check("profile_steps", inside, f"begins after --steps={self.steps}; begin before")
-    return range(int(start), int(stop))
-
-  def to_dict(self) -> dict[str, Any]:
-    """The fields as JSON holds them."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_dict(cls, fields: dict[str, Any]) -> Config:
-    """Reads `to_dict` back; fields that this version does not know raise TypeError."""
-    return cls(**fields)
-
-
-_AT_LEAST_ONE = (
-  *("layers", "width", "heads", "kv_heads", "batch_size", "sequence_length"),
-  *("steps", "microbatches", "top_k", "ulysses"),
-)
-_AT_LEAST_ZERO = (
-  *("mlp_width", "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "chunks"),
-  *("checkpoint_every", "validate_every", "sample_length", "temperature", "memory_limit"),
-  *("experts", "capacity_factor", "capacity_group", "shared_width", "balance_loss"),
-  *("router_z_loss", "logits_chunk"),
-)
-
-
-def show_flag(name: str, value: Any) -> str:
-  """A flag as one would type it, on one line."""
-  if isinstance(value, bool):
-    return f"--{'' if value else 'no'}{name}"
-  # A prompt may hold a line break, and an error is one line.
-  text = str(value)
-  return f"--{name}={text if text.isprintable() else json.dumps(text)}"
-
-
-def must_match(name: str) -> bool:
-  """Whether a resumed run must repeat this field."""
-  fields = {field.name: field for field in dataclasses.fields(Config)}
-  return not fields[name].metadata["may_change"]

@@ -15,30 +15,30 @@ from jaxpipe.parallel.rules import describe as name_of
 from jaxpipe.pipeline.traffic import Traffic, traffic
 from jaxpipe.training.aot import placed_shapes
 from jaxpipe.training.report import describe
-from jaxpipe.training.setup import Setup
+from jaxpipe.training.run import Run
 from jaxpipe.training.state import state_shapes
 from jaxpipe.training.step import compile_step
 
 
-def dry_run(setup: Setup) -> str:
+def dry_run(run: Run) -> str:
   """Mesh, timetable with both bubbles, memory by kind, every parameter's place, and all traffic.
 
   Args:
-    setup: built, not begun.
+    run: built, not begun.
 
   Returns:
     Text for a terminal or a file.
   """
-  sent = count_traffic(setup)
+  sent = count_traffic(run)
   by_axis = [
     f"  {','.join(axes):24} {kind:20} {size / 1e6:14,.3f} MB"
     for (axes, kind), size in sent.sums().items()
   ]
   return "\n".join(
     (
-      describe(setup),
+      describe(run),
       "parameters by place (shape whole -> on a device, bytes there):",
-      *place_lines(setup),
+      *place_lines(run),
       "sent in a step by the device that sends most:",
       *(by_axis or ["  nothing"]),
       "the same by action:",
@@ -48,10 +48,10 @@ def dry_run(setup: Setup) -> str:
   )
 
 
-def place_lines(setup: Setup) -> Iterator[str]:
+def place_lines(run: Run) -> Iterator[str]:
   """One line for every parameter."""
-  state = state_shapes(setup.stack, setup.optimizer)
-  placed = placed_shapes(state, setup.stack, setup.schedule, setup.mesh).params
+  state = state_shapes(run.stack, run.optimizer, run.batch_shapes)
+  placed = placed_shapes(state, run.stack, run.schedule, run.mesh).params
   leaves = jax.tree.leaves_with_path(placed)
   width = max(len(name_of(path)) for path, _ in leaves)
   for path, leaf in leaves:
@@ -64,11 +64,11 @@ def place_lines(setup: Setup) -> Iterator[str]:
     )
 
 
-def count_traffic(setup: Setup) -> Traffic:
+def count_traffic(run: Run) -> Traffic:
   """Compiles the step, from shapes, and counts what it sends."""
-  state = state_shapes(setup.stack, setup.optimizer)
-  placed = placed_shapes(state, setup.stack, setup.schedule, setup.mesh)
-  return traffic(compile_step(setup, placed), setup.mesh, setup.schedule)
+  state = state_shapes(run.stack, run.optimizer, run.batch_shapes)
+  placed = placed_shapes(state, run.stack, run.schedule, run.mesh)
+  return traffic(compile_step(run, placed), run.mesh, run.schedule)
 
 
 def _entry(entry: Any) -> str:

@@ -15,7 +15,6 @@ from typing import Any, NoReturn, TypeVar
 
 from absl import flags
 
-from jaxpipe.training.config import Config
 from jaxpipe.training.errors import AgreedError, ConfigError
 
 Settings = TypeVar("Settings")
@@ -88,14 +87,14 @@ def read_ahead(defaults: Settings, arguments: Sequence[str]) -> Settings:
   return type(defaults)(**{name: values[name].value for name in vars(defaults)})
 
 
-def read_config(values: flags.FlagValues = flags.FLAGS) -> Config:
-  """Returns the configuration that the parsed flags describe.
+def read_flags(kind: type[Settings], values: flags.FlagValues = flags.FLAGS) -> Settings:
+  """Returns the dataclass that the parsed flags describe.
 
   Raises:
-    ConfigError: see `Config`.
+    ConfigError: a value that the dataclass refuses.
   """
-  given: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
-  return Config(**given)
+  names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+  return kind(**{name: values[name].value for name in names})
 
 
 def exit_with_error(error: Exception) -> NoReturn:

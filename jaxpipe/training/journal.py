@@ -7,7 +7,7 @@ device  ───── step k ─────┼───── step k+1 ──
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -19,11 +19,11 @@ class Journal:
   """Holds the newest step until the next one is under way.
 
   Args:
-    tokens: trained in each step, over all devices.
+    tokens: trained in each step, over all devices; None where batches are not of tokens.
     write: takes each record once, in order.
   """
 
-  def __init__(self, tokens: int, write: Callable[[Record], None]) -> None:
+  def __init__(self, tokens: int | None, write: Callable[[Record], None]) -> None:
     self._tokens, self._write = tokens, write
     self._pending: tuple[int, StepResult, float] | None = None
     self._ready = 0.0
@@ -34,11 +34,11 @@ class Journal:
     self.flush()
     self._pending = (step, result, dispatched)
 
-  def flush(self, validate: Callable[[], float] | None = None) -> None:
+  def flush(self, validate: Callable[[], Mapping[str, float]] | None = None) -> None:
     """Waits for the step that is held, if any, and writes it.
 
     Args:
-      validate: gives its validation loss, after the clock was read.
+      validate: gives its validation `loss` and what else was measured, after the clock was read.
     """
     if self._pending is None:
       return
@@ -48,14 +48,16 @@ class Journal:
     # A step starts when the one before ends; after a pause (validation, checkpoint), when sent.
     seconds = ready - max(self._ready, dispatched)
     self._ready, self._pending = ready, None
+    more = {f"validation_{name}": float(v) for name, v in validate().items()} if validate else {}
     self._write(
       Record(
         step=step,
         loss=float(loss),
         grad_norm=float(grad_norm),
         learning_rate=float(learning_rate),
-        tokens_per_second=self._tokens / seconds,
+        tokens_per_second=self._tokens and self._tokens / seconds,
         step_seconds=seconds,
-        validation_loss=validate() if validate else None,
+        validation_loss=more.pop("validation_loss", None),
+        more=more,
       )
     )

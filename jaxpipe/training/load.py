@@ -70,7 +70,7 @@ def load(run_dir: str | os.PathLike[str]) -> LoadedRun:
     ConfigError: no run there, or one without a checkpoint yet.
   """
   folder = RunDir(pathlib.Path(run_dir))
-  record = folder.read()
+  record = folder.read(Config)
   if record is None:
     raise ConfigError(f"--run_dir={run_dir}: no run there; train one first, or check the path")
   step = None

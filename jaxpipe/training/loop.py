@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from jaxpipe.data.windows import Batch
 from jaxpipe.pipeline.batch import Microbatches
 from jaxpipe.schedules import draw_figure, simulate
 from jaxpipe.training.checkpoint import Checkpoints
@@ -20,83 +19,83 @@ from jaxpipe.training.plots import draw_loss
 from jaxpipe.training.processes import Signals, from_first, is_first, say
 from jaxpipe.training.profiler import Profiler
 from jaxpipe.training.report import Screen, StepLine, describe
-from jaxpipe.training.setup import Setup
+from jaxpipe.training.run import Run
 from jaxpipe.training.state import TrainState, create_state, state_shapes
 from jaxpipe.training.step import StepResult, compile_step
-from jaxpipe.training.validation import make_validation
 
 Step = Callable[[TrainState, Microbatches], tuple[TrainState, StepResult]]
 
 
-def train(setup: Setup) -> int:
+def train(run: Run) -> int:
   """Trains from the newest checkpoint of the run directory, or from the start, to the last step.
 
   Args:
-    setup: built and begun.
+    run: built and begun.
 
   Returns:
     The exit status, the same in all processes: 0, or 128 plus the signal that ended the run early.
   """
-  checkpoints = Checkpoints(setup.folder.checkpoints)
-  start, steps = from_first(checkpoints.newest) or 0, setup.config.steps
+  checkpoints = Checkpoints(run.folder.checkpoints)
+  start, steps = from_first(checkpoints.newest) or 0, run.config.steps
   if start >= steps:
-    say(f"{setup.folder.path}: finished, {start} steps of --steps={steps}; nothing to train")
-    _draw(setup)  # a kill may have come before it
+    say(f"{run.folder.path}: finished, {start} steps of --steps={steps}; nothing to train")
+    _draw(run)  # a kill may have come before it
     checkpoints.close()
     return 0
   if is_first():
-    print(describe(setup), flush=True)
-    draw_figure(simulate(setup.schedule), setup.folder.path / "timetable.png")
-  state = _first_state(setup, checkpoints, start)
+    print(describe(run), flush=True)
+    draw_figure(simulate(run.schedule), run.folder.path / "timetable.png")
+  state = _first_state(run, checkpoints, start)
   began = time.perf_counter()
   # Ahead of the first step: its time is no step's, and nothing can compile it again.
-  step = compile_step(setup, state)
+  step = compile_step(run, state)
   say(f"compiled in {time.perf_counter() - began:.1f} s")
   # Left in reverse: the trace and the signals first, then the bar, the checkpoints, the metrics.
   with contextlib.ExitStack() as stack:
-    metrics = stack.enter_context(_metrics(setup, start))
+    metrics = stack.enter_context(_metrics(run, start))
     stack.callback(checkpoints.close)
     screen = stack.enter_context(Screen(start, steps))
     interrupt = stack.enter_context(Interrupt())
-    profiler = Profiler(
-      setup.config.profile_range() if is_first() else range(0), setup.folder.profile
-    )
+    profiler = Profiler(run.config.profile_range() if is_first() else range(0), run.folder.profile)
     stack.callback(profiler.stop)
-    signals = Signals(setup.mesh)
-    loop = Loop(setup, step, checkpoints, metrics, screen, interrupt, signals, profiler)
+    signals = Signals(run.mesh)
+    loop = Loop(run, step, checkpoints, metrics, screen, interrupt, signals, profiler)
     done = loop.run(state, start)
-  _draw(setup)
+  _draw(run)
   if done < steps and signals.received is not None:
     say(f"{signals.received.name}: saved after {done} steps; the same command resumes")
     return 128 + signals.received
   return 0
 
 
-def _draw(setup: Setup) -> None:
+def _draw(run: Run) -> None:
   if is_first():
-    draw_loss(setup.folder.metrics, setup.folder.loss_png)
+    units = (run.loss_unit, run.validation_unit)
+    draw_loss(run.folder.metrics, run.folder.loss_png, *units)
 
 
-def _metrics(setup: Setup, start: int) -> MetricsWriter | contextlib.nullcontext[None]:
+def _metrics(run: Run, start: int) -> MetricsWriter | contextlib.nullcontext[None]:
   if not is_first():
     return contextlib.nullcontext()
-  return MetricsWriter(setup.folder.metrics, setup.folder.path, start)
+  return MetricsWriter(run.folder.metrics, run.folder.path, start)
 
 
-def _first_state(setup: Setup, checkpoints: Checkpoints, start: int) -> TrainState:
-  where = (setup.stack, setup.schedule, setup.mesh)
+def _first_state(run: Run, checkpoints: Checkpoints, start: int) -> TrainState:
+  where = (run.stack, run.schedule, run.mesh)
   if not start:
-    seed, shapes = setup.config.seed, setup.batch_shapes
-    return create_state(setup.stack, setup.optimizer, seed, shapes, *where[1:])
-  say(f"resuming from {setup.folder.path} after {start} steps")
-  return checkpoints.restore(start, state_shapes(setup.stack, setup.optimizer), *where)
+    seed, shapes = run.config.seed, run.batch_shapes
+    return create_state(run.stack, run.optimizer, seed, shapes, *where[1:])
+  say(f"resuming from {run.folder.path} after {start} steps")
+  return checkpoints.restore(
+    start, state_shapes(run.stack, run.optimizer, run.batch_shapes), *where
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
   """What the loop works with; see `train`."""
 
-  setup: Setup
+  job: Run
   step: Step
   checkpoints: Checkpoints
   metrics: MetricsWriter | None
@@ -107,21 +106,16 @@ class Loop:
 
   def run(self, state: TrainState, start: int) -> int:
     """Runs the steps from `start` on; returns how many the run has done in total."""
-    config = self.setup.config
-    validate = make_validation(
-      self.setup.evaluate,
-      self.setup.validation,
-      self.setup.data.tokenizer,
-      self.setup.rows.put,
-    )
-    journal = Journal(config.batch_size * config.sequence_length, self._writer())
-    with _closing(self.setup.train.iterate(start)) as batches:
+    config = self.job.config
+    validate = self.job.validator()
+    journal = Journal(self.job.tokens, self._writer())
+    with self.job.batches(start) as batches:
       for k in range(start, config.steps):
         if self.profiler.is_edge(k):
           # No step may be under way, or the trace would hold a part of it.
           journal.flush()
           self.profiler.before(k)
-        state, result = self.step(state, self.setup.rows.put(next(batches)))
+        state, result = self.step(state, self.job.rows.put(next(batches)))
         journal.add(k, result)
         done = k + 1
         # Looked at after the dispatch: a signal during step k ends the run with step k in it.
@@ -131,7 +125,7 @@ class Loop:
         saving = last or _due(done, config.checkpoint_every)
         if validating or saving:
           # The line of a step holds its validation loss, and stands before its checkpoint does.
-          journal.flush(functools.partial(validate, state.params) if validating else None)
+          journal.flush(functools.partial(validate, state) if validating else None)
         if saving:
           self._save(state)
         if last:
@@ -139,7 +133,7 @@ class Loop:
     return done
 
   def _writer(self) -> Callable[[Record], None]:
-    line = StepLine(self.setup)
+    line = StepLine(self.job)
 
     def write(record: Record) -> None:
       if self.metrics is None:
@@ -154,19 +148,10 @@ class Loop:
     # First: a checkpoint that is ahead of its metrics would leave a hole that no resume fills.
     if self.metrics is not None:
       self.metrics.sync()
-    config, data = self.setup.config, self.setup.record.data
+    config, data = self.job.config, self.job.record.data
     meta: dict[str, Any] = {"seed": config.seed, "config": config.to_dict(), "data": data}
-    self.checkpoints.save(state, self.setup.stack, self.setup.schedule, meta)
+    self.checkpoints.save(state, self.job.stack, self.job.schedule, meta)
 
 
 def _due(done: int, every: int) -> bool:
   return every > 0 and done % every == 0
-
-
-@contextlib.contextmanager
-def _closing(batches: Any) -> Iterator[Iterator[Batch]]:
-  """Stops the threads that read ahead."""
-  try:
-    yield batches
-  finally:
-    batches.close()

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,18 +29,28 @@ class Record:
     loss: mean over the batch's targets, nats per token.
     grad_norm: global norm before clipping.
     learning_rate: of the update.
-    tokens_per_second: trained, over all devices.
+    tokens_per_second: trained, over all devices; None where batches are not of tokens.
     step_seconds: from the end of the step before, or from its own start after a pause.
-    validation_loss: nats per byte, after the update; None where it was not measured.
+    validation_loss: after the update, nats per byte for text; None where it was not measured.
+    more: what else was measured with it, such as validation_accuracy.
   """
 
   step: int
   loss: float
   grad_norm: float
   learning_rate: float
-  tokens_per_second: float
+  tokens_per_second: float | None
   step_seconds: float
   validation_loss: float | None = None
+  more: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def to_dict(self) -> dict[str, Any]:
+    """The line: all but a rate that there is not, and `more` after the others."""
+    line = {**vars(self), **self.more}
+    del line["more"]
+    if self.tokens_per_second is None:
+      del line["tokens_per_second"]
+    return line
 
 
 def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -90,7 +100,7 @@ class MetricsWriter:
 
   def write(self, record: Record) -> None:
     """Writes one step; it is in the file, though not yet on the disk, when this returns."""
-    values = dataclasses.asdict(record)
+    values = record.to_dict()
     self._file.write(_line(values))
     self._file.flush()
     for name, value in values.items():

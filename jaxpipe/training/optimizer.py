@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpipe.training.config import Config
+from jaxpipe.training.run_config import RunConfig
 
 Tree = Any
 
@@ -21,7 +21,7 @@ _FINAL_SHARE = 0.1  # of the peak learning rate, approached at the last step
 _B1, _B2, _EPSILON = 0.9, 0.95, 1e-8  # GPT-3's (arXiv:2005.14165, appendix B)
 
 
-def learning_rate(config: Config) -> optax.Schedule:
+def learning_rate(config: RunConfig) -> optax.Schedule:
   """Returns `step -> learning rate`: linear from 0 exclusive, then a cosine to a tenth.
 
   The first update (step 0) already moves: it takes the rate of one warm-up step, not 0.
@@ -48,7 +48,7 @@ def decay_mask(params: Tree) -> Tree:
   return jax.tree.map_with_path(is_matrix, params)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
   """Returns the optimizer of a run.
 
   Its moments have the dtype of what it is given: `widen` parameters first.

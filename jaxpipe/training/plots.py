@@ -13,12 +13,15 @@ from jaxpipe.training.metrics import read_records
 _REACH = 25  # steps to each side in the mean drawn over the noise of single steps
 
 
-def draw_loss(metrics: pathlib.Path, png: pathlib.Path) -> None:
+def draw_loss(
+  metrics: pathlib.Path, png: pathlib.Path, unit: str = "", validation_unit: str = ""
+) -> None:
   """Draws training and validation loss over steps.
 
   Args:
     metrics: `metrics.jsonl`; nothing is drawn if it has no lines.
     png: the file to make or replace.
+    unit, validation_unit: of the losses; left out where empty.
   """
   # Imported here: drawing is the last thing of a run, and matplotlib the slowest import.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,17 +35,21 @@ def draw_loss(metrics: pathlib.Path, png: pathlib.Path) -> None:
   figure = Figure(figsize=(8, 4.5), layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
-  axes.plot(steps, losses, color="0.8", lw=0.8, label="training, single steps (nats per token)")
+  axes.plot(steps, losses, color="0.8", lw=0.8, label=_label("training, single steps", unit))
   axes.plot(steps, running_mean(losses), color="tab:blue", label="training, running mean")
   if points:
     x, y = zip(*points, strict=True)
-    axes.plot(x, y, color="tab:orange", marker="o", label="validation (nats per byte)")
+    axes.plot(x, y, color="tab:orange", marker="o", label=_label("validation", validation_unit))
   axes.set_xlabel("step")
   axes.set_ylabel("loss")
   axes.grid(alpha=0.3)
   axes.legend(frameon=False)
   with atomic_file(png) as file:
     figure.savefig(file, dpi=120, format="png")
+
+
+def _label(name: str, unit: str) -> str:
+  return f"{name} ({unit})" if unit else name
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:

@@ -12,45 +12,43 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxpipe.models.transformer import flops_per_token
 from jaxpipe.parallel.placing import shardings
 from jaxpipe.schedules import draw_text, simulate
 from jaxpipe.training.metrics import Record
 from jaxpipe.training.peaks import peak_flops
 from jaxpipe.training.processes import is_first
-from jaxpipe.training.setup import Setup
+from jaxpipe.training.run import Run
 
 Tree = Any
 
 
-def describe(setup: Setup) -> str:
+def describe(run: Run) -> str:
   """The plan of a run: mesh, timetable with both bubbles, parameters, expected memory, data."""
   # A timetable is broken at a terminal's edge, never in a file.
   width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-  device = setup.mesh.devices.flat[0]
-  axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items() if size > 1)
-  total, held = count_parameters(setup)
-  memory = setup.memory
+  device = run.mesh.devices.flat[0]
+  axes = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
+  total, held = count_parameters(run)
+  memory = run.memory
   parts = ", ".join(
     f"{kind.replace('_', ' ')} {_mib(size)}" for kind, size in memory.bytes.items() if size
   )
-  train, held_out = len(setup.data.train.tokens), len(setup.data.validation.tokens)
   return "\n".join(
     (
-      f"mesh: {axes or 'stage 1'} = {setup.mesh.size} devices ({device.device_kind})",
-      *([f"schedules by estimate:\n{setup.choice}"] if setup.choice else []),
-      draw_text(simulate(setup.schedule), width),
+      f"mesh: {axes or 'stage 1'} = {run.mesh.size} devices ({device.device_kind})",
+      *([f"schedules by estimate:\n{run.choice}"] if run.choice else []),
+      draw_text(simulate(run.schedule), width),
       f"parameters: {total:,} in total, {held:,} on each device",
       f"expected memory of each device: {_mib(memory.total)} MiB ({parts})",
-      f"data: {train:,} tokens to train on, {held_out:,} held out",
+      *([run.data_line] if run.data_line else []),
     )
   )
 
 
-def count_parameters(setup: Setup) -> tuple[int, int]:
+def count_parameters(run: Run) -> tuple[int, int]:
   """Parameters in total, and on each device: its share of all that is cut over the stages."""
-  shapes = setup.stack.param_shapes()
-  places = shardings(shapes, setup.stack, setup.schedule, setup.mesh)
+  shapes = run.stack.param_shapes()
+  places = shardings(shapes, run.stack, run.schedule, run.mesh)
   here = jax.tree.map(lambda place, p: math.prod(place.shard_shape(p.shape)), places, shapes)
   return _count(shapes), sum(jax.tree.leaves(here))
 
@@ -59,15 +57,15 @@ class StepLine:
   """Formats a step's record; knows what the model costs and what the devices can do.
 
   Args:
-    setup: of the run.
+    run: that it reports on.
   """
 
-  def __init__(self, setup: Setup) -> None:
-    self._steps = setup.config.steps
-    self._flops = flops_per_token(setup.model, setup.config.sequence_length)
-    peak = peak_flops(setup.mesh.devices.flat[0].device_kind)
+  def __init__(self, run: Run) -> None:
+    self._steps = run.config.steps
+    self._flops, self._unit = run.flops_per_token, run.validation_unit
+    peak = peak_flops(run.mesh.devices.flat[0].device_kind)
     # Over the whole mesh: idle devices are paid for too.
-    self._peak = peak and peak * setup.mesh.size
+    self._peak = peak and peak * run.mesh.size
 
   def __call__(self, record: Record) -> str:
     parts = [
@@ -75,13 +73,16 @@ class StepLine:
       f"loss {record.loss:.4f}",
       f"grad norm {record.grad_norm:.3f}",
       f"lr {record.learning_rate:.2e}",
-      f"{record.tokens_per_second:,.0f} tokens/s",
-      f"{record.step_seconds * 1e3:.1f} ms",
     ]
-    if self._peak:
-      parts.append(f"MFU {record.tokens_per_second * self._flops / self._peak:.1%}")
+    rate = record.tokens_per_second
+    if rate is not None:
+      parts.append(f"{rate:,.0f} tokens/s")
+    parts.append(f"{record.step_seconds * 1e3:.1f} ms")
+    if rate is not None and self._peak and self._flops:
+      parts.append(f"MFU {rate * self._flops / self._peak:.1%}")
     if record.validation_loss is not None:
-      parts.append(f"validation {record.validation_loss:.4f} nats per byte")
+      parts.append(f"validation {record.validation_loss:.4f} {self._unit}".rstrip())
+    parts += [f"{name.removeprefix('validation_')} {x:.4f}" for name, x in record.more.items()]
     return "  ".join(parts)
 
 

@@ -12,12 +12,16 @@ import fcntl
 import json
 import pathlib
 import time
-from typing import IO, Any
+from collections.abc import Callable, Mapping
+from typing import IO, Any, Generic, TypeVar
 
 from jaxpipe.data import BpeTokenizer, ByteTokenizer, Tokenizer, load_bpe
 from jaxpipe.data.files import atomic_file
-from jaxpipe.training.config import Config, must_match, show_flag
 from jaxpipe.training.errors import ConfigError
+from jaxpipe.training.run_config import RunConfig
+from jaxpipe.training.settings import show_flag
+
+Kind = TypeVar("Kind", bound=RunConfig)
 
 _MARK = "jaxpipe run 1"
 _OTHER = "or use another --run_dir"
@@ -26,15 +30,15 @@ _HELD: dict[pathlib.Path, IO[bytes]] = {}  # locked until the process ends, howe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunRecord:
+class RunRecord(Generic[Kind]):
   """What `config.json` holds.
 
   Attributes:
     config: of the command that began the run, or last resumed it.
-    data: `TokenBatches.identity`.
+    data: JSON values that mark what it trains on, such as `TokenBatches.identity`.
   """
 
-  config: Config
+  config: Kind
   data: dict[str, Any]
 
 
@@ -72,11 +76,15 @@ class RunDir:
   def _tokenizer(self) -> pathlib.Path:
     return self.path / "tokenizer.json"
 
-  def read(self) -> RunRecord | None:
+  def read(self, kind: type[Kind]) -> RunRecord[Kind] | None:
     """Returns the record, or None where no run has begun.
 
+    Args:
+      kind: of the configuration that a run there should have.
+
     Raises:
-      ConfigError: something else is there: not a folder, other files, or a damaged record.
+      ConfigError: something else is there: not a folder, other files, a damaged record, or a run of
+        another experiment.
     """
     if not self.path.exists():
       return None
@@ -90,14 +98,14 @@ class RunDir:
         f"--run_dir={self.path}: not empty and not a jaxpipe run (no config.json);"
         " use another --run_dir"
       )
-    return _parse(self._config)
+    return _parse(self._config, kind)
 
-  def begin(self, record: RunRecord, tokenizer: Tokenizer) -> None:
+  def begin(self, record: RunRecord[Any], tokenizer: Tokenizer | None = None) -> None:
     """Makes the folder ours; the record comes last, since it is what marks it.
 
     Args:
       record: to be written.
-      tokenizer: of the run; bytes need no file.
+      tokenizer: of the run, if it has one; bytes need no file.
     """
     # In this order: a run that is killed here has no mark yet, or everything that it names.
     self.path.mkdir(parents=True, exist_ok=True)
@@ -105,7 +113,13 @@ class RunDir:
     if isinstance(tokenizer, BpeTokenizer):
       with atomic_file(self._tokenizer) as file:
         file.write(tokenizer.to_json().encode())
-    fields = {"format": _MARK, "config": record.config.to_dict(), "data": record.data}
+    config = record.config
+    fields = {
+      "format": _MARK,
+      "experiment": type(config).__name__,
+      "config": config.to_dict(),
+      "data": record.data,
+    }
     with atomic_file(self._config) as file:
       file.write((json.dumps(fields, indent=1) + "\n").encode())
 
@@ -149,45 +163,58 @@ def _hold(path: pathlib.Path) -> None:
   _HELD[name] = file
 
 
-def check_config(path: pathlib.Path, record: RunRecord, config: Config) -> None:
+def check_config(path: pathlib.Path, record: RunRecord[Kind], config: Kind) -> None:
   """Refuses to resume with another value where that would train another model.
 
   Raises:
     ConfigError: names the first such flag, both values and what to do.
   """
-  for field in dataclasses.fields(Config):
+  for field in dataclasses.fields(config):
     was, now = getattr(record.config, field.name), getattr(config, field.name)
-    if was != now and must_match(field.name):
+    if was != now and not field.metadata["may_change"]:
       raise ConfigError(
         f"{show_flag(field.name, now)}: the run in {path} has {show_flag(field.name, was)};"
         f" repeat that to resume it, {_OTHER}"
       )
 
 
-def check_data(path: pathlib.Path, record: RunRecord, config: Config, data: dict[str, Any]) -> None:
-  """The same for the tokens themselves.
+def check_data(
+  path: pathlib.Path, record: RunRecord[Any], data: Mapping[str, Any], flag: Callable[[str], str]
+) -> None:
+  """The same for the data themselves.
+
+  Args:
+    path, record: of the run.
+    data: JSON values as in the record.
+    flag: says where a value of `data` comes from, as one would type it.
 
   Raises:
-    ConfigError: the text or the tokenizer's file is another than the run's.
+    ConfigError: they are other than the run's.
   """
   for name, now in data.items():
     # The path may differ, what the file holds may not.
     was = record.data.get(name)
     if was != now:
-      flag = "tokenizer" if name == "tokenizer" else "text"
       raise ConfigError(
-        f"{config.flag(flag)}: its {name} is {_short(now)}, the run in {path} has {_short(was)};"
+        f"{flag(name)}: its {name} is {_short(now)}, the run in {path} has {_short(was)};"
         f" give the same file to resume it, {_OTHER}"
       )
 
 
-def _parse(path: pathlib.Path) -> RunRecord:
+def _parse(path: pathlib.Path, kind: type[Kind]) -> RunRecord[Kind]:
   try:
     fields = json.loads(path.read_text())
     mark = fields["format"]
     if mark != _MARK:
       raise ConfigError(f"{path}: format {mark!r}, not {_MARK!r}; use another --run_dir")
-    return RunRecord(config=Config.from_dict(fields["config"]), data=dict(fields["data"]))
+    # Runs that are older than the name were all of the language model.
+    experiment = fields.get("experiment", "Config")
+    if experiment != kind.__name__:
+      raise ConfigError(
+        f"{path}: a run of another experiment ({experiment}, not {kind.__name__}); use another"
+        " --run_dir"
+      )
+    return RunRecord(config=kind.from_dict(fields["config"]), data=dict(fields["data"]))
   except ConfigError:
     raise
   except (ValueError, KeyError, TypeError) as error:

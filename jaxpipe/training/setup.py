@@ -1,4 +1,4 @@
-"""Everything that a run needs, built and checked before anything is compiled or written.
+"""A language-model run, built and checked before anything is compiled or written.
 
 Whatever is wrong with a command is found here, and only here: all errors of this module are the
 user's, so that `command.py` may show them as one line. The cheap checks come first, so that a wrong
@@ -7,87 +7,71 @@ flag is told before a large text is tokenised.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from jaxpipe.data import EvaluationBatches, TextData, TokenBatches, prepare_text
+from jaxpipe.data.windows import Batch
 from jaxpipe.models.cross_entropy import check_chunk
-from jaxpipe.models.stack import LayerStack
-from jaxpipe.models.transformer import TransformerConfig, check_sizes, transformer
-from jaxpipe.parallel.mesh import SEQUENCE, STAGE, TENSOR, make_mesh, row_shards
-from jaxpipe.parallel.placing import layers_per_stage, param_specs
+from jaxpipe.models.transformer import TransformerConfig, check_sizes, flops_per_token, transformer
+from jaxpipe.parallel.mesh import SEQUENCE, TENSOR
+from jaxpipe.parallel.placing import layers_per_stage
 from jaxpipe.parallel.sequence import check_divides
-from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
-from jaxpipe.pipeline.memory import MemoryReport, memory_report
-from jaxpipe.pipeline.residuals import residual_policy
-from jaxpipe.schedules import Schedule, make_schedule
-from jaxpipe.training.aot import Device
-from jaxpipe.training.choose import Choice, choose_schedule
-from jaxpipe.training.config import AUTO, Config
-from jaxpipe.training.errors import ConfigError, naming
-from jaxpipe.training.optimizer import learning_rate, make_optimizer
+from jaxpipe.schedules import Schedule
+from jaxpipe.training import plan
+from jaxpipe.training.cache import cache_folder
+from jaxpipe.training.config import Config
+from jaxpipe.training.errors import naming
+from jaxpipe.training.plan import build_mesh, check_batch, make_plan
 from jaxpipe.training.rows import ProcessRows
-from jaxpipe.training.run_dir import RunDir, RunRecord, check_config, check_data
+from jaxpipe.training.run import Run, Validate
+from jaxpipe.training.run_dir import RunDir, check_config, check_data
+from jaxpipe.training.validation import make_validation
 
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Setup:
-  """A run that can start.
+class Setup(Run):
+  """A run of a language model.
 
   Attributes:
-    config: what was asked for.
-    folder: its run directory, not yet touched.
-    mesh, schedule: where it runs, and in which order.
-    choice: among what the schedule was chosen; None where it was asked for by name.
-    model, stack: what it trains.
+    model: the stack's configuration.
     data, train, validation: what it trains on; of batches, the rows that this process needs.
-    rows: which those are, and where they go.
-    optimizer, learning_rate: how.
-    value_and_grad, evaluate: `pipeline_value_and_grad` and `pipeline_forward` of all these.
-    memory: what each device will hold, the optimizer's state included.
   """
 
   config: Config
-  folder: RunDir
-  mesh: Mesh
-  schedule: Schedule
-  choice: Choice | None
   model: TransformerConfig
-  stack: LayerStack
   data: TextData
   train: TokenBatches
   validation: EvaluationBatches
-  rows: ProcessRows
-  optimizer: optax.GradientTransformation
-  learning_rate: optax.Schedule
-  value_and_grad: Callable[..., Any]
-  evaluate: Callable[..., Any]
-  memory: MemoryReport
-
-  @property
-  def record(self) -> RunRecord:
-    """What marks a run directory as this run's."""
-    return RunRecord(config=self.config, data=dict(self.train.identity))
-
-  @property
-  def batch_shapes(self) -> Tree:
-    """A batch as `jax.ShapeDtypeStruct`s."""
-    return batch_shapes(self.config)
 
   def begin(self) -> Self:
-    """Makes the run directory, or brings its record up to date; returns this setup."""
+    """Keeps the tokenizer as well."""
     self.folder.begin(self.record, self.data.tokenizer)
     return self
+
+  @contextlib.contextmanager
+  def batches(self, start: int) -> Iterator[Iterator[Batch]]:
+    """Reads ahead, in threads that stop with the block."""
+    batches = self.train.iterate(start)
+    try:
+      yield batches
+    finally:
+      batches.close()
+
+  def validator(self) -> Validate:
+    """Measures nats per byte over the whole held-out text."""
+    tokenizer = self.data.tokenizer
+    validate = make_validation(self.evaluate, self.validation, tokenizer, self.rows.put)
+    return lambda state: {"loss": validate(state.params)}
 
 
 def build(config: Config) -> Setup:
@@ -103,55 +87,47 @@ def build(config: Config) -> Setup:
     ValueError: anything that does not fit; one line with the flag or file, and the remedy.
   """
   mesh = build_mesh(config)
-  # Sizes that 1F1B has, auto can have: checked before any text is read.
-  first = "1f1b" if config.schedule == AUTO else config.schedule
-  schedule = build_schedule(dataclasses.replace(config, schedule=first), mesh)
+  schedule = build_schedule(config, mesh)  # before any text is read
   config.model(vocabulary_size=1)  # the shapes must fit whatever the tokenizer will say
-  _check_batch(config, mesh)
+  check_batch(config, mesh)
   _check_positions(config, mesh)
   folder = RunDir(pathlib.Path(config.run_dir))
-  record = folder.read()
+  record = folder.read(Config)
   if record:
     check_config(folder.path, record, config)
   with naming(config.flag("mesh")):
     rows = ProcessRows(mesh, config.batch_size, config.microbatches)
   data, train, validation = _build_data(config, rows.rows)
   if record:
-    check_data(folder.path, record, config, dict(train.identity))
+    check_data(folder.path, record, train.identity, lambda name: config.flag(_flag_of(name)))
   model = config.model(data.tokenizer.vocabulary_size)
-  stack, optimizer, shapes = transformer(model), make_optimizer(config), batch_shapes(config)
-  choice = None
-  if config.schedule == AUTO:
-    choice = choose(config, mesh, stack, shapes, optimizer)
-    schedule = choice.schedule
-  widths = ("mlp_width", *["shared_width"] * bool(config.shared_width))
-  with naming(*config.flags("mesh", "width", *widths, "tokenizer", "head")):
-    param_specs(stack.param_shapes(), stack, schedule, mesh)
-  # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
-  options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
-  with naming(config.flag("schedule")):
-    value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, unroll=config.unroll, **options)
-  # Tracing a layer finds what its shapes alone do not say. A name is looked for there, too.
-  named = bool(residual_policy(config.residuals).names)
-  with naming(*config.flags(*(["residuals"] if named else _traced_flags(config)))):
-    memory = memory_report(stack, schedule, mesh, shapes, optimizer=optimizer, **options)
+  shared = ["shared_width"] * bool(config.shared_width)
+  planned = make_plan(
+    config,
+    mesh,
+    schedule,
+    transformer(model),
+    batch_shapes(config),
+    chosen_by=["layers"],
+    placed_by=["width", "mlp_width", *shared, "tokenizer", "head"],
+    traced_by=_traced_flags(config),
+  )
   return Setup(
+    **vars(planned),
     config=config,
     folder=folder,
-    mesh=mesh,
-    schedule=schedule,
-    choice=choice,
+    rows=rows,
+    identity=train.identity,
+    data_line=f"data: {len(data.train.tokens):,} tokens to train on,"
+    f" {len(data.validation.tokens):,} held out",
+    tokens=config.batch_size * config.sequence_length,
+    loss_unit="nats per token",
+    flops_per_token=flops_per_token(model, config.sequence_length),
+    validation_unit="nats per byte",
     model=model,
-    stack=stack,
     data=data,
     train=train,
     validation=validation,
-    rows=rows,
-    optimizer=optimizer,
-    learning_rate=learning_rate(config),
-    value_and_grad=value_and_grad,
-    evaluate=pipeline_forward(stack, schedule, mesh),
-    memory=memory,
   )
 
 
@@ -163,77 +139,16 @@ def batch_shapes(config: Config) -> Tree:
   return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
-def build_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh that the flags ask for, of these devices or of the machine's.
-
-  Raises:
-    ConfigError: it cannot be made of them.
-  """
-  with naming(*config.flags("mesh", *["slow_axis"] * bool(config.slow_axis))):
-    return make_mesh(config.mesh, devices, slow=config.slow_axis or None)
-
-
-def choose(
-  config: Config,
-  mesh: Mesh,
-  stack: LayerStack,
-  shapes: Tree,
-  optimizer: optax.GradientTransformation,
-) -> Choice:
-  """What `--schedule=auto` stands for, within `--memory_limit` or what the devices have.
-
-  Raises:
-    ConfigError: nothing fits.
-  """
-  # Devices of other processes do not tell what they have.
-  own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-  limit = 1e9 * config.memory_limit or Device.of(own).memory
-  with naming(*config.flags("schedule", "memory_limit", "layers", "mesh", "residuals")):
-    return choose_schedule(
-      stack,
-      mesh,
-      shapes,
-      microbatches=config.microbatches,
-      residuals=config.residuals,
-      unroll=config.unroll,
-      slack=config.slack,
-      optimizer=optimizer,
-      memory_limit=limit,
-    )
-
-
 def build_schedule(config: Config, mesh: Mesh) -> Schedule:
   """The schedule that the flags name, over the mesh's stages.
 
   Raises:
     ConfigError: the sizes do not fit; names the flags.
   """
-  # Flags at their defaults decide nothing, and would only lengthen the message.
-  optional = [name for name in ("chunks", "backward", "recompute") if getattr(config, name)]
-  optional += ["head"] * (config.head != "last")
-  with naming(*config.flags("schedule", "microbatches", *optional)):
-    schedule = make_schedule(
-      config.schedule,
-      devices=mesh.shape[STAGE],
-      microbatches=config.microbatches,
-      chunks=config.chunks or None,
-      backward=config.backward or None,
-      recompute=config.recompute,
-      head=config.head,
-    )
-  with naming(*config.flags("layers", "mesh", *optional[: config.chunks > 0])):
+  schedule = plan.build_schedule(config, mesh, config.head)
+  with naming(*config.flags("layers", "mesh", *["chunks"] * (config.chunks > 0))):
     layers_per_stage(config.layers, schedule)
   return schedule
-
-
-def _check_batch(config: Config, mesh: Mesh) -> None:
-  M, shards = config.microbatches, row_shards(mesh)
-  if config.batch_size % (M * shards):
-    flags = " ".join(config.flags("batch_size", "microbatches", "mesh"))
-    raise ConfigError(
-      f"{flags}: {config.batch_size} rows cannot be cut into {M} microbatches over {shards} data"
-      f" shard{'s' * (shards > 1)}; use a multiple of {M * shards} rows"
-    )
 
 
 def _check_positions(config: Config, mesh: Mesh) -> None:
@@ -253,7 +168,7 @@ def _check_positions(config: Config, mesh: Mesh) -> None:
 
 def _traced_flags(config: Config) -> tuple[str, ...]:
   experts = ("experts", "capacity_factor", "capacity_group", "expert_axes", "sequence_parallel")
-  return ("mesh", "sequence_length", *(experts if config.experts else ()))
+  return ("sequence_length", *(experts if config.experts else ()))
 
 
 def _build_data(
@@ -273,9 +188,6 @@ def _build_data(
     return data, train, EvaluationBatches(data.validation, B, T, rows=rows)
 
 
-def cache_folder(asked: str, name: str) -> pathlib.Path:
-  """Returns the folder that a flag asks for, or one in the user's cache."""
-  if asked:
-    return pathlib.Path(asked)
-  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(home) / "jaxpipe" / name
+def _flag_of(name: str) -> str:
+  """The flag that decides a value of the data's identity."""
+  return "tokenizer" if name == "tokenizer" else "text"

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.training.optimizer import widen
-from jaxpipe.training.setup import Setup
+from jaxpipe.training.run import Run
 from jaxpipe.training.state import TrainState
 
 Tree = Any
@@ -45,7 +45,8 @@ def make_train_step(
   """Returns the jitted step.
 
   Args:
-    value_and_grad: `(params, batch, key) -> ((loss, metrics), grads)`, of the pipeline.
+    value_and_grad: `(params, batch, key) -> ((loss, metrics), grads)`, of the pipeline; of a stack
+      with state `(params, batch, key, state) -> ((loss, metrics, state), grads)`.
     optimizer, learning_rate: from `optimizer.py`.
     seed: of dropout; step k draws from `fold_in(key(seed), k)`, whatever came before.
     state: a placed state or its placed shapes, to lay out the result like it.
@@ -58,12 +59,17 @@ def make_train_step(
   def step(state: TrainState, batch: Tree) -> tuple[TrainState, StepResult]:
     # Counted in the state, not on the host: a resumed step draws what it would have drawn.
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    (loss, metrics), grads = value_and_grad(state.params, batch, key)
+    model_state = state.model_state
+    if model_state:
+      (loss, metrics, model_state), grads = value_and_grad(state.params, batch, key, model_state)
+    else:
+      (loss, metrics), grads = value_and_grad(state.params, batch, key)
     wide = widen(state.params)  # decay reads parameters, and must not round in their dtype
     updates, opt_state = optimizer.update(grads, state.opt_state, wide)
     new = optax.apply_updates(state.params, updates)
     result = StepResult(loss, optax.tree.norm(grads), learning_rate(state.step), metrics)
-    return TrainState(params=new, opt_state=opt_state, step=state.step + 1), result
+    done = TrainState(params=new, opt_state=opt_state, step=state.step + 1, model_state=model_state)
+    return done, result
 
   # Fixed output places: left to the compiler, they may differ from the input's and the second call
   # would compile again.
@@ -72,14 +78,9 @@ def make_train_step(
   return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
-def compile_step(setup: Setup, state: TrainState) -> jax.stages.Compiled:
+def compile_step(run: Run, state: TrainState) -> jax.stages.Compiled:
   """Compiles the step of a run, for a placed state or its placed shapes."""
   step = make_train_step(
-    setup.value_and_grad,
-    setup.optimizer,
-    setup.learning_rate,
-    setup.config.seed,
-    state,
-    setup.mesh,
+    run.value_and_grad, run.optimizer, run.learning_rate, run.config.seed, state, run.mesh
   )
-  return step.lower(state, setup.rows.shapes(setup.batch_shapes)).compile()
+  return step.lower(state, run.rows.shapes(run.batch_shapes)).compile()

@@ -1,15 +1,60 @@
-"""Loss on held-out text, over the same pipeline that trains."""
+"""Losses on held-out data, over the same pipeline that trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxpipe.data import EvaluationBatches, Tokenizer
 
 Tree = Any
+
+
+class Totals(NamedTuple):
+  """Sums over all batches, in float64.
+
+  Attributes:
+    loss: of the losses, each times its weight.
+    metrics: of the head's own.
+    weight: of the weights.
+  """
+
+  loss: np.float64
+  metrics: Tree
+  weight: np.float64
+
+
+def sum_over(
+  evaluate: Callable[[Any], tuple[Any, Tree]], batches: Iterable[tuple[Any, float]]
+) -> Totals:
+  """Adds up what a stack says about some batches.
+
+  Args:
+    evaluate: `batch -> (mean loss, metrics)`, not waited for.
+    batches: each with its weight, over all processes; at least one.
+  """
+  totals, held = Totals(np.float64(0), None, np.float64(0)), None
+  for batch, weight in batches:
+    # Fetched when the next batch is under way, so that devices do not wait; and not later, since
+    # CPU devices share threads and dead-lock when too many programs queue for each other.
+    under_way = evaluate(batch), weight
+    totals, held = _add(totals, held), under_way
+  return _add(totals, held)
+
+
+def _add(totals: Totals, held: tuple[tuple[Any, Tree], float] | None) -> Totals:
+  if held is None:
+    return totals
+  (mean_loss, metrics), weight = jax.device_get(held[0]), np.float64(held[1])
+  wide = jax.tree.map(np.float64, metrics)
+  return Totals(
+    loss=totals.loss + np.float64(mean_loss) * weight,
+    metrics=wide if totals.metrics is None else jax.tree.map(np.add, totals.metrics, wide),
+    weight=totals.weight + weight,
+  )
 
 
 def make_validation(
@@ -30,20 +75,14 @@ def make_validation(
   # Targets of a batch that is not padded. Counted, not summed: other processes have other rows.
   full = batches.batch_size * batches.sequence_length
 
-  def validate(params: Tree) -> float:
-    held: tuple[Any, Tree, np.float64] = (np.float64(0), {}, np.float64(0))
-    nats = np.float64(0)
+  def weighed() -> Iterator[tuple[Any, float]]:
     for i, batch in enumerate(batches):
-      # Fetched when the next batch is under way, so that devices do not wait; and not later, since
-      # CPU devices share threads and dead-lock when too many programs queue for each other.
-      weight = np.float64(min(full, batches.target_count - i * full))
-      under_way = *evaluate(params, put(batch)), weight
-      nats, held = nats + _nats(*held), under_way
-    return float(nats + _nats(*held)) / total_bytes
+      yield put(batch), min(full, batches.target_count - i * full)
+
+  def validate(params: Tree) -> float:
+    totals = sum_over(lambda batch: evaluate(params, batch), weighed())
+    # Of the text alone: what routers of experts add to the loss is no part of its likelihood.
+    nats = totals.loss - totals.metrics.get("router_loss", 0)
+    return float(nats) / total_bytes
 
   return validate
-
-
-def _nats(mean_loss: Any, metrics: Tree, weight: np.float64) -> np.float64:
-  """Of the text alone: what routers of experts add to the loss is no part of its likelihood."""
-  return np.float64(mean_loss) * weight - np.float64(metrics.get("router_loss", 0))

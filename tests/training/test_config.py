@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 from jaxpipe.schedules import schedule_names
 from jaxpipe.training.config import Config
 from jaxpipe.training.errors import ConfigError
-from jaxpipe.training.flags import define_flags, parse_flags, read_config
+from jaxpipe.training.flags import define_flags, parse_flags, read_flags
 from jaxpipe.training.loop import train
 from jaxpipe.training.setup import build
 
@@ -266,7 +266,7 @@ def _parse(*words: str) -> Config:
   values = absl_flags.FlagValues()
   define_flags(Config(), values)
   parse_flags(["lm.py", *words], values)
-  return read_config(values)
+  return read_flags(Config, values)
 
 
 def test_flags_fill_the_configuration() -> None:

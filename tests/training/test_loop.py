@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from jaxpipe.training.checkpoint import Checkpoints
-from jaxpipe.training.config import Config, show_flag
+from jaxpipe.training.config import Config
 from jaxpipe.training.interrupt import Interrupt
 from jaxpipe.training.loop import train
 from jaxpipe.training.metrics import MetricsWriter, Record
+from jaxpipe.training.settings import show_flag
 from jaxpipe.training.setup import build
 
 ROOT = Path(__file__).parents[2]

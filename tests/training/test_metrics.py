@@ -60,13 +60,14 @@ def test_steps_are_written_one_late_and_none_is_lost() -> None:
   for k in range(3):
     journal.add(k, StepResult(k, 0, 0, {}))  # type: ignore[arg-type]
     assert len(written) == k
-  journal.flush(lambda: 1.5)
+  journal.flush(lambda: {"loss": 1.5, "accuracy": 0.5})
   journal.flush()
   assert [(r.step, r.loss, r.validation_loss) for r in written] == [
     (0, 0, None),
     (1, 1, None),
     (2, 2, 1.5),
   ]
+  assert [dict(r.more) for r in written] == [{}, {}, {"validation_accuracy": 0.5}]
   assert all(r.tokens_per_second == 64 / r.step_seconds for r in written)
 
 

@@ -22,11 +22,12 @@ from jaxpipe import make_mesh
 from jaxpipe.pipeline.batch import Microbatches, microbatches
 from jaxpipe.training import processes
 from jaxpipe.training.cluster import detect
-from jaxpipe.training.config import Config, show_flag
+from jaxpipe.training.config import Config
 from jaxpipe.training.errors import AgreedError, ConfigError
 from jaxpipe.training.processes import Processes
 from jaxpipe.training.rendezvous import meet
 from jaxpipe.training.rows import ProcessRows
+from jaxpipe.training.settings import show_flag
 
 ROOT = Path(__file__).parents[2]
 HERE = "127.0.0.1"
@@ -293,6 +294,7 @@ import numpy as np
 from jaxpipe import make_mesh
 from jaxpipe.training import processes
 from jaxpipe.training.rows import ProcessRows
+from jaxpipe.training.settings import show_flag
 
 me = int(sys.argv[2])
 processes.start(processes.Processes(coordinator=sys.argv[1], process_id=me, num_processes=2))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import pytest
 
+from jaxpipe.models.transformer import flops_per_token
 from jaxpipe.training import report
 from jaxpipe.training.config import Config
 from jaxpipe.training.metrics import Record
@@ -52,7 +53,7 @@ def test_utilisation_only_where_the_peak_is_known(
   line = "step    3  loss 2.0000  grad norm 1.000  lr 1.00e-03  1,000 tokens/s  100.0 ms"
   assert report.StepLine(setup)(record) == line
   monkeypatch.setattr(report, "peak_flops", lambda kind: 1e9 if kind == "cpu" else None)
-  flops = report.flops_per_token(setup.model, 16)
+  flops = flops_per_token(setup.model, 16)
   assert report.StepLine(setup)(record) == f"{line}  MFU {1e3 * flops / 4e9:.1%}"
 
 
