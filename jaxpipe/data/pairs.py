@@ -11,7 +11,7 @@ draws as the pairs are, a large T all languages alike.
     targets   Re pub lik Malta <end> <pad>             what it is to say
     weights   1 1 1 1 1 0
 
-Dims: B rows of the batch, R rows of it that are read here, S and T longest source and target.
+Dims: B rows of the batch, S and T longest source and target.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -28,7 +27,7 @@ import numpy.typing as npt
 from jaxpipe.data.errors import DataError
 from jaxpipe.data.isocodes import Catalogue
 from jaxpipe.data.tokenizer import Tokenizer
-from jaxpipe.data.windows import Batch, Rows, pick_rows
+from jaxpipe.data.windows import Batch
 
 PAD, BEGIN, END = 0, 1, 2
 _FIRST_TAG = 3
@@ -92,6 +91,7 @@ class Pairs:
     counts: int64 [languages], pairs of each.
     source: int32 [pairs, S].
     target: int32 [pairs, T].
+    texts: of each pair, the English and what it is to become.
     left_out: pairs that are longer than S or T.
   """
 
@@ -99,13 +99,14 @@ class Pairs:
   counts: npt.NDArray[np.int64]
   source: npt.NDArray[np.int32]
   target: npt.NDArray[np.int32]
+  texts: tuple[tuple[str, str], ...]
   left_out: int = 0
 
   def batch(self, which: npt.NDArray[np.int64]) -> Batch:
-    """The pairs numbered in `which`, R of them; -1 stands for a row of padding.
+    """The pairs numbered in `which`, B of them; -1 stands for a row of padding.
 
     Returns:
-      `source` int32 [R, S], `tokens` and `targets` int32 [R, T], `weights` float32 [R, T].
+      `source` int32 [B, S], `tokens` and `targets` int32 [B, T], `weights` float32 [B, T].
     """
     there = (which >= 0)[:, None]
     source, target = np.where(there, self.source[which], PAD), self.target[which]
@@ -130,7 +131,7 @@ def encode_pairs(catalogue: Catalogue, vocabulary: PairVocabulary, longest: int)
   Raises:
     DataError: a language of which no pair is left.
   """
-  sources, targets, counts, left_out = [], [], [], 0
+  sources, targets, texts, counts, left_out = [], [], [], [], 0
   for language, names in catalogue.items():
     kept = 0
     for english, there in names.items():
@@ -141,6 +142,7 @@ def encode_pairs(catalogue: Catalogue, vocabulary: PairVocabulary, longest: int)
       kept += 1
       sources.append(source)
       targets.append(target)
+      texts.append((english, there))
     if not kept:
       raise DataError(
         f"of {len(names)} pairs in {language!r} none has at most {longest} tokens a side; use a"
@@ -152,6 +154,7 @@ def encode_pairs(catalogue: Catalogue, vocabulary: PairVocabulary, longest: int)
     counts=np.array(counts, np.int64),
     source=_padded(sources, longest),
     target=_padded(targets, longest),
+    texts=tuple(texts),
     left_out=left_out,
   )
 
@@ -179,71 +182,55 @@ class PairBatches:
 
   Attributes:
     pairs: what is drawn from, with replacement.
-    batch_size: B, rows of the whole batch, over all processes.
+    batch_size: B.
     seed: any integer.
     temperature: T of `language_shares`.
-    rows: which of the B rows to read, as for `TokenBatches`; never changes what a row holds.
 
   Raises:
-    DataError: sizes below 1, rows outside the batch, or a temperature not above 0.
+    DataError: a temperature not above 0.
   """
 
   pairs: Pairs
   batch_size: int
   seed: int
   temperature: float = 5.0
-  rows: Rows = dataclasses.field(default=None, kw_only=True)
 
   def __post_init__(self) -> None:
-    if self.batch_size < 1:
-      raise DataError(f"--batch_size={self.batch_size}: must be at least 1")
-    pick_rows(self.batch_size, self.rows)
-    language_shares(self.pairs.counts.tolist(), self.temperature)
-
-  @functools.cached_property
-  def identity(self) -> dict[str, int | str | float]:
-    """What decides every batch, for a checkpoint to compare; not `rows`, which do not."""
-    content = hashlib.sha256(self.pairs.source.tobytes() + self.pairs.target.tobytes())
-    return {
-      "pairs": content.hexdigest()[:32],
-      "languages": ",".join(self.pairs.languages),
-      "batch_size": self.batch_size,
-      "seed": self.seed,
-      "temperature": self.temperature,
-    }
+    self._edges  # noqa: B018 - now, not at the first batch
 
   @property
-  def fingerprint(self) -> str:
-    """32 hex digits: equal for equal `identity`, so for the same batches at all steps."""
-    return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
+  def identity(self) -> dict[str, str]:
+    """What marks the data, for a resumed run to compare."""
+    content = hashlib.sha256(self.pairs.source.tobytes() + self.pairs.target.tobytes())
+    return {"languages": ",".join(self.pairs.languages), "pairs": content.hexdigest()[:32]}
 
   def __getitem__(self, step: int) -> Batch:
-    """Returns batch `step`, the rows that `rows` selects.
+    """Returns batch `step`.
 
     Raises:
       IndexError: a negative step; there is no last batch to count from.
     """
     if step < 0:
       raise IndexError(f"batch {step}: steps start at 0")
-    return self.pairs.batch(self._draw(step)[pick_rows(self.batch_size, self.rows)])
+    return self.pairs.batch(self._draw(step))
 
-  def iterate(self, start: int = 0) -> Iterator[Batch]:
-    """Iterates over batches `start`, `start + 1`, ... without end."""
-    while True:
-      yield self[start]
-      start += 1
+  @functools.cached_property
+  def _edges(self) -> npt.NDArray[np.float64]:
+    return np.cumsum(language_shares(self.pairs.counts.tolist(), self.temperature))
+
+  @functools.cached_property
+  def _key(self) -> int:
+    return int.from_bytes(hashlib.sha256(f"pairs {self.seed}".encode()).digest()[:16], "little")
 
   def _draw(self, step: int) -> npt.NDArray[np.int64]:
     """Numbers of the B pairs of a batch."""
     # Raw bits of a counter-based generator: its methods may change between versions of NumPy.
-    key = int.from_bytes(hashlib.sha256(repr(("pairs", self.seed)).encode()).digest()[:16], "little")
-    bits = np.random.Philox(key=key, counter=step << 64).random_raw(2 * self.batch_size)
-    uniform = (bits >> np.uint64(11)).astype(np.float64) / 2**53
-    which, within = uniform[: self.batch_size], uniform[self.batch_size :]
+    generator = np.random.Philox(key=self._key, counter=step << 64)
+    bits = generator.random_raw(2 * self.batch_size) >> np.uint64(11)
+    which, within = (bits.astype(np.float64) / 2**53).reshape(2, -1)
     counts = self.pairs.counts
-    edges = np.cumsum(language_shares(counts.tolist(), self.temperature))
     # Rounding may leave the last edge below 1.
-    language = np.minimum(np.searchsorted(edges, which, side="right"), len(counts) - 1)
+    language = np.minimum(np.searchsorted(self._edges, which, side="right"), len(counts) - 1)
     starts = np.cumsum(counts) - counts
     return starts[language] + (within * counts[language]).astype(np.int64)
 

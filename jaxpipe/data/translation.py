@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 
 from jaxpipe.data.errors import DataError
-from jaxpipe.data.isocodes import SPLITS, STANDARDS, Catalogue, read_catalogue, split_catalogue
+from jaxpipe.data.isocodes import SPLITS, Catalogue, read_catalogue, split_catalogue
 from jaxpipe.data.pairs import Pairs, PairVocabulary, encode_pairs
 from jaxpipe.data.tokenizer import make_tokenizer
 
@@ -26,15 +26,12 @@ class TranslationData:
   Attributes:
     vocabulary: of all sides.
     train, validation, test: pairs; no English name is in two of them.
-    references: the test pairs as text, language -> English -> its name there, the longest left out
-      just as in `test` and in the same order.
   """
 
   vocabulary: PairVocabulary
   train: Pairs
   validation: Pairs
   test: Pairs
-  references: Catalogue
 
   def table(self) -> str:
     """How many pairs there are of each language, a line each."""
@@ -84,7 +81,6 @@ def prepare_translation(
     train=train,
     validation=validation,
     test=test,
-    references=_fitting(parts["test"], vocabulary, longest),
   )
 
 
@@ -92,7 +88,3 @@ def _all_text(catalogue: Catalogue) -> str:
   """Every name of either side once, a line each."""
   names = (name for pairs in catalogue.values() for pair in pairs.items() for name in pair)
   return "\n".join(sorted(set(names)))
-
-
-def _fitting(catalogue: Catalogue, vocabulary: PairVocabulary, longest: int) -> Catalogue:
-  ...
