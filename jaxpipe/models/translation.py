@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -260,15 +261,21 @@ def positions(T: int, D: int, dtype: Any) -> jax.Array:
   return jnp.concatenate([jnp.sin(angle_Th), jnp.cos(angle_Th)], axis=1).astype(dtype)
 
 
-def translation(config: TranslationConfig) -> LayerStack:
-  """Returns the model as a stack that the pipeline can cut: L encoder layers, L decoder layers."""
+def translation(config: TranslationConfig, partition: Sequence[int] | None = None) -> LayerStack:
+  """Returns the model as a stack that the pipeline can cut: L encoder layers, L decoder layers.
+
+  Args:
+    config: its shape.
+    partition: layers of each stage; default, as even as can be.
+  """
   encoder = lambda rngs: EncoderLayer(config, rngs)  # noqa: E731 - one object a kind
   decoder = lambda rngs: DecoderLayer(config, rngs)  # noqa: E731
   return LayerStack(
     embed=lambda rngs: Embed(config, rngs),
     layers=[encoder] * config.layers + [decoder] * config.layers,
     head=lambda rngs: Head(config, rngs),
-    tied={"table": "table"},
+    tied={"head/table": "embed/table"},
+    partition=partition,
   )
 
 
