@@ -28,6 +28,7 @@ while [[ ! $dry_run ]]; do
   if [[ ! $forwarded ]] && ((code && !status)); then
     status=$code
     # The others will fail too, and may have more to say; but not forever.
+    exec 2>/dev/null # their own is open; this shell would only tell who was killed below
     { sleep 10 && kill -s KILL "${pids[@]}"; } >/dev/null 2>&1 &
     killer=$!
     disown

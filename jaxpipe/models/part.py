@@ -1,4 +1,8 @@
-"""One module as data: its static graph, and the shapes of its parameters."""
+"""One module as data: its static graph, and the shapes of its parameters and of its state.
+
+Parameters are what is trained. All other variables are *state*: running statistics, which a forward
+in training changes, and weights that are frozen, which nothing changes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,10 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
+from jaxpipe.models.paths import merged
+from jaxpipe.parallel import axes
+from jaxpipe.parallel.mesh import ROWS
+
 Tree = Any
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
@@ -24,24 +32,30 @@ class StackError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One module as data: its static graph and the shapes of its parameters.
+  """One module as data.
 
   Attributes:
     name: how messages call it, such as `layers[3]`.
     factory: builds it from `nnx.Rngs`.
+    trainable: filter of the variables that are parameters.
     graph: the static half of `nnx.split`.
-    shapes: nested dict of `jax.ShapeDtypeStruct`, the trainable half.
+    shapes: nested dict of `jax.ShapeDtypeStruct`, the parameters.
+    state: nested dict of them, all other variables.
+    changing: of `state`, True for what a forward in training changes.
     kind: the module's class.
   """
 
   name: str
   factory: Factory
+  trainable: Any
   graph: Any
   shapes: Tree
+  state: Tree
+  changing: Tree
   kind: type
 
   @classmethod
-  def trace(cls, name: str, factory: Factory) -> Part:
+  def trace(cls, name: str, factory: Factory, trainable: Any = nnx.Param) -> Part:
     """Builds the module abstractly (no arrays) and refuses what cannot be pipelined."""
     if _is_linen(factory):
       raise StackError(
@@ -54,25 +68,58 @@ class Part:
           f"{name} holds the array {'/'.join(map(str, path))} outside any nnx.Param: compute it in"
           " __call__, or make it a module-level constant"
         )
-    graph, state = nnx.split(module)
+    graph, params, state = split_module(module, trainable)
     for path, variable in nnx.to_flat_state(state):
-      if not issubclass(variable.type, nnx.Param):
-        raise StackError(_state_message(name, path, variable.type))
-    shapes = nnx.to_pure_dict(state)
+      if issubclass(variable.type, nnx.RngState):
+        raise StackError(
+          f"{name} holds mutable state {'/'.join(map(str, path))} ({variable.type.__name__}), a"
+          " random stream of its own, which no schedule could repeat: call"
+          " context.dropout(x, rate) in place of nnx.Dropout, and keep no rngs in modules"
+        )
+    shapes = nnx.to_pure_dict(params)
     for at, leaf in jax.tree.leaves_with_path(shapes):
       if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise StackError(
           f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
           " make it a float, or compute it in __call__"
         )
-    return cls(name, factory, graph, shapes, type(module))
+    changing = jax.tree.map(lambda _: True, nnx.to_pure_dict(state))
+    for path, variable in nnx.to_flat_state(state):
+      if issubclass(variable.type, nnx.Param):
+        _set(changing, path, False)
+    return cls(
+      *(name, factory, trainable, graph, shapes, nnx.to_pure_dict(state), changing, type(module))
+    )
 
   def init(self, key: jax.Array) -> Tree:
     """Returns fresh parameters, a nested dict of arrays."""
-    return fresh(self.factory, key)
+    return fresh(self.factory, key, self.trainable)[0]
+
+  def init_both(self, key: jax.Array) -> tuple[Tree, Tree]:
+    """Returns fresh parameters and state."""
+    return fresh(self.factory, key, self.trainable)
 
   def __call__(self, params: Tree, *args: Any) -> Any:
     return nnx.merge(self.graph, params)(*args)
+
+  def run(self, params: Tree, state: Tree, training: bool, *args: Any) -> tuple[Any, Tree]:
+    """Calls the module; returns its output and its state after the call.
+
+    Statistics of `nnx.BatchNorm` are those of all rows of the microbatch, wherever they lie.
+    """
+    if not self.state:
+      return self(params, *args), state
+    module = nnx.merge(self.graph, merged(params, state))
+    if training:
+      module.train()
+    else:
+      module.eval()
+    over = tuple(axis for axis in ROWS if axes.size(axis) > 1)
+    for _, one in nnx.iter_graph(module):
+      if over and isinstance(one, nnx.BatchNorm) and one.axis_name is None:
+        one.axis_name = over  # type: ignore[assignment]  # several names are as good as one
+    out = module(*args)
+    return out, nnx.to_pure_dict(nnx.state(module, nnx.Not(self.trainable)))
 
   def call(self, method: str, params: Tree, *args: Any) -> Any:
     """Calls another method of the module."""
@@ -89,12 +136,8 @@ class Part:
 
   def same_kind(self, other: Part) -> bool:
     """Whether both have the same static graph and the same parameter shapes and dtypes."""
-    if not same_structure(self.shapes, other.shapes):
-      return False
-    pairs = zip(jax.tree.leaves(self.shapes), jax.tree.leaves(other.shapes), strict=True)
-    return self.graph == other.graph and all(
-      (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs
-    )
+    mine, theirs = (self.shapes, self.state), (other.shapes, other.state)
+    return self.graph == other.graph and same_shapes(mine, theirs)
 
 
 def _is_linen(factory: Any) -> bool:
@@ -104,22 +147,48 @@ def _is_linen(factory: Any) -> bool:
   )
 
 
-def fresh(factory: Factory, key: jax.Array) -> Tree:
-  """Fresh parameters of one module, a nested dict of arrays."""
-  return nnx.to_pure_dict(nnx.state(factory(nnx.Rngs(key)), nnx.Param))
+def split_module(module: nnx.Module, trainable: Any) -> tuple[Any, Any, Any]:
+  """The module's static half, its parameters and all its other variables."""
+  graph, params, *others = nnx.split(module, trainable, ...)
+  return graph, params, others[0]
 
 
-def _state_message(name: str, path: tuple[Any, ...], kind: type) -> str:
-  where = "/".join(map(str, path))
-  if issubclass(kind, nnx.RngState):
-    remedy = "call context.dropout(x, rate) in place of nnx.Dropout, and keep no rngs in modules"
-  elif issubclass(kind, nnx.BatchStat):
-    remedy = "use a norm without running statistics (RMSNorm, LayerNorm, GroupNorm)"
-  else:
-    remedy = "make it an nnx.Param, or recompute it in __call__"
-  return (
-    f"{name} holds mutable state {where} ({kind.__name__}), which is not supported yet: {remedy}"
-  )
+def fresh(factory: Factory, key: jax.Array, trainable: Any = nnx.Param) -> tuple[Tree, Tree]:
+  """Fresh parameters and state of one module, nested dicts of arrays."""
+  _, params, state = split_module(factory(nnx.Rngs(key)), trainable)
+  return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+
+
+def sums(out: Any) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
+  """What a head returns, as `value_and_grad(has_aux=True)` wants it.
+
+  Raises:
+    StackError: it is not `(loss_sum, weight, metrics)`, or a sum is no scalar.
+  """
+  if not isinstance(out, tuple) or len(out) != 3:
+    raise StackError(f"head must return (loss_sum, weight, metrics); it returns {type(out)}")
+  loss_sum, weight, metrics = out
+  if jnp.shape(loss_sum) or jnp.shape(weight):
+    raise StackError(
+      f"head must return scalar sums; loss_sum has shape {jnp.shape(loss_sum)},"
+      f" weight {jnp.shape(weight)}: sum over the rows"
+    )
+  return loss_sum, jax.lax.stop_gradient((weight, metrics))
+
+
+def _set(tree: Tree, path: tuple[Any, ...], value: Any) -> None:
+  """Sets a leaf of a nested dict in place."""
+  for name in path[:-1]:
+    tree = tree[name]
+  tree[path[-1]] = value
+
+
+def same_shapes(a: Tree, b: Tree) -> bool:
+  """Whether two trees have the same structure, and their leaves the same shapes and dtypes."""
+  if not same_structure(a, b):
+    return False
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in pairs)
 
 
 def same_structure(a: Tree, b: Tree) -> bool:

@@ -33,6 +33,25 @@ def without(tree: Tree, paths: Iterable[str]) -> Tree:
   return tree
 
 
+def merged(a: Tree, b: Tree) -> Tree:
+  """A nested dict with the leaves of two that have none in common."""
+  if not isinstance(a, Mapping) or not isinstance(b, Mapping):
+    raise ValueError(f"both trees have a leaf at the same place: {a}, {b}")
+  return {
+    **a,
+    **{k: merged(a[k], v) if k in a else v for k, v in b.items()},
+  }
+
+
+def leaf_paths(tree: Tree, path: str = "") -> list[str]:
+  """Paths of all leaves below a path that is there, itself where it is a leaf."""
+  if not isinstance(tree, Mapping):
+    return [path]
+  return [
+    leaf for k, v in tree.items() for leaf in leaf_paths(v, f"{path}/{k}" if path else f"{k}")
+  ]
+
+
 def _key(tree: Mapping[Any, Any], name: str) -> Any:
   """What a part of a path is called in the tree: Flax numbers the entries of lists."""
   return int(name) if name.isdecimal() and not any(isinstance(key, str) for key in tree) else name

@@ -1,12 +1,15 @@
 """A network as the pipeline sees it: an embedding, a stack of layers and a head, all built lazily.
 
-The three parts are *factories*, `rngs -> nnx.Module`: nothing is allocated until it is known on
-which device it will live. The stack turns them into pure functions of one parameter tree, which is
-all that the executor and the unpipelined reference ever see; neither knows a Flax module.
+The parts are *factories*, `rngs -> nnx.Module`: nothing is allocated until it is known on which
+device it will live. The stack turns them into pure functions of one parameter tree, which is all
+that the executor and the unpipelined reference ever see; neither knows a Flax module.
 
     embed(batch)      -> x                            any pytree, leaves [rows, ...]
-    layer(x, context) -> x                            structure, shapes and dtypes of its input
+    layer(x, context) -> x                            any pytree
     head(x, batch)    -> (loss_sum, weight, metrics)  sums over the rows, never means
+
+Layers of one kind that return what they take are *uniform*: they lie stacked, and the pipeline
+loops over them. All other stacks lie packed, each stage as one row; see `packed`.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.context import Context, LayerInputs
-from jaxpipe.models.part import Factory, Part, StackError, fresh, same_structure
+from jaxpipe.models.packed import Packed
+from jaxpipe.models.part import Factory, Part, StackError, fresh, same_structure, sums
 from jaxpipe.models.paths import get_path, set_path, without
+from jaxpipe.models.pieces import Pieces
 from jaxpipe.models.tables import Tables, check_divides
 from jaxpipe.parallel.placing import Tree, init_placed
 from jaxpipe.parallel.rules import NONE, Rules
@@ -34,19 +39,22 @@ class LayerStack:
 
   Attributes:
     embed: factory of a module `batch -> x`.
-    layers: factories of modules `(x, context) -> x`, all of one kind; each may start its own layer
-      from other values.
+    layers: factories of modules `(x, context) -> x`; each may start its own layer from other
+      values, and need not be like the one before.
     head: factory of a module `(x, batch) -> (loss_sum, weight, metrics)`.
-    tied: parameters of the head that are the embedding's own: head path -> embed path, each
-      `/`-joined, such as `{"table": "table"}`. The head's copy does not exist in the tree.
+    tied: parameters that are another module's own: path -> the owner's path, each `/`-joined, such
+      as `{"head/table": "embed/table"}` or `{"layers/1/base": "layers/0/base"}`, of a leaf or of
+      all leaves below. The copy does not exist in the tree.
     vocabulary: where the tables over the vocabulary are, for schedules that cut them over the
       stages; None where both ends stay whole.
     rules: how parameters lie over `tensor` and `expert`, and over which axes the modules share
       their work; by default over none. `fsdp` needs no rules.
+    partition: how many layers each stage has, first to last; by default as even as can be. The
+      embedding stands before the first stage's layers, the head behind the last's.
+    trainable: NNX filter of the variables that are parameters; all others are state.
 
   Raises:
-    StackError: no layers, layers of several kinds, mutable state, tied shapes that differ, or
-      tables that do not exist.
+    StackError: no layers, random streams, tied shapes that differ, or tables that do not exist.
   """
 
   embed: Factory
@@ -55,31 +63,71 @@ class LayerStack:
   tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
   vocabulary: Tables | None = None
   rules: Rules = NONE
-  _parts: dict[str, Part] = dataclasses.field(init=False, repr=False, compare=False)
+  partition: Sequence[int] | None = None
+  trainable: Any = nnx.Param
+  pieces: Pieces = dataclasses.field(init=False, repr=False, compare=False)
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "layers", tuple(self.layers))
     if not self.layers:
       raise StackError("a stack needs at least one layer; got layers=[]")
-    first = Part.trace("layers[0]", self.layers[0])
-    for i, factory in enumerate(self.layers[1:], 1):
-      if factory is not self.layers[0] and not first.same_kind(Part.trace(f"layers[{i}]", factory)):
-        raise StackError(
-          f"layers[{i}] differs from layers[0] in its parameters or static attributes;"
-          " unlike layers in one stack are not supported yet: build all layers alike"
-        )
-    parts = {
-      "embed": Part.trace("embed", self.embed),
-      "layers": first,
-      "head": Part.trace("head", self.head),
-    }
-    object.__setattr__(self, "_parts", parts)
-    for theirs, ours in self.tied.items():
-      a, b = get_path(parts["head"].shapes, theirs), get_path(parts["embed"].shapes, ours)
-      if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
-        raise StackError(f"tied: head {theirs} is {a}, embed {ours} is {b}; they must be alike")
+    pieces = Pieces.trace(self.embed, self.layers, self.head, self.tied, self.trainable)
+    object.__setattr__(self, "pieces", pieces)
+    self._check_partition()
     if self.vocabulary:
-      self.vocabulary.check({part: parts[part].shapes for part in ("embed", "head")}, self.tied)
+      shapes = {part: pieces.parts[part].shapes for part in ("embed", "head")}
+      self.vocabulary.check(shapes, self._head_ties)
+
+  def _check_partition(self) -> None:
+    if self.partition is None:
+      return
+    object.__setattr__(self, "partition", tuple(self.partition))
+    if sum(self.partition) != self.depth or min(self.partition) < 0:
+      raise StackError(
+        f"partition {list(self.partition)} has {sum(self.partition)} layers and the stack"
+        f" {self.depth}; give every stage its number of layers, 0 or more"
+      )
+
+  @property
+  def uniform(self) -> bool:
+    """Whether the layers are of one kind and lie stacked."""
+    ties = self.pieces.ties.items()
+    if not all(a.startswith("head/") and b.startswith("embed/") for a, b in ties):
+      return False
+    return self.partition is None and len(self.pieces.runs) == 1 and not self.has_state
+
+  @property
+  def has_state(self) -> bool:
+    """Whether any module holds variables that are not trained."""
+    return any(part.state for part in self.pieces.parts.values())
+
+  @functools.cached_property
+  def _parts(self) -> dict[str, Part]:
+    parts = self.pieces.parts
+    return {"embed": parts["embed"], "layers": parts["layers/0"], "head": parts["head"]}
+
+  @functools.cached_property
+  def _head_ties(self) -> dict[str, str]:
+    """Head path -> embed path, where the stack is uniform."""
+    cut = lambda path: path.partition("/")[2]  # noqa: E731
+    return {cut(theirs): cut(ours) for theirs, ours in self.pieces.ties.items()}
+
+  def laid_out(self, schedule: Any) -> Any:
+    """The stack as it lies on the devices of a schedule: itself, or packed.
+
+    Raises:
+      StackError: a partition into another number of stages, or a schedule that a packed stack
+        cannot follow.
+    """
+    return self if self.uniform else Packed.of(self, schedule)
+
+  def pack(self, tree: Tree) -> Tree:
+    """A canonical tree as `place` lays it out before it orders the layers: as it is."""
+    return tree
+
+  def unpack(self, tree: Tree) -> Tree:
+    """Its inverse."""
+    return tree
 
   @property
   def depth(self) -> int:
@@ -105,9 +153,26 @@ class LayerStack:
     if (schedule is None) != (mesh is None):
       raise StackError("init takes a schedule and a mesh, or neither; only one was given")
     self.check_shapes(example_batch)
-    if schedule is None:
+    if schedule is not None:
+      return init_placed(self.laid_out(schedule), key, schedule, mesh)
+    if self.uniform:
       return jax.jit(self.init_layers_and_ends)(key, jnp.arange(self.depth))
-    return init_placed(self, key, schedule, mesh)
+    return jax.jit(lambda key: self.pieces.init(key)[0])(key)
+
+  def init_state(
+    self, key: jax.Array, example_batch: Tree, schedule: Any = None, mesh: Any = None
+  ) -> Tree:
+    """Returns the state that goes with `init` of the same key: frozen weights, statistics.
+
+    Args and Returns: as for `init`; a part without state has an empty dict.
+    """
+    if (schedule is None) != (mesh is None):
+      raise StackError("init_state takes a schedule and a mesh, or neither; only one was given")
+    self.check_shapes(example_batch)
+    if schedule is not None:
+      laid = self.laid_out(schedule)
+      return init_placed(laid, key, schedule, mesh, state=True) if self.has_state else {}
+    return jax.jit(lambda key: self.pieces.init(key)[1])(key)
 
   def init_layers_and_ends(
     self,
@@ -121,7 +186,7 @@ class LayerStack:
       key, layers: see `init`.
       cut: what to keep of a part (one layer, or an end) as soon as it is made.
     """
-    inits = {id(f): functools.partial(fresh, f) for f in self.layers}
+    inits = {id(f): functools.partial(_fresh_params, f) for f in self.layers}
     number = {name: n for n, name in enumerate(inits)}
     which = jnp.array([number[id(factory)] for factory in self.layers], jnp.int32)
 
@@ -134,16 +199,28 @@ class LayerStack:
     return {
       "embed": cut("embed", self._parts["embed"].init(jax.random.fold_in(key, 0))),
       "layers": jax.lax.map(one, layers),
-      "head": cut("head", without(self._parts["head"].init(jax.random.fold_in(key, 1)), self.tied)),
+      "head": cut(
+        "head", without(self._parts["head"].init(jax.random.fold_in(key, 1)), self._head_ties)
+      ),
     }
 
   def param_shapes(self) -> Tree:
     """The canonical tree as `jax.ShapeDtypeStruct`s."""
-    embed, layers, head = (self._parts[part].shapes for part in ("embed", "layers", "head"))
-    stacked = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct((self.depth, *leaf.shape), leaf.dtype), layers
-    )
-    return {"embed": embed, "layers": stacked, "head": without(head, self.tied)}
+    shapes: Tree = self.pieces.join(self.pieces.param_shapes())
+    return shapes
+
+  def state_shapes(self) -> Tree:
+    """The state's canonical tree as `jax.ShapeDtypeStruct`s."""
+    shapes: Tree = self.pieces.join(self.pieces.state_shapes())
+    return shapes
+
+  def changing(self) -> Tree:
+    """The state's canonical tree, True for what a forward in training changes."""
+    pieces = self.pieces
+    each = {piece: part.changing for piece, part in pieces.parts.items()}
+    runs = tuple(each[f"layers/{run.start}"] for run in pieces.runs)
+    layers = runs[0] if len(runs) == 1 else runs
+    return {"embed": each["embed"], "layers": layers, "head": each["head"]}
 
   def apply_embed(self, params: Tree, batch: Tree) -> Tree:
     """`embed(batch) -> x`, given the embedding's own parameters."""
@@ -163,16 +240,7 @@ class LayerStack:
       x: output of the last layer.
       batch: the microbatch's own inputs.
     """
-    out = self._parts["head"](params, x, batch)
-    if not isinstance(out, tuple) or len(out) != 3:
-      raise StackError(f"head must return (loss_sum, weight, metrics); it returns {type(out)}")
-    loss_sum, weight, metrics = out
-    if jnp.shape(loss_sum) or jnp.shape(weight):
-      raise StackError(
-        f"head must return scalar sums; loss_sum has shape {jnp.shape(loss_sum)},"
-        f" weight {jnp.shape(weight)}: sum over the rows"
-      )
-    return loss_sum, jax.lax.stop_gradient((weight, metrics))
+    return sums(self._parts["head"](params, x, batch))
 
   def tables(self, devices: int) -> frozenset[str]:
     """Paths of the parameters that are cut over the stages with the vocabulary.
@@ -195,7 +263,9 @@ class LayerStack:
     head = get_path(self._parts["head"].shapes, self.vocabulary.head)
     check_divides(head.shape[0], devices)
     embed, head = self.vocabulary.embed, self.vocabulary.head
-    return frozenset({f"embed/{embed}"} | ({f"head/{head}"} - {f"head/{t}" for t in self.tied}))
+    return frozenset(
+      {f"embed/{embed}"} | ({f"head/{head}"} - {f"head/{t}" for t in self._head_ties})
+    )
 
   def embed_table(self, params: Tree) -> jax.Array:
     """The embedding's table, or a shard of it, given the embedding's parameters."""
@@ -248,52 +318,48 @@ class LayerStack:
   def head_params(self, params: Tree) -> Tree:
     """What the head reads: its own parameters and, at their paths, the embedding's tied ones."""
     head = params["head"]
-    for theirs, ours in self.tied.items():
+    for theirs, ours in self._head_ties.items():
       head = set_path(head, theirs, get_path(params["embed"], ours))
     return head
 
   def untie(self, grads: Tree) -> Tree:
     """Transpose of `head_params`: adds the tied leaves' gradients to the embedding's."""
     embed, head = grads["embed"], grads["head"]
-    for theirs, ours in self.tied.items():
+    for theirs, ours in self._head_ties.items():
       embed = set_path(embed, ours, get_path(embed, ours) + get_path(head, theirs))
-    return {**grads, "embed": embed, "head": without(head, self.tied)}
+    return {**grads, "embed": embed, "head": without(head, self._head_ties)}
 
   def check_shapes(self, batch: Tree) -> Tree:
-    """Returns the shapes of x; raises StackError where a layer's output is unlike its input."""
-    shapes = self.param_shapes()
-    layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), shapes["layers"])
-    x = jax.eval_shape(self.apply_embed, shapes["embed"], batch)
-    rows = _rows(batch)
+    """Returns the shapes of the first layer's x.
 
-    def one(params: Tree, x: Tree, batch: Tree) -> Tree:
-      key, number = jax.random.key(0), jnp.int32(0)
-      inputs = LayerInputs(
-        batch=batch, key=key, layer=number, microbatch=number, rows=jnp.arange(rows)
-      )
-      return self.apply_layer(params, x, True, inputs)
-
-    check_alike(x, jax.eval_shape(one, layer, x, batch))
-    jax.eval_shape(self.apply_head, self.head_params(shapes), x, batch)
-    return x
+    Raises:
+      StackError: a layer that cannot take what the one before returns; or, where the stack is
+        uniform, one whose output is unlike its input.
+    """
+    x = first = self.pieces.try_piece("embed", batch)
+    if not self.uniform:
+      for i in range(self.depth):
+        x = self.pieces.try_layer(i, x, batch)
+    else:
+      check_alike(x, self.pieces.try_layer(0, x, batch))
+    self.pieces.try_piece("head", x, batch)
+    return first
 
 
 def check_alike(x: Tree, y: Tree) -> None:
   """Raises StackError where y, a layer's output for x, has other shapes, dtypes or structure."""
+  remedy = "; a layer must return what it takes, or give LayerStack(partition=[...])"
   if not same_structure(x, y):
-    raise StackError(f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}")
+    raise StackError(
+      f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}{remedy}"
+    )
   for (path, a), b in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(y), strict=True):
     if (a.shape, a.dtype) != (b.shape, b.dtype):
       raise StackError(
         f"layers[0] takes {a.dtype}{list(a.shape)} but returns {b.dtype}{list(b.shape)}"
-        f" at x{jax.tree_util.keystr(path)}; a layer must return what it takes"
+        f" at x{jax.tree_util.keystr(path)}{remedy}"
       )
 
 
-def _rows(batch: Tree) -> int:
-  """Rows of a batch; x may have leaves without rows, such as a loss that layers add to."""
-  for path, leaf in jax.tree.leaves_with_path(batch):
-    if not jnp.shape(leaf):
-      raise StackError(f"batch{jax.tree_util.keystr(path)} is a scalar; every leaf is [B, ...]")
-    return int(jnp.shape(leaf)[0])
-  raise StackError("the batch has no leaves; every leaf is [B, ...]")
+def _fresh_params(factory: Factory, key: jax.Array) -> Tree:
+  return fresh(factory, key)[0]

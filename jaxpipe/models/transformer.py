@@ -283,7 +283,7 @@ def transformer(config: TransformerConfig) -> LayerStack:
     embed=lambda rngs: Embed(config, rngs),
     layers=[layer] * config.layers,
     head=lambda rngs: Head(config, rngs),
-    tied={"table": "table"} if config.tied else {},
+    tied={"head/table": "embed/table"} if config.tied else {},
     vocabulary=Tables(embed="table", head="table"),
   )
   rules = transformer_rules(

@@ -118,27 +118,43 @@ def place(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
   tell a placed tree from a canonical one: place a tree once, and hand the step nothing else.
   """
   check_mesh(schedule, mesh)
+  stack = stack.laid_out(schedule)
+  rows = params if stack.uniform else jax.jit(stack.pack)(params)
   return jax.device_put(
-    _reorder(params, layer_order(stack.depth, schedule)),
-    shardings(params, stack, schedule, mesh),
+    _reorder(rows, layer_order(stack.depth, schedule)),
+    shardings(rows, stack, schedule, mesh),
   )
 
 
 def unplace(params: Tree, stack: Any, schedule: Any) -> Tree:
   """Inverse of `place`: the same values in canonical layer order."""
-  return _reorder(params, np.argsort(layer_order(stack.depth, schedule)).astype(np.int32))
+  stack = stack.laid_out(schedule)
+  rows = _reorder(params, np.argsort(layer_order(stack.depth, schedule)).astype(np.int32))
+  return rows if stack.uniform else jax.jit(stack.unpack)(rows)
 
 
-def init_placed(stack: Any, key: jax.Array, schedule: Any, mesh: Mesh) -> Tree:
-  """Creates each device's own layers on that device; see `LayerStack.init`."""
+def init_placed(
+  stack: Any, key: jax.Array, schedule: Any, mesh: Mesh, *, state: bool = False
+) -> Tree:
+  """Creates each device's own layers on that device; see `LayerStack.init` and `init_state`.
+
+  Args:
+    stack: as it is laid out.
+    key, schedule, mesh: as for `init`.
+    state: whether it is the state that is made; of packed stacks.
+  """
   check_mesh(schedule, mesh)
   order = layer_order(stack.depth, schedule)
-  specs = param_specs(stack.param_shapes(), stack, schedule, mesh)
+  shapes = stack.state_shapes() if state else stack.param_shapes()
+  specs = param_specs(shapes, stack, schedule, mesh)
   # A layer is cut as soon as it is made: a device never holds more than one of them whole.
   cuts = {**specs, "layers": jax.tree.map(lambda spec: Spec(*spec[1:]), specs["layers"])}
 
+  options = {"state": True} if state else {}
   create = jax.shard_map(
-    functools.partial(stack.init_layers_and_ends, cut=lambda part, tree: _cut(cuts[part], tree)),
+    functools.partial(
+      stack.init_layers_and_ends, cut=lambda part, tree: own_pieces(cuts[part], tree), **options
+    ),
     mesh=mesh,
     in_specs=(Spec(), Spec(STAGE)),
     out_specs=specs,
@@ -147,7 +163,7 @@ def init_placed(stack: Any, key: jax.Array, schedule: Any, mesh: Mesh) -> Tree:
   return jax.jit(create)(key, order)
 
 
-def _cut(specs: Tree, tree: Tree) -> Tree:
+def own_pieces(specs: Tree, tree: Tree) -> Tree:
   """This device's pieces of leaves that it has whole; inside `shard_map`."""
 
   def own(spec: Spec, leaf: jax.Array) -> jax.Array:
@@ -215,6 +231,7 @@ def check_placed(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> None:
 
   It sees that they are sharded as `place` shards them, which a tree that was never placed is not.
   """
+  stack = stack.laid_out(schedule)
   shapes = stack.param_shapes()
   need, have = (
     {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

@@ -1,4 +1,4 @@
-"""How a batch is cut into microbatches."""
+"""What a step is given: a batch, cut into microbatches, and the state of a stack that has some."""
 
 from __future__ import annotations
 
@@ -76,6 +76,22 @@ def microbatches(batch: Tree, M: int, shards: int) -> Tree:
     return _check_cut(batch.leaves, M, shards)
   rows = check_rows(batch, M, shards)
   return jax.tree.map(lambda leaf: leaf.reshape(M, rows, *leaf.shape[1:]), batch)
+
+
+def given_state(stack: Any, state: Tree | None) -> Tree:
+  """The state that a step is called with, if the stack has any.
+
+  Raises:
+    ValueError: a stack with state is called without, or one without with.
+  """
+  if stack.has_state and not state:
+    raise ValueError(
+      "the stack has state (running statistics or frozen weights): call step(params, batch, key,"
+      " state), state = stack.init_state(key, batch, schedule, mesh)"
+    )
+  if state and not stack.has_state and jax.tree.leaves(state):
+    raise ValueError("the stack has no state, and the step was given some; leave it out")
+  return state if stack.has_state else {}
 
 
 def _check_cut(leaves: Tree, M: int, shards: int) -> Tree:

@@ -26,18 +26,21 @@ class Report:
     errors: leaf path -> max|g - r| / max(max|r|, 1e-3 * the largest max|r| of any leaf).
     loss_error: relative error of the loss.
     metrics_error: largest relative error of a metric, 0 where there are none.
+    state_errors: leaf path -> error, by the same measure, of the state after the step.
     tolerance: what `ok` compares with.
   """
 
   errors: dict[str, float]
   loss_error: float
   metrics_error: float
+  state_errors: dict[str, float]
   tolerance: float
 
   @property
   def worst(self) -> float:
     """The largest error, those of loss and metrics included."""
-    return max([*self.errors.values(), self.loss_error, self.metrics_error])
+    states = self.state_errors.values()
+    return max([*self.errors.values(), *states, self.loss_error, self.metrics_error])
 
   @property
   def ok(self) -> bool:
@@ -47,6 +50,7 @@ class Report:
   def __str__(self) -> str:
     lines = [f"{error:10.2e}  {path}" for path, error in self.errors.items()]
     verdict = "ok" if self.ok else "NOT EQUAL"
+    lines += [f"{error:10.2e}  state{path}" for path, error in self.state_errors.items()]
     lines += [
       f"{self.loss_error:10.2e}  loss",
       f"{self.metrics_error:10.2e}  metrics",
@@ -63,7 +67,7 @@ def leaf_errors(grads: Tree, reference: Tree) -> dict[str, float]:
   """
   got, want = jax.device_get((grads, reference))
   pairs = list(zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True))
-  largest = max(float(np.abs(r).max(initial=0)) for (_, r), _ in pairs)
+  largest = max((float(np.abs(r).max(initial=0)) for (_, r), _ in pairs), default=0.0)
   floor = max(1e-3 * largest, np.finfo(np.float64).tiny)
   return {
     jax.tree_util.keystr(path): _no_nan(
@@ -91,8 +95,9 @@ def check(
   batch: Tree,
   *,
   params: Tree | None = None,
+  state: Tree | None = None,
   key: jax.Array | None = None,
-  residuals: str | Policy = "dots",
+  residuals: str | Policy | None = None,
   slack: int = 0,
   unroll: str = "auto",
   tolerance: float | None = None,
@@ -103,6 +108,7 @@ def check(
     stack, schedule, mesh, residuals, slack, unroll: as for `pipeline_value_and_grad`.
     batch: leaves `[B, ...]`, small enough that one device can hold the whole model.
     params: canonical; default, `stack.init(key, batch)`.
+    state: canonical; default, `stack.init_state(key, batch)`, where the stack has any.
     key: seeds dropout; default, key 0.
     tolerance: default, by the coarsest parameter: 1e-12 for float64, 1e-5 for float32, else 1e-2.
 
@@ -113,10 +119,17 @@ def check(
   params = stack.init(key, batch) if params is None else params
   options: dict[str, Any] = dict(residuals=residuals, slack=slack, unroll=unroll)
   step = pipeline_value_and_grad(stack, schedule, mesh, **options, poison=True)
-  (loss, metrics), grads = step(place(params, stack, schedule, mesh), batch, key)
-  paths = layer_paths(stack.depth, schedule)
+  paths = layer_paths(stack.depth, schedule) if schedule.paths else None
   reference = reference_value_and_grad(stack, schedule.microbatches, paths=paths)
-  (true_loss, true_metrics), true_grads = reference(params, batch, key)
+  given: tuple[Tree, ...] = ()
+  if stack.has_state:
+    given = (stack.init_state(key, batch) if state is None else state,)
+  placed = (place(tree, stack, schedule, mesh) for tree in given)
+  after: list[Tree]
+  true_after: list[Tree]
+  (loss, metrics, *after), grads = step(place(params, stack, schedule, mesh), batch, key, *placed)
+  (true_loss, true_metrics, *true_after), true_grads = reference(params, batch, key, *given)
+  states = [unplace(tree, stack, schedule) for tree in after], true_after
   if tolerance is None:
     coarsest = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     tolerance = {8: 1e-12, 4: 1e-5}.get(coarsest, 1e-2)
@@ -125,5 +138,6 @@ def check(
     errors=leaf_errors(unplace(grads, stack, schedule), true_grads),
     loss_error=_relative(loss, true_loss),
     metrics_error=max([0.0, *(_relative(got, want) for got, want in pairs)]),
+    state_errors=leaf_errors(*states),
     tolerance=tolerance,
   )

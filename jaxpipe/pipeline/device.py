@@ -45,6 +45,7 @@ from jaxpipe.pipeline.program import CODE, Doing
 from jaxpipe.pipeline.residuals import Residuals
 from jaxpipe.pipeline.rings import Tree, wide
 from jaxpipe.pipeline.stage import Call, Stage, cut_stack
+from jaxpipe.pipeline.stages import PackedEnds, Stages, cut_stages
 from jaxpipe.pipeline.storage import Storage
 from jaxpipe.pipeline.vocabulary import ShardedEnds
 from jaxpipe.pipeline.weights import Weights
@@ -68,7 +69,7 @@ class Device:
 
   local: Local
   ends: WholeEnds | ShardedEnds
-  stage: Stage
+  stage: Stage | Stages
   weights: Weights
   lengths: tuple[int, ...]
   totals: Totals
@@ -77,7 +78,7 @@ class Device:
   def build(
     cls, local: Local, pieces: Tree, specs: Tree, layers: int, policy: Residuals | None
   ) -> tuple[Device, Any]:
-    """Traces one layer, cuts it, and finds the types of all that travels.
+    """Traces a stage, cuts it, and finds the types of all that travels.
 
     Args:
       local: the device, as yet without an `x`.
@@ -88,36 +89,14 @@ class Device:
     Returns:
       The device, and the table of cells, int32 [ticks, P, values].
     """
-    stack, params, rows = local.stack, local.params, local.rows
+    build = _layers_alike if local.stack.uniform else _unlike_stages
+    local, stage, weights = build(local, pieces, specs, layers, policy)
     one = rings.get(local.batch, 0)
-    x = jax.eval_shape(lenient(stack.apply_embed), params["embed"], one)
-    local = dataclasses.replace(local, x=local.zeros(x))
-    sums = jax.eval_shape(lenient(stack.apply_head), params["head"], local.x, one)
+    sums = jax.eval_shape(lenient(local.stack.apply_head), local.params["head"], local.x, one)
     totals = Totals(sums[0], *sums[1])
-    inputs = dict(batch=one, key=local.key, layer=rows[0], microbatch=rows[0], rows=rows)
-    layer = jax.eval_shape(lambda: rings.get(gather_fsdp(specs, pieces), 0))
-
-    def allocate(shapes: Any, lengths: Any) -> list[jax.Array]:
-      return [
-        rings.allocate(shape, n, local.axes, local.poison)
-        for shape, n in zip(shapes, lengths, strict=True)
-      ]
-
-    stage = cut_stack(
-      *(stack, layer, inputs, local.x, layers, policy, allocate),
-      recompute=Kind.R in local.program.kinds,
-      # On TPU, XLA then computes the attention of I more than once: a third more cycles.
-      fetch=local.blocking,
-    )
-    cells, lengths = local.program.cells(stage.layout.values)
+    cells, lengths = stage.cells(local.program)
     totals = local.zeros(jax.tree.map(_sum_type, totals))
     ends = ShardedEnds if local.program.schedule.vocabulary else WholeEnds
-    # All are gathered now, but where the schedule gathers: then only those that W reads.
-    leaves = jax.tree.leaves(layer)
-    later = [False for _ in leaves]
-    if local.program.gathers:
-      later = [not read for read in stage.split.weight_grad.reads_given(leaves)]
-    weights = Weights.of(pieces, specs, later, layers)
     return cls(local, ends(local), stage, weights, lengths, totals), cells
 
   def start(self) -> State:
@@ -189,11 +168,11 @@ class Device:
 
       def forward(storage: Storage) -> tuple[Leaves, Storage]:
         x = self.ends.input(state, now)
-        return [], self.stage.forward(self.call(state, now), x, storage)[1]
+        return [], self.stage.remake(self.call(state, now), x, storage)
 
       return self.act(state, now, Kind.R, forward, [])[1]
 
-    if Kind.R not in self.stage.apart:
+    if not self.stage.recomputes:
       return state
 
     def run(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
@@ -205,14 +184,14 @@ class Device:
     """B and I: the gradient of the stage's input. Idle devices return what nobody reads."""
     idle = self.local.idle(float_leaves(self.local.x))
     dy = lambda: rings.load(state.gradients, now.gradients)  # noqa: E731
-    x = lambda: self.ends.input(state, now) if self.stage.scratch else []  # noqa: E731
+    x = lambda: self.ends.input(state, now) if self.stage.rereads_input else []  # noqa: E731
 
     def fused(_: Leaves, grads: Tree) -> tuple[Leaves, Tree]:
       storage = Storage(self.stage.layout, state.pools, now.cells)
       return self.stage.backward(self.call(state, now), storage, x(), dy(), grads)
 
-    dx, grads = now.when([Kind.B], fused, lambda *same: same, idle, state.grads["layers"])
-    state = state._replace(grads={**state.grads, "layers": grads})
+    dx, grads = now.when([Kind.B], fused, lambda *same: same, idle, self.sums(state))
+    state = state._replace(grads={**state.grads, **grads})
     # Read outside the branch: what arrives later in the tick is then written in place.
     sliced = dy() if CODE[Kind.I] in now.doing.kinds else []
 
@@ -228,8 +207,12 @@ class Device:
       storage = Storage(self.stage.layout, state.pools, now.cells)
       return self.stage.weight_grad(self.call(state, now), storage, grads)
 
-    grads = now.when([Kind.W], run, lambda same: same, state.grads["layers"])
-    return state._replace(grads={**state.grads, "layers": grads})
+    grads = now.when([Kind.W], run, lambda same: same, self.sums(state))
+    return state._replace(grads={**state.grads, **grads})
+
+  def sums(self, state: State) -> dict[str, Tree]:
+    """The gradients that a stage adds to."""
+    return {name: state.grads[name] for name in self.stage.sums}
 
   def act(
     self,
@@ -264,7 +247,9 @@ class Device:
     Both are the pools, and a branch that read and returned them would be two copies of them: one
     of both is scratch, and a branch of its own moves what lies there; see `Apart`.
     """
-    apart = self.stage.apart[kind]
+    apart = self.stage.apart.get(kind)
+    if apart is None:  # what the action writes it does not read
+      return self.act(state, now, kind, lambda pools: run(idle, pools, pools), idle)
     cells, lengths = apart.layout.one_each()
     pools = Storage(self.stage.layout, state.pools, now.cells)
     scratch = self.stage.allocate(apart.layout.pools, lengths)
@@ -325,7 +310,63 @@ class Device:
         batch=batch, key=local.key, layer=first + i, microbatch=now.microbatch, rows=local.rows
       )
 
-    return Call(self.weights.reader(state.weights, now.weights, held), held, inputs)
+    read = self.weights.reader(state.weights, now.weights, held)
+    return Call(read, held, inputs, self.weights.layers)
+
+
+def _layers_alike(
+  local: Local, pieces: Tree, specs: Tree, layers: int, policy: Residuals | None
+) -> tuple[Local, Stage, Weights]:
+  """The stage of a uniform stack; arguments as of `Device.build`."""
+  local = _with_x(local)
+  layer = jax.eval_shape(lambda: rings.get(gather_fsdp(specs, pieces), 0))
+
+  def allocate(shapes: Any, lengths: Any) -> list[jax.Array]:
+    return [
+      rings.allocate(shape, n, local.axes, local.poison)
+      for shape, n in zip(shapes, lengths, strict=True)
+    ]
+
+  stage = cut_stack(
+    *(local.stack, layer, _inputs(local), local.x, layers, policy, allocate),
+    recompute=Kind.R in local.program.kinds,
+    # On TPU, XLA then computes the attention of I more than once: a third more cycles.
+    fetch=local.blocking,
+  )
+  # All are gathered now, but where the schedule gathers: then only those that W reads.
+  leaves = jax.tree.leaves(layer)
+  later = [False for _ in leaves]
+  if local.program.gathers:
+    later = [not read for read in stage.split.weight_grad.reads_given(leaves)]
+  return local, stage, Weights.of(pieces, specs, later, layers)
+
+
+def _unlike_stages(
+  local: Local, pieces: Tree, specs: Tree, layers: int, policy: Residuals | None
+) -> tuple[Local, Stages, Weights]:
+  """All stages of a packed stack, whose weights are gathered now."""
+  weights = Weights.of(pieces, specs, [False for _ in jax.tree.leaves(pieces)], layers)
+  shared = local.vary(local.stack.shared(weights.layers))
+  stages = cut_stages(
+    *(local.stack, local, weights.layers, shared, _inputs(local), policy),
+    recompute=Kind.R in local.program.kinds,
+  )
+  ends = PackedEnds(stages.boundaries[-1], stages.widths)
+  local = dataclasses.replace(local, stack=ends, params={**local.params, "shared": shared})
+  return _with_x(local), stages, weights
+
+
+def _with_x(local: Local) -> Local:
+  """The device, knowing what travels between stages."""
+  one = rings.get(local.batch, 0)
+  x = jax.eval_shape(lenient(local.stack.apply_embed), local.params["embed"], one)
+  return dataclasses.replace(local, x=local.zeros(x))
+
+
+def _inputs(local: Local) -> Tree:
+  """Stand-ins of a layer's further inputs."""
+  one, rows = rings.get(local.batch, 0), local.rows
+  return dict(batch=one, key=local.key, layer=rows[0], microbatch=rows[0], rows=rows)
 
 
 def _sum_type(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -25,11 +25,12 @@ from jaxpipe.parallel.placing import (
   check_placed,
   gather_fsdp,
   layers_per_stage,
+  own_pieces,
   param_specs,
   scatter_fsdp,
 )
 from jaxpipe.parallel.rules import axes_of_entry
-from jaxpipe.pipeline.batch import microbatches, rows_spec
+from jaxpipe.pipeline.batch import given_state, microbatches, rows_spec
 from jaxpipe.pipeline.device import Device
 from jaxpipe.pipeline.local import Local, State, Totals
 from jaxpipe.pipeline.lower import lower
@@ -49,7 +50,7 @@ def pipeline_value_and_grad(
   schedule: Schedule,
   mesh: Mesh,
   *,
-  residuals: str | Policy = "dots",
+  residuals: str | Policy | None = None,
   slack: int = 0,
   unroll: str = "auto",
   poison: bool = False,
@@ -64,19 +65,23 @@ def pipeline_value_and_grad(
       once a step, by a schedule without G.
     mesh: from `make_mesh`, its axis `stage` of `schedule.devices`. Rows of the batch lie over
       `data`, `fsdp` and `expert`; the stack's `rules` say what lies over the other axes.
-    residuals: what F keeps: `dots` (matmuls with weights, never attention scores), `all`, `full`
-      (the stage's input alone), a policy of `jax.checkpoint_policies` by name or as a function, or
-      `names:A,B` for what `checkpoint_name` named; see `residuals`.
+    residuals: what F keeps: `dots` (matmuls with weights, never attention scores; the default),
+      `all`, `full` (the stage's input alone; the default of unlike stages), a policy of
+      `jax.checkpoint_policies` by name or as a function, or `names:A,B` for what `checkpoint_name`
+      named; see `residuals`.
     slack: ticks that a transfer may take beyond the one that sends it: with 1, it runs beside the
       next tick's work, and is used the tick after.
     unroll: `none`, one loop over all ticks; `ends`, loops over what is periodic and straight lines
       elsewhere, with no exchange but where something is sent; `all`, one straight line; `auto`, by
-      estimated cost.
+      estimated cost, of unlike stages `none`.
     poison: fill with NaN whatever no action has written; for tests.
     probe: reads the clock round every action; see `timeline`.
 
   Returns:
-    `step(params, batch, key=None) -> ((loss, metrics), grads)`, compiled at its first call; it may
+    `step(params, batch, key=None) -> ((loss, metrics), grads)`, or of a stack with state
+    `step(params, batch, key, state) -> ((loss, metrics, state), grads)`, where floats of the new
+    state are the mean of what the microbatches made of the old, whole numbers the largest. It is
+    compiled at its first call; it may
     also be called inside `jax.jit`, where nothing checks that params were placed. `params` placed
     (`jaxpipe.place` or `stack.init(key, batch, schedule, mesh)`); `batch` leaves `[B, ...]`, where
     microbatch m is rows `m*B/M ... (m+1)*B/M` and each data shard holds an equal slice of every
@@ -89,7 +94,8 @@ def pipeline_value_and_grad(
       that do not divide, parameters that were not placed.
     ScheduleError: a schedule that is not legal, or an action kind that cannot be executed.
   """
-  policy = residual_policy(residuals)
+  stack = stack.laid_out(schedule)
+  policy = residual_policy(default_residuals(stack) if residuals is None else residuals)
   program = lower_on(schedule, mesh, policy, slack)
   return _compile(Pipeline(stack, program, mesh, schedule, policy, poison, probe), unroll)
 
@@ -104,12 +110,19 @@ def pipeline_forward(
       forwards run.
 
   Returns:
-    `evaluate(params, batch) -> (loss, metrics)`, jitted, as above. Forced CPU devices share
+    `evaluate(params, batch) -> (loss, metrics)`, or `evaluate(params, batch, state)`, jitted, as
+    above; running statistics take the place of a microbatch's own. Forced CPU devices share
     threads: wait for the result of one call before making many more, or XLA may run out of them.
   """
+  stack = stack.laid_out(schedule)
   program = lower(schedule.check().forward_only())
   run = _compile(Pipeline(stack, program, mesh, schedule, None, poison), "none")
-  return lambda params, batch: run(params, batch)[0]
+  return lambda params, batch, state=None: run(params, batch, None, state)[0][:2]
+
+
+def default_residuals(stack: Any) -> str:
+  """The policy of a stack, as it is laid out: unlike stages keep nothing but their input."""
+  return "dots" if stack.uniform else "full"
 
 
 def lower_on(schedule: Schedule, mesh: Mesh, policy: Residuals, slack: int) -> Program:
@@ -171,16 +184,26 @@ class Pipeline:
     """Partition specs of the parameters."""
     return param_specs(self.stack.param_shapes(), self.stack, self.schedule, self.mesh)
 
+  @functools.cached_property
+  def state_shapes(self) -> Tree:
+    """Shapes of the state; none where the stack has none."""
+    return self.stack.state_shapes() if self.stack.has_state else {}
+
+  @functools.cached_property
+  def state_specs(self) -> Tree:
+    """Partition specs of the state."""
+    return param_specs(self.state_shapes, self.stack, self.schedule, self.mesh)
+
   def over_mesh(self, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
-    """`local(params, batch, key)` on every device, each with its own part of all three."""
+    """`local(params, state, batch, key)` on every device, each with its own part of all."""
     return jax.shard_map(
       local,
       mesh=self.mesh,
-      in_specs=(self.specs, rows_spec(self.mesh), Spec()),
+      in_specs=(self.specs, self.state_specs, rows_spec(self.mesh), Spec()),
       out_specs=out_specs,
     )
 
-  def build(self, params: Tree, batch: Tree, key: Any) -> tuple[Device, Any]:
+  def build(self, params: Tree, state: Tree, batch: Tree, key: Any) -> tuple[Device, Any]:
     """The device that this is, and its table of cells; inside `over_mesh`."""
     layers = replicas.gather(params["layers"], self.schedule.placement, self.layers)
     layers = vary(layers, self.axes)
@@ -191,20 +214,49 @@ class Pipeline:
     batch, key, rows = vary((batch, key, rows), self.axes)
     here = Local(
       *(self.stack, self.program, self.axes, self.poison, blocks(self.mesh), self.probe),
-      *(ends, batch, key, rows, self.policy is not None),
+      *(ends, batch, key, rows, self.policy is not None, self._state_rows(state)),
     )
     return Device.build(here, layers, self.specs["layers"], self.layers, self.policy)
 
-  def run(self, segments: Sequence[Segment], params: Tree, batch: Tree, key: Any) -> Any:
+  def _state_rows(self, state: Tree) -> Tree:
+    """Rows of the state of all stages that a device holds."""
+    if not state:
+      return {}
+    whole = gather_fsdp(self.state_specs, state)["layers"]["state"]
+    return vary(replicas.gather(whole, self.schedule.placement, self.layers), self.axes)
+
+  def run(
+    self, segments: Sequence[Segment], params: Tree, state: Tree, batch: Tree, key: Any
+  ) -> Any:
     """Walks the table and sums up; inside `over_mesh`."""
-    device, cells = self.build(params, batch, key)
+    device, cells = self.build(params, state, batch, key)
     table = self._table(cells)
-    state = device.start()
+    carry = device.start()
     for segment in segments:
-      state = _run(device, state, segment, table)
-    loss, metrics, weight = _totals(state, self.axes)
-    grads = self._reduce(state.grads, weight) if self.policy else {}
-    return (loss, metrics), grads
+      carry = _run(device, carry, segment, table)
+    loss, metrics, weight = _totals(carry, self.axes)
+    if not self.policy:
+      return (loss, metrics), {}
+    grads = self._reduce(carry.grads, weight)
+    if not state:
+      return (loss, metrics), grads
+    return (loss, metrics, self._next_state(state, device.stage.counted(carry.pools))), grads
+
+  def _next_state(self, state: Tree, counted: Tree) -> Tree:
+    """The state after the step: floats are the mean over microbatches and over shards of rows."""
+    others = tuple(axis for axis in self.axes if axis != STAGE)
+    times = self.schedule.microbatches * self.shards
+    mine = replicas.reduce(counted, self.schedule.placement, self.layers)
+
+    def whole(leaf: jax.Array) -> jax.Array:
+      if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return lax.psum(leaf, others) / times
+      return lax.pmax(leaf, others)
+
+    rows = gather_fsdp(self.state_specs, state)["layers"]
+    new = self.stack.renewed(rows, jax.tree.map(whole, mine), lambda tree: vary(tree, {STAGE}))
+    inner = jax.tree.map(lambda spec: Spec(None, *spec[1:]), self.state_specs["layers"])
+    return {**state, "layers": own_pieces(inner, new)}
 
   def _reduce(self, grads: Tree, weight: jax.Array) -> Tree:
     """Sums gradients over the mesh, once, and divides by the whole weight, once."""
@@ -230,20 +282,25 @@ class Pipeline:
 
 
 def _compile(pipeline: Pipeline, unroll: str) -> Callable[..., Any]:
-  segments = cut(pipeline.program, unroll)
+  if unroll == "auto" and not pipeline.stack.uniform:
+    unroll = "none"  # every tick of a straight line would hold the code of every stage
+  segments, trains = cut(pipeline.program, unroll), pipeline.policy is not None
+  after = (pipeline.state_specs,) if trains and pipeline.stack.has_state else ()
   sharded = pipeline.over_mesh(
     functools.partial(pipeline.run, segments),
-    ((Spec(), Spec()), pipeline.specs if pipeline.policy else {}),
+    ((Spec(), Spec(), *after), pipeline.specs if trains else {}),
   )
 
   @jax.jit
-  def run(params: Tree, batch: Tree, key: jax.Array | None) -> Any:
+  def run(params: Tree, state: Tree, batch: Tree, key: jax.Array | None) -> Any:
     cut = microbatches(batch, pipeline.schedule.microbatches, pipeline.shards)
-    return sharded(params, cut, key)
+    return sharded(params, state, cut, key)
 
-  def step(params: Tree, batch: Tree, key: jax.Array | None = None) -> Any:
+  def step(
+    params: Tree, batch: Tree, key: jax.Array | None = None, state: Tree | None = None
+  ) -> Any:
     check_placed(params, pipeline.stack, pipeline.schedule, pipeline.mesh)
-    return run(params, batch, key)
+    return run(params, given_state(pipeline.stack, state), batch, key)
 
   return step
 

@@ -36,7 +36,7 @@ def counted_costs(
   key, number = jax.random.key(0), jnp.int32(0)
   inputs = LayerInputs(batch=microbatch, key=key, layer=number, microbatch=number, rows=numbers)
   layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), shapes["layers"])
-  apply = lambda params, inputs, x: stack.apply_layer(params, x, True, inputs)  # noqa: E731
+  apply = lambda params, inputs, x: (stack.apply_layer(params, x, True, inputs), ())  # noqa: E731
   parts = policy.traced(lambda keep: split(apply, layer, inputs, x, keep))
   head = jax.value_and_grad(stack.apply_head, argnums=(0, 1), has_aux=True, allow_int=True)
   forward = _flops_of(parts.forward) or 1.0

@@ -138,6 +138,7 @@ class Local:
     params: embedding and head, varying over all axes; the head's with tied leaves.
     batch: leaves [M, rows, ...]; key, rows: for dropout.
     training: False where only forwards run.
+    state: of a packed stack, rows of what is not trained, [V, width] for each dtype.
     x: stand-in of the activation that travels between stages; only its type is ever used.
   """
 
@@ -152,6 +153,7 @@ class Local:
   key: jax.Array | None
   rows: jax.Array
   training: bool
+  state: Tree
   x: Tree = None
 
   def microbatch(self, m: jax.Array) -> Tree:

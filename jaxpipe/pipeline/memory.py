@@ -18,11 +18,11 @@ from jaxpipe.parallel.mesh import FSDP
 from jaxpipe.parallel.placing import map_param_trees, shardings
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
-from jaxpipe.pipeline.executor import Pipeline, lower_on
+from jaxpipe.pipeline.executor import Pipeline, default_residuals, lower_on
 from jaxpipe.pipeline.residuals import Policy, residual_policy
 from jaxpipe.pipeline.rings import wide
 from jaxpipe.pipeline.workspace import workspace
-from jaxpipe.schedules import Kind, Schedule
+from jaxpipe.schedules import Schedule
 
 Tree = Any
 
@@ -35,12 +35,12 @@ class MemoryReport:
   """Bytes that one device holds during a step, the same on every device.
 
   Attributes:
-    bytes: kind -> bytes. `parameters`, `optimizer`, `batch`; `gradients`, sums over microbatches;
-      `gathered`, weights that the device works with for the whole step, where it owns less of them
-      (`fsdp`, replicas), and `weights`, those of the stages that G has gathered; `activations` and
-      `gradient_ring`, what travels between stages; `saved`, what actions leave for later ones;
-      `vocabulary`, what a shard of the head keeps; `workspace`, an estimate: the tick table, and
-      the inside of the action that needs most.
+    bytes: kind -> bytes. `parameters`, `optimizer`, `batch`; `state`, what is not trained;
+      `gradients`, sums over microbatches; `gathered`, weights that the device works with for the
+      whole step, where it owns less of them (`fsdp`, replicas), and `weights`, those of the stages
+      that G has gathered; `activations` and `gradient_ring`, what travels between stages; `saved`,
+      what actions leave for later ones; `vocabulary`, what a shard of the head keeps; `workspace`,
+      an estimate: the tick table, and the inside of the action that needs most.
     units: what an F, an I and a W change in what actions leave for later ones, over what F keeps:
       `memory` of `make_schedule`, with which schedules are planned within a limit.
     unit: bytes that F keeps of one stage and microbatch; 1 where it keeps nothing.
@@ -88,7 +88,7 @@ def memory_report(
   mesh: Mesh,
   example_batch: Tree,
   *,
-  residuals: str | Policy = "dots",
+  residuals: str | Policy | None = None,
   slack: int = 0,
   optimizer: Any = None,
 ) -> MemoryReport:
@@ -104,7 +104,8 @@ def memory_report(
   Raises:
     ValueError, ScheduleError: as for `pipeline_value_and_grad`.
   """
-  policy = residual_policy(residuals)
+  stack = stack.laid_out(schedule)
+  policy = residual_policy(default_residuals(stack) if residuals is None else residuals)
   program = lower_on(schedule, mesh, policy, slack)
   pipeline = Pipeline(stack, program, mesh, schedule, policy)
   # The pieces of `parameters` are a step's arguments, and stay beside what is gathered from them.
@@ -112,28 +113,29 @@ def memory_report(
   found: dict[str, int] = {}
   saved: list[tuple[int, int]] = []
 
-  def local(params: Tree, batch: Tree, key: jax.Array) -> tuple[()]:
-    device, cells = pipeline.build(params, batch, key)
+  def local(params: Tree, state: Tree, batch: Tree, key: jax.Array) -> tuple[()]:
+    device, cells = pipeline.build(params, state, batch, key)
     found.update(_count(device, cells, gathers))
     saved.append(_saved_bytes(device))
     return ()
 
   shapes = stack.param_shapes()
-  places = shardings(shapes, stack, schedule, mesh)
 
-  def stored(params: Tree) -> int:
+  def stored(tree: Tree) -> int:
     here = lambda place, leaf: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize  # noqa: E731
-    return sum(jax.tree.leaves(jax.tree.map(here, places, params)))
+    places = shardings(tree, stack, schedule, mesh)
+    return sum(jax.tree.leaves(jax.tree.map(here, places, tree)))
 
-  def state(params: Tree) -> Tree:
+  def moments_of(params: Tree) -> Tree:
     return optimizer.init(jax.tree.map(lambda p: p.astype(wide(p.dtype)), params))
 
-  def start(params: Tree, batch: Tree, key: jax.Array) -> Any:
+  def start(params: Tree, state: Tree, batch: Tree, key: jax.Array) -> Any:
     cut = microbatches(batch, schedule.microbatches, pipeline.shards)
-    return pipeline.over_mesh(local, ())(params, cut, key)
+    return pipeline.over_mesh(local, ())(params, state, cut, key)
 
-  jax.eval_shape(start, shapes, example_batch, jax.eval_shape(jax.random.key, 0))
-  moments = jax.eval_shape(state, shapes) if optimizer else ()
+  key = jax.eval_shape(jax.random.key, 0)
+  jax.eval_shape(start, shapes, pipeline.state_shapes, example_batch, key)
+  moments = jax.eval_shape(moments_of, shapes) if optimizer else ()
   kept, waits = saved[-1]
   unit = kept or 1  # a layer that only adds a bias keeps nothing
   return MemoryReport(
@@ -141,6 +143,7 @@ def memory_report(
       "parameters": stored(shapes),
       "optimizer": sum(jax.tree.leaves(map_param_trees(stored, moments, _bytes))),
       "batch": _bytes(example_batch) // pipeline.shards,
+      **({"state": stored(pipeline.state_shapes)} if stack.has_state else {}),
       **found,
     },
     (kept / unit, (waits - kept) / unit, -waits / unit),
@@ -165,12 +168,8 @@ def _count(device: Device, cells: Any, gathers: bool) -> dict[str, int]:
 
 def _saved_bytes(device: Device) -> tuple[int, int]:
   """What F keeps of one stage and microbatch, and what W waits for."""
-  layout, local = device.stage.layout, device.local
-  sizes = [(value, _bytes(layout.pools[value.pool])) for value in layout.values]
-  kept = sum(size for value, size in sizes if value.made is Kind.F)
-  if local.program.keeps_input:
-    kept += _bytes(local.x)
-  return kept, sum(size for value, size in sizes if value.last is Kind.W)
+  kept, waits = device.stage.saved_bytes()
+  return kept + (_bytes(device.local.x) if device.local.program.keeps_input else 0), waits
 
 
 def _bytes(tree: Tree) -> int:

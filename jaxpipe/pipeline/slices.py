@@ -64,17 +64,18 @@ class LayerSplit:
   `given` below stands for the leaves of the layer's parameters and of its further inputs, which are
   at hand whenever an action runs. What depends on nothing else is computed again where it is
   needed: it is never saved once per microbatch. `saved` stands for the values that a slice `reads`
-  or `makes`.
+  or `makes`, and `[x]` for x where the layer was cut to be made again from it.
 
   Attributes:
-    forward: `given, x -> y, saved`.
-    primal: `given, x -> y`, nothing saved.
-    recompute: `given, saved -> saved`; without an R of its own, None.
-    input_grad: `given, saved, dy -> dx, saved`. Cotangents are those of x's float leaves.
+    forward: `given, x -> y, aux, saved`.
+    primal: `given, x -> y, aux`, nothing saved.
+    recompute: `given, saved, [x] -> saved`; without an R of its own, None.
+    input_grad: `given, saved, [x], dy -> dx, saved`. Cotangents are those of float leaves.
     weight_grad: `given, saved -> dparams`.
-    backward: `given, saved, dy -> dx, dparams`.
+    backward: `given, saved, [x], dy -> dx, dparams`.
     saved: all saved values, in the order of their numbers.
-    x_count: number of leaves of x (and of y).
+    y_count: number of leaves of y.
+    aux_count: number of further outputs, which have no gradient.
     dx_count: number of float leaves of x.
   """
 
@@ -85,5 +86,6 @@ class LayerSplit:
   weight_grad: Slice
   backward: Slice
   saved: Sequence[Saved]
-  x_count: int
+  y_count: int
+  aux_count: int
   dx_count: int

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxpipe.pipeline import equations as eq
 from jaxpipe.pipeline.interpret import opened
 from jaxpipe.pipeline.slices import LayerSplit, Slice
@@ -24,39 +26,41 @@ from jaxpipe.pipeline.tape import Tape
 from jaxpipe.schedules import Kind
 
 Tree = Any
+Layer = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
-def forward_only(
-  layer: Callable[[Tree, Tree, Tree], Tree], params: Tree, inputs: Tree, x: Tree
-) -> LayerSplit:
+def forward_only(layer: Layer, params: Tree, inputs: Tree, x: Tree) -> LayerSplit:
   """A layer that is never differentiated: all slices but its forward are empty."""
+  y, aux = jax.eval_shape(eq.lenient(layer), params, inputs, x)
   closed = eq.trace(layer, params, inputs, x)
   jaxpr = opened(closed)
   consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   forward = Slice(jaxpr.invars, jaxpr.eqns, jaxpr.outvars, consts, (), ())
-  none, n = Slice([], [], [], {}, (), ()), len(jaxpr.outvars)
-  return LayerSplit(forward, forward, None, none, none, none, (), n, n)
+  none, counts = Slice([], [], [], {}, (), ()), (len(jax.tree.leaves(y)), len(jax.tree.leaves(aux)))
+  return LayerSplit(forward, forward, None, none, none, none, (), *counts, 0)
 
 
 def split(
-  layer: Callable[[Tree, Tree, Tree], Tree],
+  layer: Layer,
   params: Tree,
   inputs: Tree,
   x: Tree,
   policy: Callable[..., bool] | None = None,
   *,
   recompute: bool = False,
+  from_input: bool = False,
 ) -> LayerSplit:
   """Traces a layer's forward and backward pass and cuts it.
 
   Args:
-    layer: `(params, inputs, x) -> y`, y with the structure, shapes and dtypes of x.
+    layer: `(params, inputs, x) -> y, aux`; aux has no gradient.
     params: tree of float arrays, or stand-ins of the same shapes, dtypes and mesh axes.
     inputs: tree of whatever else the layer reads; never differentiated. What is made of the entry
       `batch` differs between microbatches like what is made of x.
     x: its input; integer and boolean leaves pass through without a gradient.
     policy: a `jax.checkpoint` policy saying what F keeps; None keeps what `jax.vjp` does.
     recompute: whether an R of its own computes again what F did not keep; else I and B do.
+    from_input: F keeps nothing: R, or I and B, have x at hand and make all again.
 
   Returns:
     The slices.
@@ -65,11 +69,14 @@ def split(
   # [1] Equal residuals are kept once; those made of parameters or numbers are computed again, and
   # the batch is at hand.
   residuals = [v for v in eq.used([], tape.residuals) if v in tape.moving and v not in tape.given]
-  kept = tape.read_by_backward(residuals)
-  at_hand = [*kept, *tape.dy]
+  rereads = frozenset([Kind.R] if recompute else [Kind.I, Kind.B]) if from_input else frozenset()
+  kept = tape.read_by_backward(residuals) if Kind.I not in rereads else []
+  at_hand = [*kept, *tape.dy, *(tape.x if Kind.I in rereads else [])]
   # [2] What of the backward depends on neither the cotangent nor parameters alone.
   again = tape.made_again(at_hand)
-  remade = [v for v in eq.used(tape.backward_of_cotangents()) if v in again] if recompute else []
+  remade = []
+  if recompute and not from_input:
+    remade = [v for v in eq.used(tape.backward_of_cotangents()) if v in again]
   # [3] I is all that dx needs, and all that is recomputed, for dx or for dparams: left to W, the
   # attention's output would be recomputed there from its scores, and the scores would have to wait.
   in_i = tape.needed([*tape.dx, *again], [*at_hand, *remade])
@@ -77,6 +84,6 @@ def split(
   done = {*at_hand, *remade, *(v for e in in_i for v in e.outvars)} & tape.moving
   in_w = tape.needed(tape.dparams, done)
   waiting = [v for v in eq.used(in_w, tape.dparams) if v in done]
-  made = {Kind.F: kept, Kind.R: remade}
+  made = {Kind.F: [], Kind.R: kept} if Kind.R in rereads else {Kind.F: kept, Kind.R: remade}
   made[Kind.I] = [v for v in waiting if v not in {*kept, *remade}]
-  return tape.cut(made, waiting)
+  return tape.cut(made, waiting, rereads)

@@ -11,6 +11,7 @@ no R, each backward does so in cells that live only inside it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax import lax
 
 from jaxpipe.models.stack import check_alike
 from jaxpipe.pipeline import rings
+from jaxpipe.pipeline.program import Program
 from jaxpipe.pipeline.residuals import Policy, Residuals
 from jaxpipe.pipeline.rings import Index, Tree
 from jaxpipe.pipeline.slices import LayerSplit, Saved
@@ -34,11 +36,19 @@ Inputs = Callable[[Index], Tree]
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """One action's arguments: its chunk's parameters, where the chunk begins, further inputs."""
+  """One action's arguments.
+
+  Attributes:
+    params: of the chunk's layers.
+    first_layer: where the chunk begins.
+    inputs: further ones, of the layers.
+    weights: the device's parameters of all chunks.
+  """
 
   params: Inputs
   first_layer: Index
   inputs: Inputs
+  weights: Tree
 
   def given(self, i: Index) -> Leaves:
     """Leaves of the i-th layer's parameters and further inputs."""
@@ -89,6 +99,45 @@ class Stage:
   apart: Mapping[Kind, Apart]
   allocate: Callable[[Sequence[jax.ShapeDtypeStruct], Sequence[int]], Pools]
 
+  sums = ("layers",)
+
+  @property
+  def splits(self) -> tuple[LayerSplit, ...]:
+    """Slices of all that a stage may be."""
+    return (self.split,)
+
+  @property
+  def recomputes(self) -> bool:
+    """Whether R has anything to do where F kept something of every layer."""
+    return Kind.R in self.apart
+
+  @property
+  def rereads_input(self) -> bool:
+    """Whether I and B run the forward again, from the stage's input."""
+    return self.scratch is not None
+
+  def cells(self, program: Program) -> tuple[Any, tuple[int, ...]]:
+    """Cells of every saved value of every stage and microbatch; see `Program.cells`."""
+    return program.cells(self.layout.values)
+
+  def counted(self, pools: Pools) -> dict[str, jax.Array]:
+    """What F has made of the state: a uniform stack has none."""
+    return {}
+
+  def saved_bytes(self) -> tuple[int, int]:
+    """What F keeps of one stage and microbatch, and what W waits for."""
+    cells = self.layout.pools
+    sizes = [
+      (value, math.prod(cells[value.pool].shape) * cells[value.pool].dtype.itemsize)
+      for value in self.layout.values
+    ]
+    kept = sum(size for value, size in sizes if value.made is Kind.F)
+    return kept, sum(size for value, size in sizes if value.last is Kind.W)
+
+  def remake(self, call: Call, x: Leaves, storage: Storage) -> Storage:
+    """R, from the stage's input."""
+    return self.forward(call, x, storage)[1]
+
   def primal(self, call: Call, x: Leaves) -> Leaves:
     """Runs the layers, keeping nothing."""
     return lax.fori_loop(0, self.layers, lambda i, x: self.split.primal(*call.given(i), *x), x)
@@ -100,7 +149,7 @@ class Stage:
     def layer(i: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
       x, storage = carry
       out = forward(*call.given(i), *x)
-      y, saved = out[: self.split.x_count], out[self.split.x_count :]
+      y, saved = out[: self.split.y_count], out[self.split.y_count :]
       return y, storage.write(forward.makes, i, saved)
 
     return _loop(self.layers, layer, (x, storage))
@@ -126,7 +175,7 @@ class Stage:
       storage: with what F or R left; only read.
       x: the stage's input, where it is all that F kept and there is no R; else unused.
       dy: cotangents of the stage's output.
-      grads: sums over microbatches.
+      grads: sums over microbatches, those named in `sums`.
     """
     kept = self._kept(call, storage, x)
 
@@ -168,7 +217,7 @@ class Stage:
       dp = slice_(*call.given(i), *storage.read(slice_.reads, i))
       return _add(grads, dp, call.first_layer + i)
 
-    return lax.fori_loop(0, self.layers, layer, grads)
+    return {**grads, "layers": lax.fori_loop(0, self.layers, layer, grads["layers"])}
 
   def _kept(self, call: Call, storage: Storage, x: Leaves) -> Storage:
     """What F would have kept: from the forward run again, or from the pools."""
@@ -225,12 +274,12 @@ def cut_stack(
   training = policy is not None
   keeps_input = bool(policy and policy.stage_input)
 
-  def layer(params: Tree, inputs: Tree, x: Tree) -> Tree:
+  def layer(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Tree]:
     # Like x, whichever way the layer is traced: a leaf of y that depends on nothing has a cotangent
     # like every other.
     y = stack.apply_layer(params, x, training, inputs)
     check_alike(x, y)
-    return vary(y, axes_of(jax.tree.leaves(x)))
+    return vary(y, axes_of(jax.tree.leaves(x))), ()
 
   def cut(keep: Policy | None) -> LayerSplit:
     return split(layer, params, inputs, x, keep, recompute=recompute and not keeps_input)

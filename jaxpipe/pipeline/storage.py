@@ -85,12 +85,12 @@ class Storage:
   """The pools, as one action sees them.
 
   Attributes:
-    layout: which value lies in which pool.
+    layout: which value lies in which pool; of unlike stages, one of their own.
     pools: the arrays.
     cells: [values], those of the action's stage and microbatch.
   """
 
-  layout: Layout
+  layout: Any
   pools: Pools
   cells: Any
 

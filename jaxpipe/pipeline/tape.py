@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxpipe.pipeline import equations as eq
 from jaxpipe.pipeline.floats import float_leaves, with_float_leaves
 from jaxpipe.pipeline.interpret import bodies, opened
 from jaxpipe.pipeline.slices import LayerSplit, Saved, Slice
+from jaxpipe.pipeline.varying import axes_of, vary
 from jaxpipe.schedules import Kind
 
 Tree = Any
@@ -29,6 +31,7 @@ class Tape:
   x: Sequence[eq.Var]
   dy: Sequence[eq.Var]
   y: Sequence[Any]
+  aux: Sequence[Any]
   residuals: Sequence[Any]
   dx: Sequence[Any]
   dparams: Sequence[Any]
@@ -38,7 +41,7 @@ class Tape:
   @classmethod
   def trace(
     cls,
-    layer: Callable[[Tree, Tree, Tree], Tree],
+    layer: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]],
     params: Tree,
     inputs: Tree,
     x: Tree,
@@ -51,7 +54,8 @@ class Tape:
       counts[:] = [len(jax.tree.leaves(part)) for part in out]
       return out
 
-    dy = float_leaves(x)  # as stand-ins: y is like x
+    everything = jax.tree.leaves((params, inputs, x))
+    dy = _stand_ins(jax.eval_shape(eq.lenient(layer), params, inputs, x)[0], everything)
     closed = eq.trace(both, params, inputs, x, dy)
     jaxpr = opened(closed)
     n_given, n_x = len(jax.tree.leaves((params, inputs))), len(jax.tree.leaves(x))
@@ -60,11 +64,11 @@ class Tape:
     _warn_of_effects(equations)
     # A dropout mask is drawn again, for it is made of numbers; what is made of data is kept.
     batch = [given[i] for i in _batch_leaves(params, inputs)]
-    y, residuals, dx, dparams = _take(jaxpr.outvars, *counts)
+    y, aux, residuals, dx, dparams = _take(jaxpr.outvars, *counts)
     return cls(
       equations,
       dict(zip(jaxpr.constvars, closed.consts, strict=True)),
-      *(given, x_in, dy_in, y, residuals, dx, dparams),
+      *(given, x_in, dy_in, y, aux, residuals, dx, dparams),
       eq.depends(equations, [*x_in, *batch, *dy_in]),
       eq.depends(equations, dy_in),
     )
@@ -92,8 +96,19 @@ class Tape:
       if any(v in self.cotangents for v in [*eq.used([e]), *e.outvars])
     ]
 
-  def cut(self, made: dict[Kind, list[eq.Var]], waiting: Sequence[eq.Var]) -> LayerSplit:
-    """Makes the slices, given what each action leaves for later ones and what W reads."""
+  def cut(
+    self,
+    made: dict[Kind, list[eq.Var]],
+    waiting: Sequence[eq.Var],
+    rereads: Collection[Kind] = (),
+  ) -> LayerSplit:
+    """Makes the slices.
+
+    Args:
+      made: what each action leaves for later ones.
+      waiting: what W reads.
+      rereads: actions that have x at hand.
+    """
     saved = [(v, kind) for kind, variables in made.items() for v in variables]
     number = {v: n for n, (v, _) in enumerate(saved)}
     last: dict[eq.Var, Kind] = {}
@@ -115,22 +130,24 @@ class Tape:
       )
 
     at_hand = [*made[Kind.F], *made[Kind.R]]
+    x = {kind: self.x if kind in rereads else [] for kind in (Kind.R, Kind.I, Kind.B)}
     slices = {
-      Kind.R: slice_([], made[Kind.F], [], Kind.R),
-      Kind.I: slice_(self.dy, at_hand, self.dx, Kind.I),
+      Kind.R: slice_(x[Kind.R], made[Kind.F], [], Kind.R),
+      Kind.I: slice_([*x[Kind.I], *self.dy], at_hand, self.dx, Kind.I),
       Kind.W: slice_([], waiting, self.dparams),
     }
     for kind, one in slices.items():
       last |= {saved[n][0]: kind for n in one.reads}
     return LayerSplit(
-      forward=slice_(self.x, [], self.y, Kind.F),
-      primal=slice_(self.x, [], self.y),
+      forward=slice_(self.x, [], [*self.y, *self.aux], Kind.F),
+      primal=slice_(self.x, [], [*self.y, *self.aux]),
       recompute=slices[Kind.R] if made[Kind.R] else None,
       input_grad=slices[Kind.I],
       weight_grad=slices[Kind.W],
-      backward=slice_(self.dy, at_hand, [*self.dx, *self.dparams]),
+      backward=slice_([*x[Kind.B], *self.dy], at_hand, [*self.dx, *self.dparams]),
       saved=[_saved(v, kind, last[v]) for v, kind in saved],
-      x_count=len(self.x),
+      y_count=len(self.y),
+      aux_count=len(self.aux),
       dx_count=len(self.dx),
     )
 
@@ -140,25 +157,32 @@ def _saved(variable: Any, made: Kind, last: Kind) -> Saved:
 
 
 def _vjp(
-  layer: Callable[[Tree, Tree, Tree], Tree],
+  layer: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]],
   params: Tree,
   inputs: Tree,
   x: Tree,
   dy: Leaves,
   policy: Callable[..., bool] | None,
-) -> tuple[Tree, Leaves, Leaves, Tree]:
-  """Returns y, the residuals, dx and dparams."""
+) -> tuple[Tree, Tree, Leaves, Leaves, Tree]:
+  """Returns y, aux, the residuals, dx and dparams."""
 
   def run(params: Tree, floats: Leaves, x: Tree, inputs: Tree) -> tuple[Leaves, Tree]:
-    y = layer(params, inputs, with_float_leaves(x, floats))
-    return float_leaves(y), y
+    y, aux = layer(params, inputs, with_float_leaves(x, floats))
+    return float_leaves(y), (y, aux)
 
   kept = run if policy is None else jax.checkpoint(run, policy=policy)
-  _, back, y = jax.vjp(
+  _, back, (y, aux) = jax.vjp(
     lambda params, floats: kept(params, floats, x, inputs), params, float_leaves(x), has_aux=True
   )
   dparams, dx = back(dy)
-  return y, jax.tree.leaves(back), dx, dparams
+  return y, aux, jax.tree.leaves(back), dx, dparams
+
+
+def _stand_ins(y: Tree, like: Sequence[Any]) -> Leaves:
+  """Cotangents of y's float leaves, as far as their types go; they vary where anything does."""
+  axes = axes_of(like)
+  zeros: Leaves = vary([jnp.zeros(leaf.shape, leaf.dtype) for leaf in float_leaves(y)], axes)
+  return zeros
 
 
 def _batch_leaves(params: Tree, inputs: Tree) -> list[int]:

@@ -36,13 +36,14 @@ def workspace(device: Device, state: State, cells: Any) -> int:
   """
   stage, program = device.stage, device.local.program
   of_slice = lambda part: live_peak(part.equations, part.outputs) if part else 0  # noqa: E731
+  of_slices = lambda name: max(of_slice(getattr(one, name)) for one in stage.splits)  # noqa: E731
   again = stage.scratch.one_each_bytes() if stage.scratch else 0
   of_kind = {
-    Kind.F: of_slice(stage.split.forward),
-    Kind.R: of_slice(stage.split.recompute),
-    Kind.B: of_slice(stage.split.backward) + again,
-    Kind.I: of_slice(stage.split.input_grad) + again,
-    Kind.W: of_slice(stage.split.weight_grad),
+    Kind.F: of_slices("forward"),
+    Kind.R: of_slices("recompute"),
+    Kind.B: of_slices("backward") + again,
+    Kind.I: of_slices("input_grad") + again,
+    Kind.W: of_slices("weight_grad"),
   }
   for kind, apart in stage.apart.items():
     of_kind[kind] += apart.layout.one_each_bytes()
