@@ -17,6 +17,8 @@ if TYPE_CHECKING:
   from jaxpipe.pipeline.check import check
   from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
   from jaxpipe.pipeline.memory import MemoryReport, memory_report
+  from jaxpipe.pipeline.packing import PackingReport, packing_report
+  from jaxpipe.pipeline.pipelined import pipeline
   from jaxpipe.pipeline.reference import reference_value_and_grad
   from jaxpipe.schedules import (
     Action,
@@ -53,6 +55,9 @@ _HOME = {
   "make_mesh": "jaxpipe.parallel.mesh",
   "make_schedule": "jaxpipe.schedules",
   "memory_report": "jaxpipe.pipeline.memory",
+  "PackingReport": "jaxpipe.pipeline.packing",
+  "packing_report": "jaxpipe.pipeline.packing",
+  "pipeline": "jaxpipe.pipeline",  # the package, which can be called
   "pipeline_forward": "jaxpipe.pipeline.executor",
   "pipeline_value_and_grad": "jaxpipe.pipeline.executor",
   "place": "jaxpipe.parallel.placing",
@@ -71,4 +76,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
   if name not in _HOME:
     raise AttributeError(f"module 'jaxpipe' has no attribute {name!r}")
-  return getattr(importlib.import_module(_HOME[name]), name)
+  home = importlib.import_module(_HOME[name])
+  return home if _HOME[name] == f"jaxpipe.{name}" else getattr(home, name)

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.transformer import TransformerConfig, transformer
+from jaxpipe.pipeline.split import split as split_layer
 
 VOCABULARY = 16
 LENGTH = 4
@@ -34,3 +35,8 @@ def batch(rows: int, length: int = LENGTH, seed: int = 0) -> dict[str, np.ndarra
   weights = (rng.random((rows, length)) < 0.7).astype(np.float64)
   weights[0, 0] = 1
   return {"tokens": tokens, "targets": targets, "weights": weights}
+
+
+def split(layer, *args, **options):
+  """`split` of a layer that returns y alone."""
+  return split_layer(lambda *args: (layer(*args), ()), *args, **options)

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.models.flat import Flat, read_span, widest, write_span
 from jaxpipe.models.part import StackError, same_structure
 from jaxpipe.models.paths import set_path
 from jaxpipe.models.pieces import get_owned
 from jaxpipe.parallel import axes
+from jaxpipe.parallel.flat import Flat, read_span, widest, write_span
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.parallel.replicas import owned
 from jaxpipe.parallel.rules import NONE, Rules

@@ -7,6 +7,8 @@ in training changes, and weights that are frozen, which nothing changes.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,9 @@ from jaxpipe.parallel.mesh import ROWS
 
 Tree = Any
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+# More arguments than any part of a stack is called with.
+_ALL = 1000
 
 Factory = Callable[[nnx.Rngs], nnx.Module]
 
@@ -100,7 +105,12 @@ class Part:
     return fresh(self.factory, key, self.trainable)
 
   def __call__(self, params: Tree, *args: Any) -> Any:
-    return nnx.merge(self.graph, params)(*args)
+    return nnx.merge(self.graph, params)(*args[: self.wanted])
+
+  @functools.cached_property
+  def wanted(self) -> int:
+    """How many arguments the module is called with: a layer may do without its context."""
+    return _wanted(self.kind)
 
   def run(self, params: Tree, state: Tree, training: bool, *args: Any) -> tuple[Any, Tree]:
     """Calls the module; returns its output and its state after the call.
@@ -118,7 +128,7 @@ class Part:
     for _, one in nnx.iter_graph(module):
       if over and isinstance(one, nnx.BatchNorm) and one.axis_name is None:
         one.axis_name = over  # type: ignore[assignment]  # several names are as good as one
-    out = module(*args)
+    out = module(*args[: self.wanted])
     return out, nnx.to_pure_dict(nnx.state(module, nnx.Not(self.trainable)))
 
   def call(self, method: str, params: Tree, *args: Any) -> Any:
@@ -138,6 +148,16 @@ class Part:
     """Whether both have the same static graph and the same parameter shapes and dtypes."""
     mine, theirs = (self.shapes, self.state), (other.shapes, other.state)
     return self.graph == other.graph and same_shapes(mine, theirs)
+
+
+def _wanted(kind: type) -> int:
+  """Arguments that a module must be given, and those named as the stack names them."""
+  call: Any = kind.__call__
+  parameters = list(inspect.signature(call).parameters.values())[1:]
+  if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    return _ALL
+  positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+  return sum(p.default is p.empty or p.name in ("context", "batch") for p in positional)
 
 
 def _is_linen(factory: Any) -> bool:

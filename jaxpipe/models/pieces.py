@@ -165,16 +165,25 @@ class Pieces:
 
   def try_layer(self, i: int, x: Tree, batch: Tree) -> Tree:
     """The same of a layer."""
-    part, rows = self.parts[f"layers/{i}"], _rows(batch)
+    return shape_after(self.parts[f"layers/{i}"], x, batch)
 
-    def call(params: Tree, state: Tree, x: Tree, batch: Tree) -> Tree:
-      key, number = jax.random.key(0), jnp.int32(0)
-      inputs = LayerInputs(
-        batch=batch, key=key, layer=number, microbatch=number, rows=jnp.arange(rows)
-      )
-      return part.run(params, state, True, x, Context.create(True, **inputs))[0]
 
-    return _named(f"{part.name} ({part.kind.__name__})", x, call, part.shapes, part.state, x, batch)
+def shape_after(part: Part, x: Tree, batch: Tree) -> Tree:
+  """Shapes of what a layer returns for x.
+
+  Raises:
+    StackError: it raises an error of shapes or types; names the layer and what it was given.
+  """
+  rows = _rows(batch)
+
+  def call(params: Tree, state: Tree, x: Tree, batch: Tree) -> Tree:
+    key, number = jax.random.key(0), jnp.int32(0)
+    inputs = LayerInputs(
+      batch=batch, key=key, layer=number, microbatch=number, rows=jnp.arange(rows)
+    )
+    return part.run(params, state, True, x, Context.create(True, **inputs))[0]
+
+  return _named(f"{part.name} ({part.kind.__name__})", x, call, part.shapes, part.state, x, batch)
 
 
 def get_owned(trees: Mapping[str, Tree], path: str) -> Any:

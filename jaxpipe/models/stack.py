@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.context import Context, LayerInputs
+from jaxpipe.models.modules import parts_of_modules
 from jaxpipe.models.packed import Packed
 from jaxpipe.models.part import Factory, Part, StackError, fresh, same_structure, sums
 from jaxpipe.models.paths import get_path, set_path, without
@@ -77,6 +78,52 @@ class LayerStack:
     if self.vocabulary:
       shapes = {part: pieces.parts[part].shapes for part in ("embed", "head")}
       self.vocabulary.check(shapes, self._head_ties)
+
+  @classmethod
+  def from_modules(
+    cls,
+    modules: Sequence[Any],
+    *,
+    loss: Callable[[Tree, Tree], Any],
+    batch: Tree,
+    inputs: str | Callable[[Tree], Tree] = "x",
+    trainable: Any = nnx.Param,
+    **options: Any,
+  ) -> LayerStack:
+    """A stack of modules in a row, each called with what the one before returned.
+
+    Args:
+      modules: each a layer: an NNX class or factory with a parameter `rngs`, such as
+        `functools.partial(nnx.Linear, 8, 16)`; an NNX module, whose values are where `init` starts;
+        a Linen module, whose shapes are inferred; or a function of x. A module that has a parameter
+        `context` is given the layer's `Context`.
+      loss: `loss(y, batch)`, where y is what the last module returns: a loss for every row (or for
+        every token of every row), or `(loss_sum, weight, metrics)`.
+      batch: an example batch or its shapes, leaves `[B, ...]`.
+      inputs: which entry of the batch goes into the first module, or a function of the batch.
+      trainable, options: as for `LayerStack`.
+
+    Raises:
+      StackError: a module that cannot take what the one before returns, by number and class; a loss
+        without rows; and as for `LayerStack`.
+
+    Example:
+      >>> import functools, jax.numpy as jnp, optax
+      >>> batch = {"x": jnp.ones((8, 4)), "label": jnp.zeros(8, jnp.int32)}
+      >>> stack = LayerStack.from_modules(
+      ...   [functools.partial(nnx.Linear, 4, 16), nnx.relu, functools.partial(nnx.Linear, 16, 3)],
+      ...   loss=lambda y, batch: optax.softmax_cross_entropy_with_integer_labels(
+      ...     y, batch["label"]
+      ...   ),
+      ...   batch=batch,
+      ... )
+      >>> stack.depth, stack.uniform
+      (3, False)
+    """
+    if not modules:
+      raise StackError("a stack needs at least one layer; got modules=[]")
+    embed, layers, head = parts_of_modules(modules, loss, batch, inputs, trainable)
+    return cls(embed, layers, head, trainable=trainable, **options)
 
   def _check_partition(self) -> None:
     if self.partition is None:

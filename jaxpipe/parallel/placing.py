@@ -118,12 +118,20 @@ def place(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> Tree:
   tell a placed tree from a canonical one: place a tree once, and hand the step nothing else.
   """
   check_mesh(schedule, mesh)
+  rows = arranged(params, stack, schedule)
+  return jax.device_put(rows, shardings(rows, stack, schedule, mesh))
+
+
+def arranged(tree: Tree, stack: Any, schedule: Any) -> Tree:
+  """A canonical tree in placement order and, where the stack lies packed, packed; not yet sharded.
+
+  Args:
+    tree: of the shapes of parameters or of state, of any dtypes.
+    stack, schedule: as for `place`.
+  """
   stack = stack.laid_out(schedule)
-  rows = params if stack.uniform else jax.jit(stack.pack)(params)
-  return jax.device_put(
-    _reorder(rows, layer_order(stack.depth, schedule)),
-    shardings(rows, stack, schedule, mesh),
-  )
+  rows = tree if stack.uniform else jax.jit(stack.pack)(tree)
+  return _reorder(rows, layer_order(stack.depth, schedule))
 
 
 def unplace(params: Tree, stack: Any, schedule: Any) -> Tree:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.models.flat import ROW, round_up
+from jaxpipe.parallel.flat import ROW, round_up
 from jaxpipe.pipeline.program import Program, find
 from jaxpipe.pipeline.slices import Saved
 from jaxpipe.pipeline.slots import Stay, colour
@@ -99,11 +99,12 @@ class Arenas:
       if made in (None, value.made) and last in (None, value.last)
     )
 
-  def cells(self, program: Program) -> tuple[np.ndarray, tuple[int, ...]]:
+  def cells(self, program: Program) -> tuple[np.ndarray, np.ndarray]:
     """Gives every record of every stage and microbatch its rows.
 
     Returns:
-      int32 [ticks, P, records], the row at which each begins; and how many rows each arena has.
+      int32 [ticks, P, records], the row at which each begins; and how many rows of each arena each
+      device uses, int [P, arenas].
     """
     stays = list(self._stays(program))
     slot, _ = colour(stays, [stay.buffer for stay in stays])
@@ -124,7 +125,7 @@ class Arenas:
         at = (name, d, (action.microbatch,))
         if at in slot:
           table[tick, d, r] = base[d, name] + slot[at] * rows
-    return table, tuple(int(n) for n in lengths.max(0, initial=0))
+    return table, lengths
 
   def _stays(self, program: Program) -> Iterator[Stay]:
     for action, (d, tick) in program.at.items():

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.placing import layer_paths, place, unplace
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
 from jaxpipe.pipeline.reference import reference_value_and_grad
-from jaxpipe.pipeline.residuals import Policy
+from jaxpipe.pipeline.residuals import AUTO, Policy
 from jaxpipe.schedules import Schedule
 
 Tree = Any
@@ -97,7 +97,7 @@ def check(
   params: Tree | None = None,
   state: Tree | None = None,
   key: jax.Array | None = None,
-  residuals: str | Policy | None = None,
+  residuals: str | Policy = AUTO,
   slack: int = 0,
   unroll: str = "auto",
   tolerance: float | None = None,
@@ -129,7 +129,7 @@ def check(
   true_after: list[Tree]
   (loss, metrics, *after), grads = step(place(params, stack, schedule, mesh), batch, key, *placed)
   (true_loss, true_metrics, *true_after), true_grads = reference(params, batch, key, *given)
-  states = [unplace(tree, stack, schedule) for tree in after], true_after
+  states = (unplace(after[0], stack, schedule), true_after[0]) if after else ({}, {})
   if tolerance is None:
     coarsest = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     tolerance = {8: 1e-12, 4: 1e-5}.get(coarsest, 1e-2)

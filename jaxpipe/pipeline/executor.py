@@ -37,7 +37,7 @@ from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.order import blocks
 from jaxpipe.pipeline.probe import Probe
 from jaxpipe.pipeline.program import Program
-from jaxpipe.pipeline.residuals import Policy, Residuals, residual_policy
+from jaxpipe.pipeline.residuals import AUTO, Policy, Residuals, residual_policy
 from jaxpipe.pipeline.unroll import Segment, cut
 from jaxpipe.pipeline.varying import vary
 from jaxpipe.schedules import Schedule
@@ -50,7 +50,7 @@ def pipeline_value_and_grad(
   schedule: Schedule,
   mesh: Mesh,
   *,
-  residuals: str | Policy | None = None,
+  residuals: str | Policy = AUTO,
   slack: int = 0,
   unroll: str = "auto",
   poison: bool = False,
@@ -65,8 +65,8 @@ def pipeline_value_and_grad(
       once a step, by a schedule without G.
     mesh: from `make_mesh`, its axis `stage` of `schedule.devices`. Rows of the batch lie over
       `data`, `fsdp` and `expert`; the stack's `rules` say what lies over the other axes.
-    residuals: what F keeps: `dots` (matmuls with weights, never attention scores; the default),
-      `all`, `full` (the stage's input alone; the default of unlike stages), a policy of
+    residuals: what F keeps: `dots` (matmuls with weights, never attention scores), `all`, `full`
+      (the stage's input alone), `auto` (`dots`, and `full` for unlike stages), a policy of
       `jax.checkpoint_policies` by name or as a function, or `names:A,B` for what `checkpoint_name`
       named; see `residuals`.
     slack: ticks that a transfer may take beyond the one that sends it: with 1, it runs beside the
@@ -95,7 +95,7 @@ def pipeline_value_and_grad(
     ScheduleError: a schedule that is not legal, or an action kind that cannot be executed.
   """
   stack = stack.laid_out(schedule)
-  policy = residual_policy(default_residuals(stack) if residuals is None else residuals)
+  policy = residual_policy(residuals, stack.uniform)
   program = lower_on(schedule, mesh, policy, slack)
   return _compile(Pipeline(stack, program, mesh, schedule, policy, poison, probe), unroll)
 
@@ -118,11 +118,6 @@ def pipeline_forward(
   program = lower(schedule.check().forward_only())
   run = _compile(Pipeline(stack, program, mesh, schedule, None, poison), "none")
   return lambda params, batch, state=None: run(params, batch, None, state)[0][:2]
-
-
-def default_residuals(stack: Any) -> str:
-  """The policy of a stack, as it is laid out: unlike stages keep nothing but their input."""
-  return "dots" if stack.uniform else "full"
 
 
 def lower_on(schedule: Schedule, mesh: Mesh, policy: Residuals, slack: int) -> Program:

@@ -18,8 +18,8 @@ from jaxpipe.parallel.mesh import FSDP
 from jaxpipe.parallel.placing import map_param_trees, shardings
 from jaxpipe.pipeline.batch import microbatches
 from jaxpipe.pipeline.device import Device
-from jaxpipe.pipeline.executor import Pipeline, default_residuals, lower_on
-from jaxpipe.pipeline.residuals import Policy, residual_policy
+from jaxpipe.pipeline.executor import Pipeline, lower_on
+from jaxpipe.pipeline.residuals import AUTO, Policy, residual_policy
 from jaxpipe.pipeline.rings import wide
 from jaxpipe.pipeline.workspace import workspace
 from jaxpipe.schedules import Schedule
@@ -88,7 +88,7 @@ def memory_report(
   mesh: Mesh,
   example_batch: Tree,
   *,
-  residuals: str | Policy | None = None,
+  residuals: str | Policy = AUTO,
   slack: int = 0,
   optimizer: Any = None,
 ) -> MemoryReport:
@@ -105,7 +105,7 @@ def memory_report(
     ValueError, ScheduleError: as for `pipeline_value_and_grad`.
   """
   stack = stack.laid_out(schedule)
-  policy = residual_policy(default_residuals(stack) if residuals is None else residuals)
+  policy = residual_policy(residuals, stack.uniform)
   program = lower_on(schedule, mesh, policy, slack)
   pipeline = Pipeline(stack, program, mesh, schedule, policy)
   # The pieces of `parameters` are a step's arguments, and stay beside what is gathered from them.

@@ -1,6 +1,7 @@
 """Residual policies: what F keeps for the backward pass, and what is computed again instead.
 
-Four have names of their own, and everything that `jax.checkpoint` understands is one too:
+`auto` is `dots`, and for unlike stages `full`. Four have names of their own, and everything that
+`jax.checkpoint` understands is one too:
 
     full                         the stage's input alone
     dots                         matmuls with weights and what was summed or exchanged over the
@@ -32,6 +33,8 @@ _WEIGHTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 # Nothing is sent twice; but what was gathered is larger than what is kept, and gathered again.
 _SENT = ("psum", "psum_invariant", "reduce_scatter", "all_to_all")
 _NAMES = "names:"
+# In place of a policy's name: what suits the stack.
+AUTO = "auto"
 
 
 def _dots(primitive: Any, *avals: Any, **params: Any) -> Any:
@@ -131,11 +134,12 @@ POLICIES = {
 }
 
 
-def residual_policy(residuals: str | Policy) -> Residuals:
+def residual_policy(residuals: str | Policy, uniform: bool = True) -> Residuals:
   """Returns the policy that a name or a function stands for.
 
   Args:
     residuals: as this module's docstring lists them.
+    uniform: whether it is for layers that are alike, or for unlike stages.
 
   Raises:
     ValueError: an unknown name, `names:` without names, or what is no policy.
@@ -144,12 +148,14 @@ def residual_policy(residuals: str | Policy) -> Residuals:
     return _of_function(residuals)
   if residuals.startswith(_NAMES):
     return _of_names(residuals)
+  if residuals == AUTO:
+    residuals = "dots" if uniform else "full"
   policies = jax_policies()
   if residuals in policies:
     return Residuals(residuals, policies[residuals])
   if residuals in POLICIES:
     return POLICIES[residuals]
-  known = [*sorted(POLICIES), *sorted(policies)]
+  known = [AUTO, *sorted(POLICIES), *sorted(policies)]
   raise ValueError(
     f"residuals {residuals!r} is unknown; use one of {', '.join(known)},"
     f" or {_NAMES}A,B{_near(residuals, known)}"

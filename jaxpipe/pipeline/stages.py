@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.models.flat import Flat, read_span, widest, write_span
+from jaxpipe.parallel.flat import Flat, read_span, widest, write_span
 from jaxpipe.pipeline import rings
 from jaxpipe.pipeline.arenas import Arenas
 from jaxpipe.pipeline.equations import lenient
@@ -99,8 +99,9 @@ class Stages:
 
   def cells(self, program: Program) -> tuple[Any, tuple[int, ...]]:
     """The table of rows and the arenas' lengths; then those of the sums of what F changes."""
-    table, lengths = self.layout.arenas.cells(program)
-    return table, (*lengths, *(self._chunks for _ in self.layout.sums))
+    table, rows = self.layout.arenas.cells(program)
+    longest = (int(n) for n in rows.max(0, initial=0))
+    return table, (*longest, *(self._chunks for _ in self.layout.sums))
 
   @property
   def _chunks(self) -> int:

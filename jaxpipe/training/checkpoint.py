@@ -23,10 +23,10 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.models.stack import LayerStack
-from jaxpipe.parallel.placing import shardings
+from jaxpipe.parallel.placing import map_param_trees
 from jaxpipe.schedules import Schedule
 from jaxpipe.training.errors import ConfigError
-from jaxpipe.training.state import TrainState, map_params, to_canonical, to_placed
+from jaxpipe.training.state import TrainState, canonical_shardings, to_canonical, to_placed
 
 Tree = Any
 
@@ -98,11 +98,9 @@ class Checkpoints:
     Raises:
       ConfigError: no such checkpoint, a damaged one, or one of other shapes.
     """
-    # Canonical order, but already spread like the placed tree: both have the same shapes and specs,
-    # so that what is left to do is to exchange layers between devices, and often nothing.
     everywhere = NamedSharding(mesh, Spec())
-    targets = map_params(
-      lambda p: jax.tree.map(_on, p, shardings(p, stack, schedule, mesh)),
+    targets = map_param_trees(
+      lambda tree: jax.tree.map(_on, tree, canonical_shardings(tree, stack, schedule, mesh)),
       shapes,
       lambda leaf: _on(leaf, everywhere),
     )

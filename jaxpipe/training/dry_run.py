@@ -50,7 +50,7 @@ def dry_run(run: Run) -> str:
 
 def place_lines(run: Run) -> Iterator[str]:
   """One line for every parameter."""
-  state = state_shapes(run.stack, run.optimizer, run.batch_shapes)
+  state = state_shapes(run.stack.laid_out(run.schedule), run.optimizer)
   placed = placed_shapes(state, run.stack, run.schedule, run.mesh).params
   leaves = jax.tree.leaves_with_path(placed)
   width = max(len(name_of(path)) for path, _ in leaves)
@@ -66,7 +66,7 @@ def place_lines(run: Run) -> Iterator[str]:
 
 def count_traffic(run: Run) -> Traffic:
   """Compiles the step, from shapes, and counts what it sends."""
-  state = state_shapes(run.stack, run.optimizer, run.batch_shapes)
+  state = state_shapes(run.stack.laid_out(run.schedule), run.optimizer)
   placed = placed_shapes(state, run.stack, run.schedule, run.mesh)
   return traffic(compile_step(run, placed), run.mesh, run.schedule)
 

@@ -86,9 +86,7 @@ def _first_state(run: Run, checkpoints: Checkpoints, start: int) -> TrainState:
     seed, shapes = run.config.seed, run.batch_shapes
     return create_state(run.stack, run.optimizer, seed, shapes, *where[1:])
   say(f"resuming from {run.folder.path} after {start} steps")
-  return checkpoints.restore(
-    start, state_shapes(run.stack, run.optimizer, run.batch_shapes), *where
-  )
+  return checkpoints.restore(start, state_shapes(run.stack, run.optimizer), *where)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

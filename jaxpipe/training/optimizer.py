@@ -7,12 +7,16 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpipe.models.stack import LayerStack
+from jaxpipe.parallel.placing import arranged
+from jaxpipe.schedules import Schedule
 from jaxpipe.training.run_config import RunConfig
 
 Tree = Any
@@ -48,17 +52,50 @@ def decay_mask(params: Tree) -> Tree:
   return jax.tree.map_with_path(is_matrix, params)
 
 
-def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
+def placed_mask(stack: LayerStack, schedule: Schedule) -> Callable[[Tree], Tree]:
+  """`decay_mask` of parameters as they are placed: of packed ones, a mask of every element."""
+  if stack.uniform:
+    return decay_mask
+
+  def mask(_: Tree) -> Tree:
+    shapes = stack.param_shapes()
+    full = jax.tree.map(lambda leaf, yes: jnp.full(leaf.shape, yes), shapes, decay_mask(shapes))
+    return arranged(full, stack, schedule)
+
+  return mask
+
+
+def decayed(weight_decay: float, mask: Callable[[Tree], Tree]) -> optax.GradientTransformation:
+  """Adds decoupled weight decay where the mask says so, leaf by leaf or element by element."""
+
+  def one(update: jax.Array, param: jax.Array, where: Any) -> jax.Array:
+    if isinstance(where, bool):
+      return update + weight_decay * param if where else update
+    return jnp.where(where, update + weight_decay * param, update)
+
+  def update(updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+    return jax.tree.map(one, updates, params, mask(params)), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def make_optimizer(
+  config: RunConfig, mask: Callable[[Tree], Tree] = decay_mask
+) -> optax.GradientTransformation:
   """Returns the optimizer of a run.
 
   Its moments have the dtype of what it is given: `widen` parameters first.
+
+  Args:
+    config: of the run.
+    mask: what decays, of parameters as they are placed.
   """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   # Decay comes after Adam and before the rate: decoupled from the gradient, scaled by the rate.
   return optax.chain(
     clip,
     optax.scale_by_adam(_B1, _B2, _EPSILON),
-    optax.add_decayed_weights(config.weight_decay, decay_mask),
+    decayed(config.weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate(config)),
   )
 

@@ -24,7 +24,7 @@ from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.training.aot import Device
 from jaxpipe.training.choose import Choice, choose_schedule
 from jaxpipe.training.errors import ConfigError, naming
-from jaxpipe.training.optimizer import learning_rate, make_optimizer
+from jaxpipe.training.optimizer import learning_rate, make_optimizer, placed_mask
 from jaxpipe.training.run_config import AUTO, RunConfig
 
 Tree = Any
@@ -86,6 +86,7 @@ def make_plan(
   if config.schedule == AUTO:
     choice = choose(config, mesh, stack, batch_shapes, optimizer, chosen_by)
     schedule = choice.schedule
+  optimizer = make_optimizer(config, placed_mask(stack, schedule))
   with naming(*config.flags("mesh", *placed_by)):
     param_specs(stack.param_shapes(), stack, schedule, mesh)
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.

@@ -55,8 +55,9 @@ class RunConfig(Settings):
   backward: str = free("", "fused, split or deferred; default: the schedule's own")
   recompute: bool = free(False, "recompute as an action of its own, which the schedule places")
   residuals: str = free(
-    "dots",
-    "what forwards keep for backwards: dots, selective, all, full, a policy of"
+    "auto",
+    "what forwards keep for backwards: auto (dots, of unlike layers full), dots,"
+    " selective, all, full, a policy of"
     " jax.checkpoint_policies such as"
     " nothing_saveable, or names:A,B, such as names:attention,mlp_up",
   )

@@ -36,8 +36,8 @@ class TrainState:
     params: as placed on the mesh; canonical inside a checkpoint.
     opt_state: the optimizer's; its moments lie like `params`.
     step: int32 [], updates done.
-    model_state: what the stack keeps besides parameters, canonical and the same on all devices;
-      empty for a stack without state.
+    model_state: what the stack keeps besides parameters, placed like them; empty for a stack
+      without state.
   """
 
   params: Tree
@@ -50,7 +50,7 @@ def state_shardings(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Me
   """Where each leaf of a state, or of its shapes, lies: moments lie like parameters."""
   everywhere = NamedSharding(mesh, Spec())
   place = lambda params: shardings(params, stack, schedule, mesh)  # noqa: E731
-  return map_params(place, state, lambda _: everywhere)
+  return map_param_trees(place, state, lambda _: everywhere)
 
 
 def create_state(
@@ -71,60 +71,48 @@ def create_state(
   """
   key = jax.random.fold_in(jax.random.key(seed), _INIT)
   params = stack.init(key, example_batch, schedule, mesh)
-  fresh = _fresh(optimizer, _model_state(stack, key, example_batch))
+  model_state = {}
+  if stack.has_state:
+    model_state = stack.init_state(key, example_batch, schedule, mesh)
+  fresh = _fresh(optimizer)
   # The moments are zeros made under these shardings, never sliced from a whole.
-  places = state_shardings(jax.eval_shape(fresh, params), stack, schedule, mesh)
-  state: TrainState = jax.jit(fresh, out_shardings=places, donate_argnums=0)(params)
+  places = state_shardings(jax.eval_shape(fresh, params, model_state), stack, schedule, mesh)
+  make = jax.jit(fresh, out_shardings=places, donate_argnums=(0, 1))
+  state: TrainState = make(params, model_state)
   return state
 
 
-def _model_state(stack: Any, key: jax.Array, example_batch: Tree) -> Tree:
-  # Asked for by name, since stacks without state need not have it.
-  return stack.init_state(key, example_batch) if getattr(stack, "has_state", False) else {}
-
-
-def _fresh(
-  optimizer: optax.GradientTransformation, model_state: Tree
-) -> Callable[[Tree], TrainState]:
-  def fresh(params: Tree) -> TrainState:
+def _fresh(optimizer: optax.GradientTransformation) -> Callable[[Tree, Tree], TrainState]:
+  def fresh(params: Tree, model_state: Tree) -> TrainState:
     step, moments = jnp.zeros((), jnp.int32), optimizer.init(widen(params))
     return TrainState(params=params, opt_state=moments, step=step, model_state=model_state)
 
   return fresh
 
 
-def state_shapes(
-  stack: LayerStack, optimizer: optax.GradientTransformation, example_batch: Tree = None
-) -> TrainState:
-  """The state as `jax.ShapeDtypeStruct`s; placed and canonical trees have the same.
-
-  Args:
-    stack, optimizer: of the run.
-    example_batch: a batch, or its shapes; a stack without state needs none.
-  """
-
-  def whole(params: Tree) -> TrainState:
-    model_state = _model_state(stack, jax.random.key(0), example_batch)
-    return _fresh(optimizer, model_state)(params)
-
-  shapes: TrainState = jax.eval_shape(whole, stack.param_shapes())
+def state_shapes(stack: LayerStack, optimizer: optax.GradientTransformation) -> TrainState:
+  """The canonical state as `jax.ShapeDtypeStruct`s."""
+  model_state = stack.state_shapes() if stack.has_state else {}
+  shapes: TrainState = jax.eval_shape(_fresh(optimizer), stack.param_shapes(), model_state)
   return shapes
 
 
-def map_params(
-  fn: Callable[[Tree], Tree], state: TrainState, other: Callable[[Any], Any]
-) -> TrainState:
-  """Applies `fn` to parameters and moments, `other` to all else, the model's state included."""
-  bare = dataclasses.replace(state, model_state={})
-  mapped: TrainState = map_param_trees(fn, bare, other)
-  return dataclasses.replace(mapped, model_state=jax.tree.map(other, state.model_state))
-
-
 def to_canonical(state: TrainState, stack: LayerStack, schedule: Schedule) -> TrainState:
-  """The state with layers in model order, parameters and moments alike."""
-  return map_params(lambda p: unplace(p, stack, schedule), state, lambda leaf: leaf)
+  """The state with layers in model order: parameters, moments and what the stack keeps."""
+  return map_param_trees(lambda p: unplace(p, stack, schedule), state, lambda leaf: leaf)
 
 
 def to_placed(state: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> TrainState:
   """Inverse of `to_canonical`."""
-  return map_params(lambda p: place(p, stack, schedule, mesh), state, lambda leaf: leaf)
+  return map_param_trees(lambda p: place(p, stack, schedule, mesh), state, lambda leaf: leaf)
+
+
+def canonical_shardings(tree: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Tree:
+  """Where a canonical tree lies before it is placed.
+
+  In uniform stacks it is spread like the placed tree, which has the same shapes: what is left to do
+  is to exchange layers between devices, and often nothing. Else it is whole on every device.
+  """
+  if stack.uniform:
+    return shardings(tree, stack, schedule, mesh)
+  return jax.tree.map(lambda _: NamedSharding(mesh, Spec()), tree)

@@ -141,7 +141,7 @@ def _result(task: Task, record: Mapping[str, Any]) -> str:
 
 def _restore(run: TaskRun) -> tuple[Tree, Tree]:
   """Canonical parameters and state on this process's first device."""
-  shapes = state_shapes(run.stack, run.optimizer, run.batch_shapes)
+  shapes = state_shapes(run.stack, run.optimizer)
   here = SingleDeviceSharding(jax.local_devices()[0])
   checkpoints = Checkpoints(run.folder.checkpoints, read_only=True, alone=True)
   step = checkpoints.newest

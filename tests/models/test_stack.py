@@ -51,14 +51,9 @@ def make(layers, head=Head):
       lambda r: nnx.Dropout(0.1, rngs=r),
       r"layers\[0\] holds mutable state extra/rngs/\w+ .*context.dropout",
     ),
-    (
-      lambda r: nnx.BatchNorm(4, rngs=r),
-      r"layers\[0\] holds mutable state extra/\w+ \(BatchStat\).*RMSNorm",
-    ),
-    (lambda r: nnx.Variable(jnp.zeros(2)), r"layers\[0\] holds mutable state extra \(Variable\)"),
   ],
 )
-def test_mutable_state_is_refused_with_its_place_and_the_remedy(extra, message):
+def test_random_streams_are_refused_with_their_place_and_the_remedy(extra, message):
   with pytest.raises(StackError, match=message):
     make([lambda rngs: Layer(rngs, extra=extra)])
 
@@ -66,11 +61,6 @@ def test_mutable_state_is_refused_with_its_place_and_the_remedy(extra, message):
 def test_no_layers():
   with pytest.raises(StackError, match="at least one layer"):
     make([])
-
-
-def test_unlike_layers_are_refused_by_number():
-  with pytest.raises(StackError, match=r"layers\[2\] differs from layers\[0\]"):
-    make([Layer, Layer, lambda rngs: Layer(rngs, width=2)])
 
 
 class Scaled(nnx.Module):
@@ -139,8 +129,8 @@ def test_a_head_that_does_not_sum():
 
 
 def test_tied_leaves_must_be_alike():
-  with pytest.raises(StackError, match="tied: head out/kernel"):
-    LayerStack(embed=Embed, layers=[Layer], head=Head, tied={"out/kernel": "table"})
+  with pytest.raises(StackError, match="tied: head/out/kernel"):
+    LayerStack(embed=Embed, layers=[Layer], head=Head, tied={"head/out/kernel": "embed/table"})
 
 
 def test_tied_parameters_exist_once_and_sum_their_gradients():
@@ -166,7 +156,9 @@ class Tables(nnx.Module):
 
 def test_entries_of_a_list_can_be_tied():
   """Paths are strings, and the keys of a list are numbers."""
-  stack = LayerStack(embed=Tables, layers=[Layer], head=Tables, tied={"tables/0": "tables/1"})
+  stack = LayerStack(
+    embed=Tables, layers=[Layer], head=Tables, tied={"head/tables/0": "embed/tables/1"}
+  )
   shapes = stack.param_shapes()
   assert [*shapes["head"]["tables"]] == [1]
   ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)

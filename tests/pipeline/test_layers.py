@@ -21,7 +21,6 @@ from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 import jaxpipe
 from jaxpipe.models.context import Context, LayerInputs
 from jaxpipe.pipeline.residuals import POLICIES
-from jaxpipe.pipeline.split import split
 
 GRID = list(itertools.product(zoo.LAYERS, ("gpipe", "zb-h1"), ("dots", "all", "full")))
 
@@ -94,7 +93,7 @@ def cut(stack, batch, policy):
   rows = jnp.arange(2, dtype=jnp.int32)
   inputs = LayerInputs(batch=batch, key=None, layer=0, microbatch=0, rows=rows)
   layer = lambda params, inputs, x: stack.apply_layer(params, x, True, inputs)  # noqa: E731
-  return split(layer, params, inputs, stack.check_shapes(batch), policy)
+  return tiny.split(layer, params, inputs, stack.check_shapes(batch), policy)
 
 
 @functools.cache
@@ -164,7 +163,7 @@ def test_what_is_made_of_the_batch_is_kept_and_not_made_again(policy):
   def run(params, inputs, x):
     return nnx.merge(graph, params)(x, Context.create(True, **inputs))
 
-  parts = split(run, params, inputs, x, POLICIES[policy].layer)
+  parts = tiny.split(run, params, inputs, x, POLICIES[policy].layer)
 
   def plain(params, inputs, x, dy):
     y, back = jax.vjp(lambda params, x: run(params, inputs, x), params, x)

@@ -13,7 +13,6 @@ from jax.ad_checkpoint import checkpoint_name
 import jaxpipe
 from jaxpipe.pipeline import equations as eq
 from jaxpipe.pipeline.residuals import jax_policies, residual_policy
-from jaxpipe.pipeline.split import split
 from jaxpipe.schedules import Kind
 from jaxpipe.schedules.transforms.recompute import with_recompute
 
@@ -67,7 +66,9 @@ def block(length=32):
 
 def cut(residuals, recompute=False, args=None):
   args = args or block()
-  return residual_policy(residuals).traced(lambda keep: split(*args, keep, recompute=recompute))
+  return residual_policy(residuals).traced(
+    lambda keep: tiny.split(*args, keep, recompute=recompute)
+  )
 
 
 # B=2 rows, T=32 positions, D=16, N=2 heads over K=1, F=64.

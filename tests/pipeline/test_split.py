@@ -7,7 +7,6 @@ import pytest
 import tiny
 
 from jaxpipe.pipeline.residuals import POLICIES
-from jaxpipe.pipeline.split import split
 from jaxpipe.schedules import Kind
 
 POLICY = {name: policy.layer for name, policy in POLICIES.items()} | {
@@ -100,7 +99,7 @@ def test_the_parts_give_what_vjp_gives(float64, layer, policy, recompute):
   y, back = jax.vjp(lambda params, x: layer(params, inputs, x), params, x)
   dparams, dx = back(dy)
   want = [y, dx, *jax.tree.leaves(dparams)]
-  cut = split(layer, params, inputs, x, POLICY[policy], recompute=recompute)
+  cut = tiny.split(layer, params, inputs, x, POLICY[policy], recompute=recompute)
   for got in run(cut, params, inputs, x, dy):
     for g, w in zip(got, want, strict=True):
       np.testing.assert_allclose(g, w, rtol=1e-14, atol=1e-14)
@@ -125,7 +124,7 @@ def flops(function, *args):
 def test_under_rematerialization_w_still_holds_the_weight_gradients(float64, policy):
   """Left whole, a `checkpoint` equation would drag all of the backward pass into I, none into W."""
   layer, params, inputs, x = block()
-  cut = split(layer, params, inputs, x, POLICY[policy])
+  cut = tiny.split(layer, params, inputs, x, POLICY[policy])
   given = jax.tree.leaves((params, inputs))
   i = flops(cut.input_grad, *given, *reads(cut, cut.input_grad), x)
   w = flops(cut.weight_grad, *given, *reads(cut, cut.weight_grad))
@@ -138,8 +137,8 @@ def test_under_rematerialization_w_still_holds_the_weight_gradients(float64, pol
 def test_scores_are_never_kept_nor_waited_for_by_default(float64):
   layer, params, inputs, x = block()
   scores = lambda cut: [v.shape for v in cut.saved if v.shape[-2:] == (32, 32)]  # noqa: E731
-  assert not scores(split(layer, params, inputs, x, POLICY["dots"]))
-  assert scores(split(layer, params, inputs, x, POLICY["all"]))  # so the test can see them
+  assert not scores(tiny.split(layer, params, inputs, x, POLICY["dots"]))
+  assert scores(tiny.split(layer, params, inputs, x, POLICY["all"]))  # so the test can see them
 
 
 def test_with_a_recompute_of_its_own_the_backward_repeats_nothing(float64):
@@ -148,7 +147,7 @@ def test_with_a_recompute_of_its_own_the_backward_repeats_nothing(float64):
   given = jax.tree.leaves((params, inputs))
   cost = {}
   for name, policy in (("all", None), ("nothing", POLICY["nothing"])):
-    cut = split(layer, params, inputs, x, policy, recompute=True)
+    cut = tiny.split(layer, params, inputs, x, policy, recompute=True)
     cost[name] = [
       flops(cut.input_grad, *given, *reads(cut, cut.input_grad), x),
       flops(cut.weight_grad, *given, *reads(cut, cut.weight_grad)),
@@ -160,7 +159,7 @@ def test_with_a_recompute_of_its_own_the_backward_repeats_nothing(float64):
 
 def test_what_depends_on_parameters_or_keys_alone_is_not_kept(float64):
   params, inputs, x, _ = example()
-  cut = split(with_inputs, params, inputs, x, None)
+  cut = tiny.split(with_inputs, params, inputs, x, None)
   kept = [value for value in cut.saved if value.made is Kind.F]
   rows_of_x = [k.shape[0] == x.shape[0] and k.dtype == x.dtype for k in kept]
   assert all(rows_of_x)  # no mask, no weight

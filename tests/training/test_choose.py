@@ -7,7 +7,7 @@ import tiny
 
 import jaxpipe
 from jaxpipe.pipeline.flops import counted_costs
-from jaxpipe.training import setup
+from jaxpipe.training import plan, setup
 from jaxpipe.training.aot import Device
 from jaxpipe.training.choose import Candidate, _choose, choose_schedule
 from jaxpipe.training.errors import ConfigError
@@ -81,7 +81,7 @@ def test_counted_costs_are_those_of_matmuls():
 def test_what_a_device_has_is_the_limit_of_a_run(make_config, tmp_path, monkeypatch):
   """Only --memory_limit was a limit, although a device says what it has."""
   small = Device("a small one", memory=1000, peak=None, clock=None)
-  monkeypatch.setattr(setup.Device, "of", lambda devices: small)
+  monkeypatch.setattr(plan.Device, "of", lambda devices: small)
   with pytest.raises(ConfigError, match="no schedule fits a memory_limit of 1,000 bytes"):
     setup.build(make_config(tmp_path, schedule="auto", microbatches=2, mesh="stage:2"))
 

@@ -1,0 +1,59 @@
+"""gMLP, a network without attention, on the handwritten digits that ship with the repository.
+
+    ./launch/local.sh experiments/mlp.py
+
+About 0.2M parameters over 4 CPU devices, 400 steps of 64 images. Expected on two cores: about 2
+minutes, 98 % of the test digits right (always the most frequent one: 10 %). The same command
+resumes, on any mesh and under any schedule; `--help` lists the flags.
+"""
+
+import dataclasses
+import pathlib
+
+from jaxpipe.models.gmlp import GmlpConfig, gmlp
+from jaxpipe.training.digits import DigitsConfig, digits_task
+from jaxpipe.training.errors import naming
+from jaxpipe.training.settings import same
+from jaxpipe.training.task import Task
+from jaxpipe.training.task_run import run_task
+
+DIGITS = pathlib.Path(__file__).resolve().parents[1] / "data" / "digits" / "digits.csv.gz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpRun(DigitsConfig):
+  """The flags: those of every run on digits, and the model's."""
+
+  layers: int = same(8, "blocks of the model")
+  width: int = same(64, "width D of the model")
+  hidden: int = same(256, "hidden channels of a block, half of which gate the others")
+  patch: int = same(2, "pixels along a side of a patch")
+  dropout: float = same(0.1, "rate after each block")
+
+
+def build(config: MlpRun) -> Task:
+  with naming(*config.flags("hidden", "patch")):
+    model = GmlpConfig(
+      layers=config.layers,
+      width=config.width,
+      hidden=config.hidden,
+      patch=config.patch,
+      dropout=config.dropout,
+    )
+  return digits_task(config, gmlp(model))
+
+
+if __name__ == "__main__":
+  run_task(
+    MlpRun(
+      digits=str(DIGITS),
+      run_dir="runs/mlp",
+      batch_size=64,
+      steps=400,
+      warmup_steps=40,
+      learning_rate=2e-3,
+      validate_every=100,
+      checkpoint_every=100,
+    ),
+    build,
+  )

@@ -1,0 +1,61 @@
+"""A small Vision Transformer on the handwritten digits that ship with the repository.
+
+    ./launch/local.sh experiments/vit.py
+
+About 0.3M parameters over 4 CPU devices, 400 steps of 64 images. Expected on two cores: about 2
+minutes, 98 % of the test digits right (always the most frequent one: 10 %). The same command
+resumes, on any mesh and under any schedule; `--help` lists the flags.
+"""
+
+import dataclasses
+import pathlib
+
+from jaxpipe.models.vit import VitConfig, vit
+from jaxpipe.training.digits import DigitsConfig, digits_task
+from jaxpipe.training.errors import naming
+from jaxpipe.training.settings import same
+from jaxpipe.training.task import Task
+from jaxpipe.training.task_run import run_task
+
+DIGITS = pathlib.Path(__file__).resolve().parents[1] / "data" / "digits" / "digits.csv.gz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VitRun(DigitsConfig):
+  """The flags: those of every run on digits, and the model's."""
+
+  layers: int = same(8, "blocks of the model")
+  width: int = same(64, "width D of the model")
+  heads: int = same(4, "heads of attention, a divisor of --width")
+  mlp_width: int = same(128, "hidden width of the MLP")
+  patch: int = same(2, "pixels along a side of a patch")
+  dropout: float = same(0.1, "rate after attention and after the MLP")
+
+
+def build(config: VitRun) -> Task:
+  with naming(*config.flags("width", "heads", "patch")):
+    model = VitConfig(
+      layers=config.layers,
+      width=config.width,
+      heads=config.heads,
+      mlp_width=config.mlp_width,
+      patch=config.patch,
+      dropout=config.dropout,
+    )
+  return digits_task(config, vit(model))
+
+
+if __name__ == "__main__":
+  run_task(
+    VitRun(
+      digits=str(DIGITS),
+      run_dir="runs/vit",
+      batch_size=64,
+      steps=400,
+      warmup_steps=40,
+      learning_rate=2e-3,
+      validate_every=100,
+      checkpoint_every=100,
+    ),
+    build,
+  )

@@ -1,0 +1,110 @@
+"""The ends of networks that see an image as a row of patches: patch embedding, and pooled head.
+
+References:
+  Patches: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv:2010.11929.
+  The mean over patches in place of a class token: Beyer et al., Better plain ViT baselines,
+    arXiv:2205.01580.
+
+Dims: B rows, I x J pixels of C channels, T patches of Q x Q pixels, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchConfig:
+  """Images, how they are cut, and what is asked about them.
+
+  Attributes:
+    image: I, J and C.
+    patch: Q, a divisor of I and of J.
+    classes: K.
+    width: D.
+    dtype: of the arithmetic.
+    param_dtype: of the parameters.
+
+  Raises:
+    ValueError: patches that do not tile the image.
+  """
+
+  image: tuple[int, int, int] = (8, 8, 1)
+  patch: int = 2
+  classes: int = 10
+  width: int = 64
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  def __post_init__(self) -> None:
+    I, J, _ = self.image
+    if self.patch < 1 or I % self.patch or J % self.patch:
+      fits = [n for n in range(1, min(I, J) + 1) if not I % n and not J % n]
+      raise ValueError(
+        f"patches of {self.patch}x{self.patch} do not tile {I}x{J} pixels; use one of"
+        f" {', '.join(map(str, fits))}"
+      )
+
+  @property
+  def patches(self) -> int:
+    """T."""
+    return (self.image[0] // self.patch) * (self.image[1] // self.patch)
+
+  @property
+  def dtypes(self) -> dict[str, Any]:
+    """As Flax modules take them."""
+    return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+
+class PatchEmbed(nnx.Module):
+  """`batch["image"]` [B, I, J, C] -> x [B, T, D]: a linear map of each patch, and its position."""
+
+  def __init__(self, config: PatchConfig, rngs: nnx.Rngs):
+    self.config = config
+    pixels = config.patch**2 * config.image[2]
+    self.project = nnx.Linear(pixels, config.width, rngs=rngs, **config.dtypes)
+    shape = (config.patches, config.width)
+    self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
+
+  def __call__(self, batch: Any) -> jax.Array:
+    x_BTD = self.project(cut(batch["image"].astype(self.config.dtype), self.config.patch))
+    return x_BTD + self.positions[...].astype(self.config.dtype)[None]
+
+
+def cut(image_BIJC: jax.Array, patch: int) -> jax.Array:
+  """Patches in reading order, each with its pixels in reading order: [B, T, Q * Q * C]."""
+  B, I, J, C = image_BIJC.shape
+  x = image_BIJC.reshape(B, I // patch, patch, J // patch, patch, C)
+  return jnp.swapaxes(x, 2, 3).reshape(B, -1, patch * patch * C)
+
+
+class PooledHead(nnx.Module):
+  """x [B, T, D] -> norm, mean over the patches, logits of the classes -> `classify`."""
+
+  def __init__(self, config: PatchConfig, rngs: nnx.Rngs):
+    self.norm = nnx.LayerNorm(config.width, rngs=rngs, **config.dtypes)
+    self.logits = nnx.Linear(config.width, config.classes, rngs=rngs, **config.dtypes)
+
+  def __call__(self, x_BTD: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    return classify(self.logits(self.norm(x_BTD).mean(axis=1)), batch)
+
+
+def classify(logits_BK: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+  """What a head returns: summed cross-entropy in nats, weight, and how many were right.
+
+  Args:
+    logits_BK: of each class.
+    batch: `label` int [B], `weights` float [B], 0 for rows that are padding.
+  """
+  wide = jnp.promote_types(logits_BK.dtype, jnp.float32)
+  logits_BK, weights_B = logits_BK.astype(wide), batch["weights"].astype(wide)
+  loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, batch["label"])
+  right_B = (logits_BK.argmax(axis=-1) == batch["label"]).astype(wide)
+  metrics = {"correct": jnp.sum(right_B * weights_B)}
+  return jnp.sum(loss_B * weights_B), jnp.sum(weights_B), metrics

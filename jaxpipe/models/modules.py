@@ -1,0 +1,124 @@
+"""Any modules in a row as the parts of a stack: NNX, Linen or plain functions, shapes inferred."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from jaxpipe.models.linen import linen
+from jaxpipe.models.part import Factory, Part, StackError
+from jaxpipe.models.pieces import shape_after
+
+Tree = Any
+
+
+def parts_of_modules(
+  modules: Sequence[Any],
+  loss: Callable[[Tree, Tree], Any],
+  batch: Tree,
+  inputs: str | Callable[[Tree], Tree],
+  trainable: Any,
+) -> tuple[Factory, list[Factory], Factory]:
+  """Embedding, layers and head; arguments and errors as of `LayerStack.from_modules`."""
+  select = inputs if callable(inputs) else _entry(inputs)
+  x = _input_shapes(select, inputs, batch)
+  layers = []
+  for i, module in enumerate(modules):
+    factory = _factory(f"layers[{i}]", module, x, batch)
+    layers.append(factory)
+    x = shape_after(Part.trace(f"layers[{i}]", factory, trainable), x, batch)
+  _check_loss(loss, x, batch)
+  return (lambda rngs: Select(select)), layers, (lambda rngs: Loss(loss))
+
+
+class Select(nnx.Module):
+  """What of the batch goes into the first module."""
+
+  def __init__(self, select: Callable[[Tree], Tree]) -> None:
+    self._select = select
+
+  def __call__(self, batch: Tree) -> Tree:
+    return self._select(batch)
+
+
+class Apply(nnx.Module):
+  """A plain function as a module."""
+
+  def __init__(self, function: Callable[..., Tree]) -> None:
+    self._function = function
+
+  def __call__(self, x: Tree) -> Tree:
+    return self._function(x)
+
+
+class Loss(nnx.Module):
+  """A head without parameters."""
+
+  def __init__(self, loss: Callable[[Tree, Tree], Any]) -> None:
+    self._loss = loss
+
+  def __call__(self, y: Tree, batch: Tree) -> Any:
+    out = self._loss(y, batch)
+    if isinstance(out, tuple):
+      return out
+    return jnp.sum(out), jnp.asarray(out.size, out.dtype), {}
+
+
+def _entry(name: str) -> Callable[[Tree], Tree]:
+  return lambda batch: batch[name]
+
+
+def _input_shapes(select: Callable[[Tree], Tree], inputs: Any, batch: Tree) -> Tree:
+  try:
+    return jax.eval_shape(select, batch)
+  except (KeyError, TypeError, IndexError) as error:
+    known = ", ".join(map(repr, batch)) if isinstance(batch, dict) else type(batch).__name__
+    raise StackError(
+      f"inputs={inputs!r} is not in the batch, which has {known}; give inputs=NAME, or a function"
+      " of the batch"
+    ) from error
+
+
+def _factory(name: str, module: Any, x: Tree, batch: Tree) -> Factory:
+  """What makes the module, whatever it was given as."""
+  if isinstance(module, nn.Module):
+    return linen(module, x, batch=batch)
+  if isinstance(module, nnx.Module):
+    graph, state = nnx.split(module)
+    return lambda rngs: nnx.merge(graph, state)
+  if isinstance(module, type) and issubclass(module, nn.Module):
+    raise StackError(f"{name} is the Linen class {module.__name__}; give an instance of it")
+  if not callable(module):
+    raise StackError(f"{name} is {module!r}: no module, no factory and no function")
+  if "rngs" in _parameters(module):
+    return lambda rngs: module(rngs=rngs)
+  return lambda rngs: Apply(module)
+
+
+def _parameters(function: Any) -> Sequence[str]:
+  """Names of a function's parameters; of a class, of what makes one of it."""
+  while isinstance(function, functools.partial):
+    function = function.func
+  try:
+    if isinstance(function, type):  # a class of NNX says of its call that it takes anything
+      function = function.__init__  # type: ignore[misc]
+    return list(inspect.signature(function).parameters)
+  except (TypeError, ValueError):  # some built-in functions say nothing of theirs
+    return []
+
+
+def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None:
+  out = jax.eval_shape(loss, y, batch)
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  if not isinstance(out, tuple) and (not out.shape or out.shape[0] != rows):
+    raise StackError(
+      f"loss returns an array of shape {out.shape} for {rows} rows; return a loss for every row,"
+      " or (loss_sum, weight, metrics): microbatches are added, and a mean of means is no mean"
+    )

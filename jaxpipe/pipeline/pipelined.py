@@ -1,0 +1,112 @@
+"""A loss over a stack of layers, pipelined: for those who have a training loop of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxpipe.models.stack import LayerStack
+from jaxpipe.parallel.mesh import STAGE, make_mesh
+from jaxpipe.parallel.placing import place, unplace
+from jaxpipe.pipeline.check import Report, check
+from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
+from jaxpipe.pipeline.residuals import AUTO, Policy
+from jaxpipe.schedules import Schedule, make_schedule
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pipelined:
+  """A stack, a schedule and a mesh; every method takes and returns what lies on that mesh.
+
+  Attributes:
+    stack, schedule, mesh: what runs, in which order, where.
+    options: of `pipeline_value_and_grad`.
+  """
+
+  stack: LayerStack
+  schedule: Schedule
+  mesh: Mesh
+  options: dict[str, Any]
+
+  def init(self, key: jax.Array, batch: Tree) -> Tree:
+    """Fresh parameters; each device makes its own."""
+    return self.stack.init(key, batch, self.schedule, self.mesh)
+
+  def init_state(self, key: jax.Array, batch: Tree) -> Tree:
+    """The state that goes with them: statistics and frozen weights."""
+    return self.stack.init_state(key, batch, self.schedule, self.mesh)
+
+  @functools.cached_property
+  def value_and_grad(self) -> Callable[..., Any]:
+    """See `pipeline_value_and_grad`; compiled at its first call."""
+    return pipeline_value_and_grad(self.stack, self.schedule, self.mesh, **self.options)
+
+  @functools.cached_property
+  def evaluate(self) -> Callable[..., Any]:
+    """See `pipeline_forward`."""
+    return pipeline_forward(self.stack, self.schedule, self.mesh)
+
+  def place(self, tree: Tree) -> Tree:
+    """A canonical tree (parameters, moments, state) to its places."""
+    return place(tree, self.stack, self.schedule, self.mesh)
+
+  def unplace(self, tree: Tree) -> Tree:
+    """Back to the canonical tree, a leaf for every variable of every module."""
+    return unplace(tree, self.stack, self.schedule)
+
+  def check(self, batch: Tree) -> Report:
+    """Every gradient leaf against the unpipelined model; see `jaxpipe.check`."""
+    return check(self.stack, self.schedule, self.mesh, batch, **self.options)
+
+
+def pipeline(
+  loss: Callable[[Tree, Tree], Any] | None,
+  layers: LayerStack | Sequence[Any],
+  batch: Tree = None,
+  *,
+  mesh: str | Mesh = "stage:4",
+  schedule: str | Schedule = "1f1b",
+  microbatches: int = 8,
+  inputs: str | Callable[[Tree], Tree] = "x",
+  residuals: str | Policy = AUTO,
+  **stack_options: Any,
+) -> Pipelined:
+  """Pipelines a plain loss function over a stack of layers.
+
+  Args:
+    loss: `loss(y, batch)`, a loss for every row, or `(loss_sum, weight, metrics)`; None where
+      `layers` is a `LayerStack`, which has its own.
+    layers: modules in a row, or a `LayerStack`; see `LayerStack.from_modules`.
+    batch: an example batch or its shapes.
+    mesh: as `make_mesh` takes it, or one that it has made.
+    schedule: a name, or a schedule for the mesh's stages.
+    microbatches: M, where the schedule is named.
+    inputs: see `LayerStack.from_modules`.
+    residuals: see `pipeline_value_and_grad`.
+    stack_options: of `LayerStack`: partition, tied, trainable.
+
+  Raises:
+    ValueError: as each of these does.
+  """
+  if isinstance(layers, LayerStack):
+    if loss is not None or stack_options:
+      raise ValueError("a LayerStack has a loss and options of its own; give None, and no others")
+    stack = layers
+  else:
+    if loss is None or batch is None:
+      raise ValueError(
+        "modules in a row need a loss and an example batch: pipeline(loss, modules, batch)"
+      )
+    stack = LayerStack.from_modules(layers, loss=loss, batch=batch, inputs=inputs, **stack_options)
+  mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+  if isinstance(schedule, str):
+    schedule = make_schedule(schedule, devices=mesh.shape[STAGE], microbatches=microbatches)
+  options = {"residuals": residuals}
+  return Pipelined(stack=stack, schedule=schedule, mesh=mesh, options=options)

@@ -1,0 +1,331 @@
+"""Partitions whose largest linear function is least: best-first branch and bound, exact.
+
+What is minimised is given as *rows*, linear functions of the stages' sums, and as `judge`, which
+tells a whole partition's value and the row that attains it. The value must be the largest of all
+rows there are, most of which nobody has written down; each partition that is looked at adds the
+one that decided it (cutting planes: Kelley, 1960). A row with a limit is a condition instead.
+
+A single row splits into stages, so dynamic programming has the least that it can come to:
+
+    stages chosen: (0, 4, 7)                 stages to come: any way from layer 7 to layer L
+    row k of the chosen  +  row k of stage 2 ...  +  least of row k over the rest of the stages
+
+  [1] the open beginning with the lowest bound; when it reaches the best value, that is proven
+  [2] its bound may have grown since it was pushed, by rows that were added
+  [3] a whole partition: its value, and the row that says so
+  [4] its bound for every next boundary is the largest row's
+
+Stages that no partition below the best value contains are struck out (`_strike`): through each
+(stage, first layer, last layer) some row's least total is too large. That is what makes bounds
+sharp: of the stages of 1F1B it leaves those below a common time.
+"""
+
+import dataclasses
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
+
+# Relative: below this, two values are the same.
+_SAME = 1e-11
+# Rows are added until this many; more would slow every bound for little.
+_ROWS = 64
+# Striking costs a pass over all rows and stages, so it waits for that many new rows.
+_STRIKE_EVERY = 8
+
+Boundaries = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """A linear function of what the stages sum up to.
+
+  Attributes:
+    weights: `weights[s]` has one factor for each resource of stage s.
+    constant: what it is without any.
+    limit: most that it may be; None for a row of the objective.
+  """
+
+  weights: tuple[tuple[float, ...], ...]
+  constant: float = 0
+  limit: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimum:
+  """What was found.
+
+  Attributes:
+    boundaries: S+1 of them; None if no partition keeps to the limits.
+    value: of these.
+    lower_bound: what no partition can go below.
+    looked: what was spent of the effort.
+  """
+
+  boundaries: Boundaries | None
+  value: float
+  lower_bound: float
+  looked: int
+
+  @property
+  def proven(self) -> bool:
+    """Whether nothing better can exist."""
+    return self.value - self.lower_bound <= _SAME * abs(self.value) or math.isinf(self.lower_bound)
+
+
+# The value of a partition, and a row that has it there (None if no row can be given).
+Judge = Callable[[Boundaries], tuple[float, Row | None]]
+
+
+class _Table:
+  """One row, tabulated: its part up to each layer, and the least of what is to come."""
+
+  def __init__(self, row: Row, sums: Sequence[Sequence[float]]) -> None:
+    self.constant, self.limit = row.constant, row.limit
+    L = len(sums[0]) - 1
+    # `at[s][x]`: stage s from the first layer up to x; a stage is a difference of two.
+    self.at = [
+      [sum(w * up_to[x] for w, up_to in zip(weights, sums, strict=True) if w) for x in range(L + 1)]
+      for weights in row.weights
+    ]
+    self.to_come: list[list[float]] = []
+
+  def look_ahead(self, ends: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Least of the stages s ... S-1 from layer x, for all s and x."""
+    S, L = len(self.at), len(self.at[0]) - 1
+    rest = [math.inf] * L + [0.0]
+    self.to_come = [rest]
+    for s in reversed(range(S)):
+      at, after = self.at[s], [a + b for a, b in zip(self.at[s], rest, strict=True)]
+      rest = [min([after[x] for x in ends[s][y]], default=math.inf) - at[y] for y in range(L + 1)]
+      self.to_come.append(rest)
+    self.to_come.reverse()
+
+  def look_back(self, ends: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+    """Least of the stages 0 ... s-1 up to layer x, for all s and x."""
+    L = len(self.at[0]) - 1
+    done = [[self.constant] + [math.inf] * L]
+    for s, at in enumerate(self.at):
+      here = [math.inf] * (L + 1)
+      for y, before in enumerate(done[s]):
+        if before < math.inf:
+          for x in ends[s][y]:
+            here[x] = min(here[x], before - at[y] + at[x])
+      done.append(here)
+    return done
+
+  def until(self, boundaries: Boundaries) -> float:
+    """The constant and the stages that the boundaries enclose."""
+    pieces = zip(self.at, itertools.pairwise(boundaries), strict=False)
+    return self.constant + sum(at[x] - at[y] for at, (y, x) in pieces)
+
+  def too_large(self, value: float, cutoff: float) -> bool:
+    """Whether a partition of which this row is at least `value` is out."""
+    return value >= cutoff if self.limit is None else value > self.limit
+
+
+@dataclasses.dataclass(frozen=True, order=True, slots=True)
+class _Open:
+  """A beginning that may hold something better; of equal bounds the longest first."""
+
+  bound: float
+  depth: int
+  boundaries: Boundaries
+  values: list[float]
+
+
+class Minimax:
+  """The search; see the module."""
+
+  def __init__(
+    self,
+    *,
+    sums: Sequence[Sequence[float]],
+    stages: int,
+    least: int,
+    rows: Sequence[Row],
+    judge: Judge,
+    price: int = 1,
+    effort: int,
+    pinned: dict[int, int] | None = None,
+    barred: Container[int] = (),
+  ) -> None:
+    """Lays the problem out.
+
+    Args:
+      sums: by resource, its sum over the first 0, 1, ... L layers.
+      stages: number of stages, S.
+      least: the fewest layers of a stage.
+      rows: some rows to begin with, and all conditions.
+      judge: the value of a whole partition.
+      price: what asking it counts as, in beginnings of partitions looked at.
+      effort: how much may be looked at in all.
+      pinned: stage -> the layer that it must begin at.
+      barred: layers that no stage may begin at.
+    """
+    self.stages, self.layers, self.sums = stages, len(sums[0]) - 1, sums
+    self.judge, self.price, self.effort = judge, price, effort
+    self.best: tuple[float, Boundaries | None] = (math.inf, None)
+    self.looked = 0
+    pins = {0: 0, stages: self.layers, **(pinned or {})}
+    L = self.layers
+
+    def allowed(s: int, x: int) -> bool:
+      return pins.get(s, x) == x and x not in barred
+
+    # By stage and first layer, where it may end: what is left of all the stages there are.
+    self.ends = [
+      [
+        [x for x in range(y + least, L + 1) if allowed(s, y) and allowed(s + 1, x)]
+        for y in range(L + 1)
+      ]
+      for s in range(stages)
+    ]
+    self.tables: list[_Table] = []
+    for row in rows:
+      self._add(row)
+    self._struck_at = (math.inf, 0)
+
+  def offer(self, boundaries: Boundaries) -> float:
+    """Looks at a whole partition; returns its value, infinite if it breaks a condition."""
+    if any(t.limit is not None and t.until(boundaries) > t.limit for t in self.tables):
+      return math.inf
+    self.looked += self.price
+    value, row = self.judge(boundaries)
+    if value < self.best[0]:
+      self.best = (value, boundaries)
+    known = row is None or value - self.largest_row(boundaries) <= _SAME * abs(value)
+    if row is not None and not known and len(self.tables) < _ROWS:
+      self._add(row)
+    return value
+
+  def descend(self, here: Boundaries) -> None:
+    """Moves boundaries by one layer, runs of them together, while that makes the value less.
+
+    Moving the boundaries from a to b takes a layer from one stage and gives it to another.
+    """
+    if not self._exists(here):
+      return
+    value, before = self.offer(here), math.inf
+    while value < before:
+      before = value
+      for a, b in itertools.combinations(range(1, self.stages + 1), 2):
+        for step in (-1, 1):
+          moved = (*here[:a], *(x + step for x in here[a:b]), *here[b:])
+          # What a known row rules out need not be judged.
+          if self.looked < self.effort and self._exists(moved) and self.largest_row(moved) < value:
+            found = self.offer(moved)
+            if found < value:
+              value, here = found, moved
+
+  def _exists(self, boundaries: Boundaries) -> bool:
+    """Whether all its stages are there and none has been struck out."""
+    pieces = itertools.pairwise(boundaries)
+    return all(y >= 0 and x in stage[y] for stage, (y, x) in zip(self.ends, pieces, strict=True))
+
+  def largest_row(self, boundaries: Boundaries) -> float:
+    """The largest row of the objective that is known."""
+    rows = (t.until(boundaries) for t in self.tables if t.limit is None)
+    return max(rows, default=-math.inf)
+
+  def run(self) -> Optimum:
+    """Searches until the best is proven or the effort is spent."""
+    self._strike()
+    values = [table.constant for table in self.tables]
+    heap = [_Open(self._bound((0,), values), 0, (0,), values)]
+    while heap:
+      node = heapq.heappop(heap)  # [1]
+      if node.bound >= self._cutoff:
+        break
+      if self.looked >= self.effort:
+        return self._optimum(node.bound)
+      self.looked += 1
+      here, values = node.boundaries, self._values(node)
+      bound = self._bound(here, values)
+      if bound > node.bound:  # [2]
+        heapq.heappush(heap, _Open(bound, node.depth, here, values))
+      elif len(here) == self.stages:  # [3]
+        if self.offer((*here, self.layers)) <= self.best[0]:
+          self.descend((*here, self.layers))
+        self._strike_if_due()
+      else:
+        for item in self._further(here, values):
+          heapq.heappush(heap, item)
+    return self._optimum(self.best[0])
+
+  @property
+  def _cutoff(self) -> float:
+    """What is no better than the best."""
+    value = self.best[0]
+    return value - _SAME * abs(value) if value < math.inf else value
+
+  def _optimum(self, bound: float) -> Optimum:
+    value, boundaries = self.best
+    return Optimum(
+      boundaries=boundaries, value=value, lower_bound=min(bound, value), looked=self.looked
+    )
+
+  def _add(self, row: Row) -> None:
+    table = _Table(row, self.sums)
+    table.look_ahead(self.ends)
+    self.tables.append(table)
+
+  def _values(self, node: "_Open") -> list[float]:
+    """Every row of a beginning, those that were added since it was pushed as well."""
+    new = self.tables[len(node.values) :]
+    return node.values + [table.until(node.boundaries) for table in new]
+
+  def _further(self, here: Boundaries, values: list[float]) -> Iterator["_Open"]:
+    """The beginnings with one boundary more that may hold something better."""
+    s, start, cutoff = len(here) - 1, here[-1], self._cutoff
+    ends = self.ends[s][start]
+    bounds = [-math.inf] * len(ends)
+    for table, value in zip(self.tables, values, strict=True):
+      at, rest = table.at[s], table.to_come[s + 1]
+      base = value - at[start]
+      for i, x in enumerate(ends):
+        total = base + at[x] + rest[x]
+        if table.limit is not None:
+          if total > table.limit:
+            bounds[i] = math.inf
+        elif total > bounds[i]:
+          bounds[i] = total
+    for bound, x in zip(bounds, ends, strict=True):
+      if bound < cutoff:  # [4]
+        parts = [t.at[s][x] - t.at[s][start] for t in self.tables]
+        more = [value + part for value, part in zip(values, parts, strict=True)]
+        yield _Open(bound, -s - 1, (*here, x), more)
+
+  def _bound(self, here: Boundaries, values: list[float]) -> float:
+    s, start = len(here) - 1, here[-1]
+    found = -math.inf
+    for table, value in zip(self.tables, values, strict=True):
+      total = value + table.to_come[s][start]
+      if table.limit is None:
+        if total > found:
+          found = total
+      elif total > table.limit:
+        return math.inf
+    return found
+
+  def _strike_if_due(self) -> None:
+    value, rows = self._struck_at
+    if self.best[0] < value or len(self.tables) >= rows + _STRIKE_EVERY:
+      self._strike()
+
+  def _strike(self) -> None:
+    """Strikes stages out until no more go."""
+    cutoff, before = self._cutoff, -1
+    while before != (left := sum(len(row) for stage in self.ends for row in stage)):
+      before = left
+      for table in self.tables:
+        back = table.look_back(self.ends)
+        table.look_ahead(self.ends)
+        for s, stage in enumerate(self.ends):
+          at, rest = table.at[s], table.to_come[s + 1]
+          for y, row in enumerate(stage):
+            base = back[s][y] - at[y]
+            stage[y] = [x for x in row if not table.too_large(base + at[x] + rest[x], cutoff)]
+    for table in self.tables:
+      table.look_ahead(self.ends)
+    self._struck_at = (self.best[0], len(self.tables))

@@ -1,0 +1,198 @@
+"""Cuts that look at the layers alone, not at the schedule: one line each, and exact.
+
+  uniform      counts as even as possible
+  balanced     the largest stage time is least, and of such cuts the variance
+  variance     the variance of the stage times is least (GPipe: Huang et al., 2019,
+               arXiv:1811.06965, section 2.2)
+  parameters   the largest stage's parameters are fewest
+  type:REGEX   as many layers whose name matches in each stage (DeepSpeed's spelling)
+
+All but the first and the last are dynamic programs over (stage, first layer), after which nothing
+but the layers that are left matters.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+from jaxpipe.schedules.partition.layer import LayerCost
+from jaxpipe.schedules.partition.partition import Partition
+
+# What a stage of this weight costs: infinite where it must not be.
+_Price = Callable[[float], float]
+
+
+def cut(layers: Sequence[LayerCost], stages: int, method: str, *, empty: bool = False) -> Partition:
+  """Cuts by the name of a rule.
+
+  Args:
+    layers: the layers in model order.
+    stages: number of stages, S.
+    method: `uniform`, `balanced`, `variance`, `parameters`, or `type:` and a regular expression.
+    empty: whether stages may be empty where there are fewer layers than stages.
+
+  Returns:
+    The partition.
+
+  Raises:
+    ValueError: no such rule, or too few layers for the stages.
+  """
+  if method.startswith("type:"):
+    return by_pattern(layers, stages, method)
+  if method not in RULES:
+    raise ValueError(f"unknown partition {method!r}; known: {', '.join(RULES)}, type:REGEX")
+  return RULES[method](layers, stages, empty=empty)
+
+
+def uniform(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) -> Partition:
+  """Counts as even as possible: the first L mod S stages have one layer more.
+
+  >>> uniform([LayerCost("block")] * 10, 4).sizes
+  (3, 3, 2, 2)
+  """
+  least_size(len(layers), stages, empty)
+  each, more = divmod(len(layers), stages)
+  sizes = [each + (s < more) for s in range(stages)]
+  return Partition(layers=tuple(layers), sizes=tuple(sizes), method="uniform")
+
+
+def balanced(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) -> Partition:
+  """The largest stage time is least, and the variance least among such cuts.
+
+  >>> balanced([LayerCost(str(t), forward=t) for t in (1, 2, 3, 4, 5)], 3).sizes
+  (3, 1, 1)
+  """
+  return _evened([layer.time for layer in layers], layers, stages, empty, "balanced")
+
+
+def by_variance(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) -> Partition:
+  """The variance of the stage times is least, as GPipe cuts."""
+  least = least_size(len(layers), stages, empty)
+  # The mean is the same for all cuts, so the sum of squares decides.
+  _, sizes = _dynamic([x.time for x in layers], stages, least, lambda t: t * t, sum)
+  return Partition(layers=tuple(layers), sizes=sizes, method="variance")
+
+
+def by_parameters(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) -> Partition:
+  """The largest stage's parameters are fewest, and the variance least among such cuts."""
+  return _evened([layer.parameters for layer in layers], layers, stages, empty, "parameters")
+
+
+def by_pattern(layers: Sequence[LayerCost], stages: int, pattern: str) -> Partition:
+  """As many matching layers in every stage, the first few one more; stages begin with one.
+
+  Args:
+    layers: the layers in model order.
+    stages: number of stages, S.
+    pattern: `type:` and a regular expression, looked for anywhere in a layer's name, in any case.
+
+  Raises:
+    ValueError: the pattern is none, or fewer layers match than there are stages.
+
+  >>> names = ["embed", "block", "norm", "block", "block", "norm", "head"]
+  >>> by_pattern([LayerCost(name) for name in names], 2, "type:block").sizes
+  (4, 3)
+  """
+  kind, _, regex = pattern.partition(":")
+  if kind != "type" or not regex:
+    raise ValueError(f'{pattern!r} is no pattern of layers; use "type:REGEX" such as "type:block"')
+  try:
+    matches = re.compile(regex, re.IGNORECASE).search
+  except re.error as error:
+    raise ValueError(f"{pattern!r} is no regular expression ({error}); mend it") from None
+  found = [i for i, layer in enumerate(layers) if matches(layer.name)]
+  if not 1 <= stages <= len(found):
+    raise ValueError(
+      f"{len(found)} layers match {pattern!r}, too few for {stages} stages; use stages="
+      f"{max(len(found), 1)} or fewer, or another pattern"
+    )
+  each, more = divmod(len(found), stages)
+  firsts = itertools.accumulate([each + (s < more) for s in range(stages - 1)], initial=0)
+  # What stands before the first match belongs to the first stage.
+  boundaries = [0, *[found[first] for first in firsts][1:], len(layers)]
+  sizes = tuple(end - start for start, end in itertools.pairwise(boundaries))
+  return Partition(layers=tuple(layers), sizes=sizes, method=pattern)
+
+
+RULES: dict[str, Callable[..., Partition]] = {
+  "uniform": uniform,
+  "balanced": balanced,
+  "variance": by_variance,
+  "parameters": by_parameters,
+}
+
+
+def least_size(layers: int, stages: int, empty: bool) -> int:
+  """The fewest layers that a stage may have: 1, or 0 where there are too few and that is wanted.
+
+  Raises:
+    ValueError: there are no stages, or too few layers and `empty` does not hold.
+  """
+  if stages < 1:
+    raise ValueError(f"{layers} layers cannot be cut into {stages} stages; use stages=1 or more")
+  if layers >= stages:
+    return 1
+  if not empty or not layers:
+    raise ValueError(
+      f"{layers} layers cannot fill {stages} stages; use stages={max(layers, 1)} or fewer (fewer"
+      " devices or chunks), more layers, or empty=True"
+    )
+  return 0
+
+
+def _evened(
+  weights: Sequence[float], layers: Sequence[LayerCost], stages: int, empty: bool, method: str
+) -> Partition:
+  """The largest sum least, then the variance."""
+  least = least_size(len(layers), stages, empty)
+  largest, _ = _dynamic(weights, stages, least, lambda w: w, max)
+  _, sizes = _dynamic(
+    weights, stages, least, lambda w: w * w if w <= largest else float("inf"), sum
+  )
+  return Partition(layers=tuple(layers), sizes=sizes, method=method)
+
+
+def _dynamic(
+  weights: Sequence[float],
+  stages: int,
+  least: int,
+  price: _Price,
+  merge: Callable[[tuple[float, float]], float],
+) -> tuple[float, tuple[int, ...]]:
+  """Cuts so that the stages' prices, merged from the last to the first, come to the least.
+
+  Args:
+    weights: one per layer; a stage's is their sum.
+    stages: number of stages, S.
+    least: the fewest layers of a stage.
+    price: of a stage of some weight, ascending.
+    merge: `sum` or `max` of a stage's price and of what those after it come to.
+
+  Returns:
+    What the best cut comes to, and its sizes; the first of equals has the smaller first stages.
+  """
+  L = len(weights)
+  up_to = list(itertools.accumulate(weights, initial=0))
+
+  @functools.cache
+  def piece(start: int, end: int) -> float:
+    return price(up_to[end] - up_to[start])
+
+  inf = float("inf")
+  # What the stages after the present one come to, by their first layer, and where they cut.
+  rest = [inf] * L + [0.0]
+  choices: list[list[int]] = []
+  for _ in range(stages):
+    here, choice = [inf] * (L + 1), [L] * (L + 1)
+    for start in range(L + 1):
+      for end in range(start + least, L + 1):
+        value = merge((piece(start, end), rest[end]))
+        if value < here[start]:
+          here[start], choice[start] = value, end
+    rest = here
+    choices.append(choice)
+  boundaries = [0]
+  for choice in reversed(choices):
+    boundaries.append(choice[boundaries[-1]])
+  return rest[0], tuple(end - start for start, end in itertools.pairwise(boundaries))
