@@ -11,6 +11,7 @@ translated and measured by BLEU; docs/translate.md compares the two. `--help` li
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,8 @@ class TranslateRun(TaskConfig):
   label_smoothing: float = same(0.1, "share of the target's probability that all tokens share")
 
   validation_names: int = free(64, "names of each language that a validation goes over, at most")
-  beams: int = free(4, "of the search when test names are translated; 1: greedy")
+  test_names: int = free(100, "names of each language that are translated at the end, at most")
+  beams: int = free(4, "of the search for their translations; 1: greedy")
 
 
 def prepare(config: TranslateRun) -> TranslationData:
@@ -84,9 +86,23 @@ def validation_batches(pairs: Pairs, most: int, size: int) -> Iterable[Batch]:
   return [pairs.batch(which) for which in in_batches(np.concatenate(chosen), size)]
 
 
+def translate_test(
+  config: TranslateRun, data: TranslationData, translate: Translator, params: Any
+) -> str:
+  """Scores of every language, with the English left as it is beside them, and some examples."""
+  lines = ["test names, translated, and below each language the English left as it is"]
+  for language in data.test.languages:
+    which = data.test.of(language)[: config.test_names]
+    english, wanted = zip(*(data.test.texts[i] for i in which), strict=True)
+    said = translate(params, data.test, which)
+    lines += [score_line(language, said, wanted), score_line("", english, wanted)]
+    lines += [f"    {a} -> {b} ({c})" for a, b, c in zip(english[:3], said, wanted, strict=False)]
+  return "\n".join(lines)
+
+
 def score_line(name: str, said: Sequence[str], wanted: Sequence[str]) -> str:
   scores = bleu_scores(said, wanted)
-  return f"{name:12}" + "  ".join(f"{key} {value:5.1f}" for key, value in scores.items())
+  return f"{name:10}" + "  ".join(f"{key} {value:5.1f}" for key, value in scores.items())
 
 
 def build(config: TranslateRun) -> Task:
@@ -94,16 +110,6 @@ def build(config: TranslateRun) -> Task:
   stack = translation(model(config, data))
   batches = PairBatches(data.train, config.batch_size, config.seed, config.temperature)
   translator = Translator(stack=stack, vocabulary=data.vocabulary, beams=config.beams)
-
-  def finish(params, state) -> str:
-    lines = ["test names, translated; below each language the English left as it is"]
-    for language in data.test.languages:
-      english, wanted = zip(*(data.test.texts[i] for i in data.test.of(language)), strict=True)
-      said = translator(params, data.test, language)
-      lines += [score_line(language, said, wanted), score_line("  copied", english, wanted)]
-      shown = list(zip(english, said, wanted, strict=True))[:3]
-      lines += [f"    {a} -> {b} ({c})" for a, b, c in shown]
-    return "\n".join(lines)
 
   return Task(
     stack=stack,
@@ -113,7 +119,7 @@ def build(config: TranslateRun) -> Task:
       "nats": metrics["nats"] / weight,
       "accuracy": metrics["correct"] / weight,
     },
-    finish=finish,
+    finish=lambda params, state: translate_test(config, data, translator, params),
     identity=batches.identity,
     data_line=f"names of iso-codes\n{data.table()}",
   )
@@ -122,7 +128,7 @@ def build(config: TranslateRun) -> Task:
 DEFAULTS = TranslateRun(
   run_dir="runs/translate",
   batch_size=64,
-  steps=1500,
+  steps=1000,
   learning_rate=3e-3,
   warmup_steps=100,
   weight_decay=0.01,

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
 
 from jaxpipe.data.pairs import BEGIN, END, PAD, Pairs, PairVocabulary, in_batches
@@ -42,18 +43,18 @@ class Translator:
   batch_size: int = 64
   beams: int = 1
 
-  def __call__(self, params: Tree, pairs: Pairs, language: str) -> list[str]:
-    """Translates the sources of all pairs of one language, in their order.
+  def __call__(self, params: Tree, pairs: Pairs, which: npt.NDArray[np.int64]) -> list[str]:
+    """Translates the sources of some pairs, in their order.
 
     Args:
       params: canonical, whole on one device.
       pairs: only their sources are read; a translation has at most as many tokens as theirs.
-      language: one of theirs.
+      which: numbers of the pairs, such as `pairs.of(language)`.
     """
     said = []
-    for which in in_batches(pairs.of(language), self.batch_size):
-      ids = np.asarray(self.search(params, pairs.batch(which)["source"]))
-      said += [self.vocabulary.text(row) for row in ids[which >= 0]]
+    for piece in in_batches(which, self.batch_size):
+      ids = np.asarray(self.search(params, pairs.batch(piece)["source"]))
+      said += [self.vocabulary.text(row) for row in ids[piece >= 0]]
     return said
 
   @functools.cached_property

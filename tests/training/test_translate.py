@@ -48,10 +48,12 @@ def test_rows_do_not_meet(trained, beams):
   stack, params = trained
   one = Translator(stack=stack, vocabulary=VOCABULARY, batch_size=5, beams=beams)
   pieces = Translator(stack=stack, vocabulary=VOCABULARY, batch_size=2, beams=beams)
-  together = one(params, PAIRS, "de")
-  assert together == pieces(params, PAIRS, "de")
+  german = PAIRS.of("de")
+  together = one(params, PAIRS, german)
+  assert together == pieces(params, PAIRS, german)
+  assert together[::-1] == one(params, PAIRS, german[::-1])
   assert len(together) == len(NAMES) and len(set(together)) > 1
-  assert one(params, PAIRS, "af")[0] != together[0]  # another tag, another answer
+  assert one(params, PAIRS, PAIRS.of("af"))[0] != together[0]  # another tag, another answer
 
 
 def test_the_search_maximizes_what_the_model_says(trained):
