@@ -74,8 +74,9 @@ def build(config: DiffusionRun) -> Task:
     no_class=CLASSES,
   )
   # Drawn from the held-out digits in the same way, always the same ones.
-  others = dict(images=test, labels=digits.test["label"], seed=2**32, unlabelled=0.0)
-  measured = dataclasses.replace(batches, **others)
+  measured = dataclasses.replace(
+    batches, images=test, labels=digits.test["label"], seed=2**32, unlabelled=0.0
+  )
   held_out = [measured[k] for k in range(PASSES * len(test) // config.batch_size)]
   affine = GaussianVelocity.fit(codec.encode(train), digits.train["label"])
   best = affine.error(codec.encode(test), digits.test["label"])

@@ -147,7 +147,7 @@ class Bottleneck(nnx.Module):
     rngs: nnx.Rngs,
   ):
     few = channels // 4
-    along = lambda kernel: tuple(stride if size > 1 else 1 for size in kernel)  # noqa: E731
+    along = lambda kernel: (stride if kernel[0] > 1 else 1, stride if kernel[1] > 1 else 1)  # noqa: E731
     self.convolve = nnx.List(
       [
         Convolve(config, (channels, few), rngs),
