@@ -136,7 +136,7 @@ class Up(nnx.Module):
 class Pixels(nnx.Module):
   """A linear map at every pixel: cross-entropy (nats) summed over pixels, their number, metrics.
 
-  Metrics: `correct` pixels, and of every class [K] the pixels that truth and answer share
+  Reads `batch["label"]` int [B, H, W] and `batch["weights"]` float [B], 0 for rows of padding.
 
   Metrics: `correct` pixels, and of every class [K] the pixels that truth and answer share
   (`intersection`) and those that either has (`union`); see `mean_iou`.
