@@ -12,6 +12,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from absl import logging
+
 from jaxpipe.data import BpeTokenizer
 from jaxpipe.models import huggingface
 from jaxpipe.training.errors import ConfigError
@@ -42,6 +44,7 @@ def export_run(run_dir: str, folder: str) -> int:
 
 def main(arguments: Sequence[str]) -> None:
   """Runs the command; exits 2 with one line where it cannot."""
+  logging.get_absl_logger().setLevel("ERROR")  # orbax reports every file that it touches
   try:
     if len(arguments) != 2:
       raise ConfigError("usage: python -m jaxpipe.training.export RUN_DIR FOLDER")
