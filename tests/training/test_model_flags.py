@@ -84,4 +84,4 @@ def test_a_folder_gives_its_shape_and_its_tokenizer(tmp_path: pathlib.Path) -> N
   (tmp_path / "run" / "config.json").write_text(
     json.dumps({"format": "jaxpipe run 1", "config": config.to_dict(), "data": {}})
   )
-  assert RunDir(tmp_path / "run").read() == record
+  assert RunDir(tmp_path / "run").read(Config) == record
