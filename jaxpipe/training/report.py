@@ -47,10 +47,11 @@ def describe(run: Run) -> str:
 
 def count_parameters(run: Run) -> tuple[int, int]:
   """Parameters in total, and on each device: its share of all that is cut over the stages."""
-  shapes = run.stack.param_shapes()
-  places = shardings(shapes, run.stack, run.schedule, run.mesh)
+  laid = run.stack.laid_out(run.schedule)
+  shapes = laid.param_shapes()
+  places = shardings(shapes, laid, run.schedule, run.mesh)
   here = jax.tree.map(lambda place, p: math.prod(place.shard_shape(p.shape)), places, shapes)
-  return _count(shapes), sum(jax.tree.leaves(here))
+  return _count(run.stack.param_shapes()), sum(jax.tree.leaves(here))
 
 
 class StepLine:
