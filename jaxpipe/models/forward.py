@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.context import Context
+from jaxpipe.models.part import wanted
 from jaxpipe.models.paths import merged
 from jaxpipe.models.stack import LayerStack
 
@@ -41,7 +42,7 @@ def run_layers(layers: list[Any], x: Tree, batch: Tree) -> Tree:
   """Passes x through layers that `modules` gave; returns what the last one returns."""
   context = Context(batch, False, None, jnp.arange(len(jax.tree.leaves(batch)[0])))
   for layer in layers:
-    x = layer(x, context)
+    x = layer(*(x, context)[: wanted(type(layer))])
   return x
 
 

@@ -75,7 +75,7 @@ class GnnConfig:
     return nnx.LayerNorm(self.width, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs)
 
 
-class History(nnx.Variable[jax.Array]):
+class History(nnx.BatchStat):
   """What a layer saw of every node a step ago, [V, D]."""
 
 
