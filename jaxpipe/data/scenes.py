@@ -45,7 +45,9 @@ def make_scenes(
   """
   height, width = images.shape[1:]
   if max(height, width) > size:
-    raise ValueError(f"digits of {height}x{width} on a canvas of {size}; use size={max(height, width)}")
+    raise ValueError(
+      f"digits of {height}x{width} on a canvas of {size}; use size={max(height, width)}"
+    )
   random = np.random.default_rng((seed, number))
   canvas = np.zeros((rows, size, size), np.float32)
   classes = np.full((rows, size, size), BACKGROUND, np.int32)

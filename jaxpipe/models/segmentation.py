@@ -68,9 +68,7 @@ class Convolutions(nnx.Module):
     options = dict(use_bias=False, conv_general_dilated=config.convolution, **dtypes)
     sizes = ((fan_in, channels), (channels, channels))
     self.convs = nnx.List([nnx.Conv(*size, (3, 3), **options) for size in sizes])
-    self.norms = nnx.List(
-      [batch_norm(channels, momentum=config.momentum, **dtypes) for _ in sizes]
-    )
+    self.norms = nnx.List([batch_norm(channels, momentum=config.momentum, **dtypes) for _ in sizes])
 
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -89,7 +87,9 @@ class Picture(nnx.Module):
     H, W = images_BHWC.shape[1:3]
     halvings = len(self.config.widths) - 1
     if H % 2**halvings or W % 2**halvings:
-      raise ValueError(f"pictures of {H}x{W} halved {halvings} times; use multiples of {2**halvings}")
+      raise ValueError(
+        f"pictures of {H}x{W} halved {halvings} times; use multiples of {2**halvings}"
+      )
     return {"h": images_BHWC, "skips": ()}
 
 
@@ -136,7 +136,7 @@ class Up(nnx.Module):
 class Pixels(nnx.Module):
   """A linear map at every pixel: cross-entropy (nats) summed over pixels, their number, metrics.
 
-  Reads `batch["label"]` int [B, H, W] and `batch["weights"]` float [B], 0 for rows that are padding.
+  Reads `batch["label"]` int [B, H, W] and `batch["weights"]` float [B], 0 for rows of padding.
 
   Metrics: `correct` pixels, and of every class [K] the pixels that truth and answer share
   (`intersection`) and those that either has (`union`); see `mean_iou`.

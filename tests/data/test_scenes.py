@@ -29,7 +29,7 @@ def test_every_class_is_that_of_the_ink():
   np.testing.assert_array_equal(ink, image >= 0.25)
   np.testing.assert_allclose(image[ink], 0.5 + (label[ink] - 1) / 20)
   counted = ink.sum((1, 2))
-  assert 1 <= counted.min() and counted.max() <= 4 * 4  # each has four pixels of ink
+  assert counted.min() >= 1 and counted.max() <= 4 * 4  # each has four pixels of ink
   assert scene["weights"].tolist() == [1] * 8
 
 
