@@ -11,7 +11,8 @@ under any schedule; `--help` lists the flags.
 import dataclasses
 import pathlib
 
-from jaxpipe.models.amoebanet import AmoebaNetConfig, amoebanet
+from jaxpipe.models.amoebanet import amoebanet
+from jaxpipe.models.amoebanet_cells import AmoebaNetConfig
 from jaxpipe.models.pictures import CONVOLUTIONS
 from jaxpipe.training.digits import DigitsConfig, digits_task
 from jaxpipe.training.errors import naming

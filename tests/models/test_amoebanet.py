@@ -5,13 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpipe.models.amoebanet import (
-  NORMAL,
-  AmoebaNetConfig,
-  Cell,
-  amoebanet,
-  places,
-)
+from jaxpipe.models.amoebanet import amoebanet, places
+from jaxpipe.models.amoebanet_cells import NORMAL, AmoebaNetConfig, Cell
 
 TINY = dict(layers=3, filters=4, classes=3, image_channels=1, stem_cells=0)
 
