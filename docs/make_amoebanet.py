@@ -15,8 +15,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-DEVICES = (1, 2, 4, 8)
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={max(DEVICES)}")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -30,7 +29,7 @@ from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.transformer import TransformerConfig, transformer
 
 OUT = pathlib.Path(__file__).parent / "largest-model.md"
-MICROBATCHES = 32
+DEVICES, MICROBATCHES = (1, 2, 4, 8), 32
 FILTERS = 512
 GB = 1e9
 
