@@ -26,7 +26,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 import jaxpipe
-from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
+from jaxpipe.models.transformer import transformer
+from jaxpipe.models.transformer_config import TransformerConfig, flops_per_token
 from jaxpipe.parallel import formulas
 from jaxpipe.parallel.placing import shardings
 from jaxpipe.pipeline.matmuls import flops_of_actions, flops_of_step

@@ -23,9 +23,9 @@ SMALL = (
   "--topology=v5p:2x2x1 --mesh=stage:4 --layers=16 --width=1024 --heads=8 --kv_heads=8"
   " --mlp_width=0 --vocabulary_size=8192 --sequence_length=1024 --dtype=bfloat16"
 )
-MIDDLE = "--model=gpipe-6b --topology=v5p:2x2x4 --mesh=stage:16 --microbatches=64 --batch_size=256"
+MIDDLE = "--preset=gpipe-6b --topology=v5p:2x2x4 --mesh=stage:16 --microbatches=64 --batch_size=256"
 LARGE = (
-  "--model=gpt3-175b --topology=v5p:4x4x3 --mesh=stage:48 --microbatches=192 --batch_size=192"
+  "--preset=gpt3-175b --topology=v5p:4x4x3 --mesh=stage:48 --microbatches=192 --batch_size=192"
   " --residuals=full"
 )
 ROWS = {
@@ -39,8 +39,8 @@ ROWS = {
   "6.6B 1f1b auto": f"{MIDDLE} --schedule=1f1b",
   "6.6B zb-h1": f"{MIDDLE} --schedule=zb-h1 --unroll=none",
   "175B 1f1b": f"{LARGE} --schedule=1f1b --unroll=none",
-  "1T tensor": "--model=megatron-1t --unroll=none",
-  "733B experts": "--model=deepseek-v3",
+  "1T tensor": "--preset=megatron-1t --unroll=none",
+  "733B experts": "--preset=deepseek-v3",
 }
 
 TEXT = """# Training steps compiled for TPUs

@@ -44,7 +44,8 @@ import one_thread
 from absl import app, flags
 
 import jaxpipe
-from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
+from jaxpipe.models.transformer import transformer
+from jaxpipe.models.transformer_config import TransformerConfig, flops_per_token
 from jaxpipe.parallel.placing import layers_per_stage
 from jaxpipe.pipeline.lower import lower
 from jaxpipe.pipeline.residuals import residual_policy

@@ -9,9 +9,8 @@ copies of whole rings (there must be none), each transfer between devices and wh
 and the compiler's estimate of cycles for each action with, for `--unroll=none`, the step time that
 they imply.
 `--platform=cuda` compiles for the GPUs of this machine; the report then has no cycles.
-`--model` presets: tiny; gpipe-6b, a Transformer of 128 layers and 6.6B parameters; gpt3-175b;
-megatron-1t; mixtral-8x7b; deepseek-v3, its shape with grouped heads and experts in every layer. A
-preset sets a mesh, a batch and a schedule, too, where it has them; flags that are given stay.
+`--preset` is a shape of `jaxpipe/models/presets.py`; here it sets bfloat16 and, for the largest, a
+mesh and a batch, too. Flags that are given stay.
 """
 
 import dataclasses
@@ -31,7 +30,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 import jaxpipe
-from jaxpipe.models.transformer import TransformerConfig, flops_per_token, transformer
+from jaxpipe.models.transformer import transformer
+from jaxpipe.models.transformer_config import TransformerConfig, flops_per_token
 from jaxpipe.pipeline.compiled import read_compiled
 from jaxpipe.pipeline.executor import lower_on
 from jaxpipe.pipeline.places import SCOPES
@@ -46,7 +46,8 @@ from jaxpipe.training.aot import (
 from jaxpipe.training.aot_report import describe, describe_estimate, lines
 from jaxpipe.training.config import Config
 from jaxpipe.training.errors import ConfigError, naming
-from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags, read_flags
+from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags
+from jaxpipe.training.model_flags import read_config
 from jaxpipe.training.optimizer import learning_rate, make_optimizer
 from jaxpipe.training.plan import build_mesh, choose
 from jaxpipe.training.run_config import AUTO
@@ -56,11 +57,8 @@ from jaxpipe.training.step import make_train_step
 
 Tree = Any
 
-_MODELS = ["", "tiny", "gpipe-6b", "gpt3-175b", "megatron-1t", "mixtral-8x7b", "deepseek-v3"]
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "TPU topology, such as v5p:4x4x4.")
 _PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "What to compile for.")
-_MODEL = flags.DEFINE_enum("model", "", _MODELS, "Preset.")
-_VOCABULARY = flags.DEFINE_integer("vocabulary_size", 256, "Tokens of the vocabulary.")
 _FORMAT = flags.DEFINE_enum("format", "text", ["text", "json"], "Of the report.")
 _OUT = flags.DEFINE_string("out", "", "File of the report; default: printed.")
 _HLO = flags.DEFINE_string("hlo", "", "File for the optimized program's text.")
@@ -73,51 +71,31 @@ _LIBTPU = {
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
-# Flags that a preset sets, unless they are given.
-_PRESETS: dict[str, dict[str, Any]] = {
-  "": {},
-  "tiny": dict(layers=4, width=64, heads=2, kv_heads=2, mlp_width=256, sequence_length=128),
-  # Of the size of GPipe's 128-layer Transformer (arXiv 1811.06965): 50.3M parameters a layer.
-  "gpipe-6b": dict(
-    **dict(layers=128, width=2048, heads=16, kv_heads=16, mlp="gelu", mlp_width=8192),
-    **dict(vocabulary_size=32768, sequence_length=1024, dtype="bfloat16"),
-  ),
-  # GPT-3 (arXiv 2005.14165, table 2.1); its 50,257 tokens padded to a multiple of 128.
-  "gpt3-175b": dict(
-    **dict(layers=96, width=12288, heads=96, kv_heads=96, mlp="gelu", mlp_width=49152),
-    **dict(vocabulary_size=50304, sequence_length=2048, dtype="bfloat16", tied=True),
-  ),
-  # The largest of Megatron-LM's models (Narayanan et al., arXiv 2104.04473, table 1).
+# What the models of `--preset` are compiled for: flags that are set unless they are given.
+_JOBS: dict[str, dict[str, Any]] = {
+  "tiny": dict(sequence_length=128, dtype="float32"),
+  "gpipe-6b": dict(sequence_length=1024),
+  "gpt3-175b": dict(sequence_length=2048),
   "megatron-1t": dict(
-    **dict(layers=128, width=25600, heads=160, kv_heads=160, mlp="gelu", mlp_width=102400),
-    **dict(vocabulary_size=51200, sequence_length=2048, dtype="bfloat16", sequence_parallel=True),
-    **dict(topology="v5p:8x8x16", mesh="stage:64,data:2,tensor:8", batch_size=128),
-    **dict(microbatches=64, logits_chunk=512),
+    **dict(sequence_length=2048, sequence_parallel=True, logits_chunk=512),
+    **dict(topology="v5p:8x8x16", mesh="stage:64,data:2,tensor:8", batch_size=128, microbatches=64),
   ),
-  # Mixtral of Experts (arXiv 2401.04088): 46.7B parameters, 12.9B of them for a token.
   "mixtral-8x7b": dict(
-    **dict(layers=32, width=4096, heads=32, kv_heads=8, mlp_width=14336, experts=8, top_k=2),
-    **dict(vocabulary_size=32000, sequence_length=4096, dtype="bfloat16", balance_loss=0.02),
+    **dict(sequence_length=4096, capacity_factor=1.25, logits_chunk=512),
     **dict(topology="v5p:4x4x4", mesh="stage:4,fsdp:2,expert:8", batch_size=128, microbatches=8),
-    **dict(capacity_factor=1.25, router_z_loss=0.0, logits_chunk=512),
   ),
-  # DeepSeek-V3 (arXiv 2412.19437): 256 experts and a shared one in each of 64 layers (61 there, the
-  # first three without), grouped heads in place of its latent attention.
   "deepseek-v3": dict(
-    **dict(layers=64, width=7168, heads=128, kv_heads=8, mlp_width=2048, experts=256, top_k=8),
-    **dict(vocabulary_size=129280, sequence_length=4096, dtype="bfloat16", shared_width=2048),
+    **dict(sequence_length=4096, capacity_factor=1.25, logits_chunk=512),
     **dict(topology="v5p:8x8x16", mesh="stage:16,fsdp:2,expert:32", batch_size=2048),
-    **dict(microbatches=32, capacity_factor=1.25, balance_loss=0.0001, logits_chunk=512),
     # A layer's exchanges, kept for all microbatches under way, would take 75 GB.
-    **dict(residuals="full", unroll="none"),
+    **dict(microbatches=32, residuals="full", unroll="none"),
   ),
 }
 
 
 def main(_: Sequence[str]) -> None:
   try:
-    take_preset()
-    report = compile_and_read(prepare(read_flags(Config)))
+    report = compile_and_read(prepare(read_config(otherwise=job_flags())))
     text = json.dumps(report, indent=2) if _FORMAT.value == "json" else "\n".join(lines(report))
     with naming(f"--out={_OUT.value}"):
       pathlib.Path(_OUT.value or os.devnull).write_text(text + "\n")
@@ -127,11 +105,10 @@ def main(_: Sequence[str]) -> None:
     print(text)
 
 
-def take_preset() -> None:
-  """Gives the preset's values to all flags that were not given."""
-  for name, value in _PRESETS[_MODEL.value].items():
-    if not flags.FLAGS[name].present:
-      flags.FLAGS[name].value = value
+def job_flags() -> dict[str, Any]:
+  """Flags of the preset's job; what is that large runs in bfloat16."""
+  preset = flags.FLAGS.preset
+  return {"dtype": "bfloat16", **_JOBS.get(preset, {})} if preset else {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +141,7 @@ def prepare(config: Config) -> Job:
   devices = find_devices()
   mesh, device = build_mesh(config, devices), Device.of(devices)
   named = None if config.schedule == AUTO else build_schedule(config, mesh)
-  model, optimizer = config.model(_VOCABULARY.value), make_optimizer(config)
+  model, optimizer = config.model(vocabulary_size=1), make_optimizer(config)
   stack = transformer(model)
   shapes = batch_shapes(config)
   schedule = named or choose(config, mesh, stack, shapes, optimizer, ["layers"]).schedule
@@ -264,5 +241,5 @@ def parse(arguments: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-  define_flags(Config(mesh="stage:4", microbatches=8))
+  define_flags(Config(mesh="stage:4", microbatches=8, vocabulary_size=256))
   sys.exit(app.run(main, flags_parser=parse))

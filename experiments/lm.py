@@ -4,7 +4,8 @@
 
 About 1M parameters over 4 CPU devices, 2,000 steps of 1,024 bytes. Expected on two cores: about 5
 minutes, a validation loss of about 1.5 nats per byte, and at the end text that looks like a play.
-The same command resumes; `--sample` only prints text; `--help` lists the flags.
+The same command resumes; `--sample` only prints text; `--preset=gpt2` takes the shape of a known
+model, `--init_from=FOLDER` its weights, too; `--help` lists the flags.
 """
 
 import pathlib

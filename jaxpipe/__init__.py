@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     make_schedule,
     simulate,
   )
+  from jaxpipe.schedules.partition import LayerCost, Partition
   from jaxpipe.training.choose import choose_schedule
   from jaxpipe.training.load import load
   from jaxpipe.training.partition import partitioned
@@ -40,9 +41,11 @@ _HOME = {
   "Action": "jaxpipe.schedules",
   "Costs": "jaxpipe.schedules",
   "Kind": "jaxpipe.schedules",
+  "LayerCost": "jaxpipe.schedules.partition",
   "LayerStack": "jaxpipe.models.stack",
   "MemoryReport": "jaxpipe.pipeline.memory",
   "MeshError": "jaxpipe.parallel.mesh",
+  "Partition": "jaxpipe.schedules.partition",
   "Placement": "jaxpipe.schedules",
   "Rules": "jaxpipe.parallel.rules",
   "Schedule": "jaxpipe.schedules",

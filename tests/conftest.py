@@ -13,6 +13,9 @@ from typing import TypeVar
 
 import pytest
 
+# Makes test data with packages that tests do without.
+collect_ignore = ["data/huggingface/make.py"]
+
 Case = TypeVar("Case")
 
 DEVICES = 8

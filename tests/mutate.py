@@ -95,8 +95,8 @@ FAULTS = [
   Fault(
     "mask of other positions",
     "models/transformer.py",
-    "rate=self.config.dropout, positions=mine)",
-    "rate=self.config.dropout, positions=at_T[: len(mine)])",
+    "context.dropout(y_BTD, rate, positions=mine)",
+    "context.dropout(y_BTD, rate, positions=at_T[: len(mine)])",
     ON_MESHES,
   ),
   Fault(

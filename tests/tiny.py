@@ -5,11 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.models.stack import LayerStack
-from jaxpipe.models.transformer import TransformerConfig, transformer
+from jaxpipe.models.transformer import transformer
+from jaxpipe.models.transformer_config import TransformerConfig
 from jaxpipe.pipeline.split import split as split_layer
 
 VOCABULARY = 16
 LENGTH = 4
+
+# What makes a configuration that of a known model, on any shape.
+GPT2 = dict(norm="layernorm", bias="all", positions="learned", max_positions=16, mlp="gelu")
+QWEN2 = dict(bias="qkv")
+QWEN3 = dict(head_width=6, qk_norm=True)
 
 
 def attention(query, key, value, *, is_causal):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +20,14 @@ from flax import errors, nnx
 from flax import linen as nn
 
 from jaxpipe.models.context import Context
-from jaxpipe.models.part import StackError
+from jaxpipe.models.part import StackError, wanted
+from jaxpipe.parallel import axes
+from jaxpipe.parallel.mesh import ROWS
 
 Tree = Any
 
-# What Linen modules call the argument that says whether they are trained.
-_TOLD = ("train", "training")
+# What Linen modules call the argument that says whether they train, and what it is then.
+_TOLD = {"train": True, "training": True, "deterministic": False, "use_running_average": False}
 
 
 def linen(module: nn.Module, *example_args: Tree, batch: Tree = None) -> Callable[..., nnx.Module]:
@@ -41,8 +43,8 @@ def linen(module: nn.Module, *example_args: Tree, batch: Tree = None) -> Callabl
 
   Args:
     module: with a `__call__` as the stack calls it: `(batch)`, `(x)` or `(x, context)`,
-      `(x, batch)`. A parameter `train` or `training` is told whether it is trained. Dropout is
-      `context.dropout(x, rate)`.
+      `(x, batch)`. A parameter `train` or `training`, or `deterministic` or `use_running_average`,
+      is told whether it trains. Dropout is `context.dropout(x, rate)`.
     example_args: what its parameters' shapes follow from, arrays or `jax.ShapeDtypeStruct`s; only
       shapes and dtypes are read. A layer's context is not among them.
     batch: an example of the batch, for a layer that reads `context.batch`.
@@ -54,18 +56,18 @@ def linen(module: nn.Module, *example_args: Tree, batch: Tree = None) -> Callabl
   Raises:
     StackError: when the stack is built, a module with a random stream of its own.
   """
-  wanted = _positional(type(module).__call__)
 
   def factory(rngs: nnx.Rngs) -> nnx.Module:
     args = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example_args)
-    if len(args) + 1 == wanted:
+    if len(args) < wanted(type(module)):
       rows = jnp.arange(jax.tree.leaves(args)[0].shape[0], dtype=jnp.int32)
       args = (*args, Context(batch, False, None, rows))
-    told: dict[str, Any] = {name: False for name in _told(module)}
+    told: dict[str, Any] = {name: not says for name, says in _told(module).items()}
     variables = _guard(module, lambda: module.init({"params": rngs.params()}, *args, **told))
-    wrapped = Wrapped(module, wanted, nn.meta.unbox(dict(variables)))
-    jax.eval_shape(lambda: wrapped(*args))  # refused now, not at the first step
-    return wrapped
+    variables = nn.meta.unbox(dict(variables))
+    # Refused now, not at the first step.
+    jax.eval_shape(lambda: _apply(module, variables, True, args)[0])
+    return Wrapped(module, variables)
 
   return factory
 
@@ -83,40 +85,56 @@ class Wrapped(Scope):
 
   Attributes:
     use_running_average: set by the stack, as in every NNX module that has it: not while training.
+    label: the Linen module's class.
   """
 
-  def __init__(self, module: nn.Module, wanted: int, variables: Mapping[str, Tree]) -> None:
+  def __init__(self, module: nn.Module, variables: Mapping[str, Tree]) -> None:
     super().__init__(variables.get("params", {}), nnx.Param)
-    self._linen, self._wanted = module, wanted
+    self._linen, self.label = module, type(module).__name__
     self._collections = tuple(sorted(set(variables) - {"params"}))
     self.use_running_average = True
     for name in self._collections:
       setattr(self, name, Scope(variables[name], nnx.BatchStat))
 
-  def __call__(self, *args: Any) -> Any:
-    trains = not self.use_running_average
+  def __call__(self, x: Any, context: Any = None) -> Any:
     variables = {name: _pure(getattr(self, name)) for name in self._collections}
     variables["params"] = _pure(self, nnx.Param)
-    told: dict[str, Any] = {name: trains for name in _told(self._linen)}
-    changes: Any = list(self._collections) if trains and self._collections else False
-    apply = functools.partial(self._linen.apply, variables, mutable=changes)
-    out = _guard(self._linen, lambda: apply(*args[: self._wanted], **told))
-    if not changes:
-      return out
-    out, changed = out
-    for name in self._collections:
-      nnx.update(getattr(self, name), changed[name])
+    args = (x, context)[: wanted(type(self._linen))]
+    out, changed = _apply(self._linen, variables, not self.use_running_average, args)
+    for name, collection in changed.items():
+      nnx.update(getattr(self, name), collection)
     return out
+
+
+def _apply(
+  module: nn.Module, variables: Mapping[str, Tree], trains: bool, args: Sequence[Any]
+) -> tuple[Any, Mapping[str, Tree]]:
+  """What the module returns, and what training has made of its collections."""
+  told: dict[str, Any] = {name: trains is says for name, says in _told(module).items()}
+  changes = [name for name in variables if name != "params"] if trains else []
+  call = functools.partial(module.apply, variables, *args, mutable=changes or False, **told)
+  with nn.intercept_methods(_over_all_rows):
+    out = _guard(module, call)
+  return out if changes else (out, {})
+
+
+def _over_all_rows(call: Any, args: Any, kwargs: Any, where: Any) -> Any:
+  """Statistics of a batch norm are those of all rows of the microbatch, wherever they lie."""
+  over = tuple(axis for axis in ROWS if axes.size(axis) > 1)
+  if over and isinstance(where.module, nn.BatchNorm) and where.module.axis_name is None:
+    # The module is bound to this call alone; as a dataclass it is frozen.
+    object.__setattr__(where.module, "axis_name", over)
+  return call(*args, **kwargs)
 
 
 def _pure(module: nnx.Module, kept: Any = ...) -> Tree:
   return nnx.to_pure_dict(nnx.state(module, kept))
 
 
-def _told(module: nn.Module) -> list[str]:
-  """Parameters of the module's call that say whether it is trained."""
+def _told(module: nn.Module) -> dict[str, bool]:
+  """Parameters of the module's call that say whether it trains, and what they say if it does."""
   names = inspect.signature(type(module).__call__).parameters
-  return [name for name in _TOLD if name in names]
+  return {name: says for name, says in _TOLD.items() if name in names}
 
 
 def _guard(module: nn.Module, call: Callable[[], Any]) -> Any:
@@ -127,16 +145,6 @@ def _guard(module: nn.Module, call: Callable[[], Any]) -> Any:
       f"{_name(module)} draws random numbers of its own: call context.dropout(x, rate) in place of"
       " nn.Dropout, or make it deterministic"
     ) from error
-
-
-def _positional(call: Callable[..., Any]) -> int:
-  """How many positional arguments a method takes besides self; no limit, a great many."""
-  parameters = [
-    p for n, p in list(inspect.signature(call).parameters.items())[1:] if n not in _TOLD
-  ]
-  if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-    return 1000
-  return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def _name(module: nn.Module) -> str:

@@ -25,17 +25,31 @@ def parts_of_modules(
   batch: Tree,
   inputs: str | Callable[[Tree], Tree],
   trainable: Any,
-) -> tuple[Factory, list[Factory], Factory]:
-  """Embedding, layers and head; arguments and errors as of `LayerStack.from_modules`."""
+) -> tuple[Factory, list[Factory], Factory, dict[str, str]]:
+  """Embedding, layers, head, and ties of modules that stand twice.
+
+  Arguments and errors as of `LayerStack.from_modules`.
+  """
   select = inputs if callable(inputs) else _entry(inputs)
   x = _input_shapes(select, inputs, batch)
-  layers = []
+  layers: list[Factory] = []
+  first: dict[int, int] = {}
+  tied: dict[str, str] = {}
   for i, module in enumerate(modules):
-    factory = _factory(f"layers[{i}]", module, x, batch)
+    name = f"layers[{i}]"
+    factory = _factory(name, module, x, batch)
     layers.append(factory)
-    x = shape_after(Part.trace(f"layers[{i}]", factory, trainable), x, batch)
+    part = Part.trace(name, factory, trainable)
+    x = shape_after(part, x, batch)
+    if isinstance(module, nnx.Module) and first.setdefault(id(module), i) != i:
+      if part.state:
+        raise StackError(
+          f"{name} is layers[{first[id(module)]}] again, which has state; make it one of its own"
+        )
+      if jax.tree.leaves(part.shapes):
+        tied[f"layers/{i}"] = f"layers/{first[id(module)]}"
   _check_loss(loss, x, batch)
-  return (lambda rngs: Select(select)), layers, (lambda rngs: Loss(loss))
+  return (lambda rngs: Select(select)), layers, (lambda rngs: Loss(loss)), tied
 
 
 class Select(nnx.Module):
@@ -68,7 +82,8 @@ class Loss(nnx.Module):
     out = self._loss(y, batch)
     if isinstance(out, tuple):
       return out
-    return jnp.sum(out), jnp.asarray(out.size, out.dtype), {}
+    wide = jnp.promote_types(out.dtype, jnp.float32)  # a count that float16 cannot hold
+    return jnp.sum(out, dtype=wide), jnp.asarray(out.size, wide), {}
 
 
 def _entry(name: str) -> Callable[[Tree], Tree]:

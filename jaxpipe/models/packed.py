@@ -27,7 +27,7 @@ from jaxpipe.models.paths import set_path
 from jaxpipe.models.pieces import get_owned
 from jaxpipe.parallel import axes
 from jaxpipe.parallel.flat import Flat, read_span, widest, write_span
-from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.parallel.mesh import EXPERT, SEQUENCE, STAGE, TENSOR
 from jaxpipe.parallel.replicas import owned
 from jaxpipe.parallel.rules import NONE, Rules
 
@@ -60,7 +60,20 @@ class Packed:
   changing: tuple[Flat, ...]
 
   uniform = False
-  rules: Rules = NONE
+
+  @property
+  def rules(self) -> Rules:
+    """None, but that a mesh over whose other axes the modules might share work is refused."""
+    return dataclasses.replace(NONE, axes=frozenset({SEQUENCE, TENSOR}), check=self._check_axes)
+
+  def _check_axes(self, sizes: Mapping[str, int]) -> None:
+    cut = [SEQUENCE, TENSOR, *([EXPERT] if self.stack.rules is not NONE else [])]
+    for axis in cut:
+      if sizes.get(axis, 1) > 1:
+        raise StackError(
+          f"mesh axis {axis}:{sizes[axis]}: a stack whose layers are not alike, or that has a"
+          f" partition, lies packed, and its weights are not cut over {axis}; use {axis}:1"
+        )
 
   @classmethod
   def of(cls, stack: Any, schedule: Any) -> Packed:
@@ -80,6 +93,8 @@ class Packed:
         f"schedule {schedule.name} cuts the vocabulary over the stages, which is for stacks of"
         " uniform layers; take a schedule whose last stage has the head (head='last')"
       )
+    if schedule.placement.replicated:
+      _check_replicated(stack, schedule.name)
     sizes = stage_sizes(stack, schedule.stages)
     names, ends = list(stack.pieces.parts), [0, *_cumulative(sizes)]
     layers = names[1:-1]
@@ -332,6 +347,17 @@ class Packed:
       if any(owner.startswith(f"{p}/") for p in trees):
         params = set_path(params, path, get_owned(trees, owner))
     return params
+
+
+def _check_replicated(stack: Any, schedule: str) -> None:
+  """Two homes of a stage see a half of the microbatches each, and their statistics are added."""
+  for part in stack.pieces.parts.values():
+    pairs = zip(jax.tree.leaves(part.state), jax.tree.leaves(part.changing), strict=True)
+    if any(yes and not jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf, yes in pairs):
+      raise StackError(
+        f"{part.name} counts in whole numbers, and schedule {schedule} holds every stage twice;"
+        " make the counter a float, or take another schedule"
+      )
 
 
 def stage_sizes(stack: Any, stages: int) -> tuple[int, ...]:

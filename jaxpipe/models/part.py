@@ -25,9 +25,6 @@ from jaxpipe.parallel.mesh import ROWS
 Tree = Any
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
-# More arguments than any part of a stack is called with.
-_ALL = 1000
-
 Factory = Callable[[nnx.Rngs], nnx.Module]
 
 
@@ -46,8 +43,10 @@ class Part:
     graph: the static half of `nnx.split`.
     shapes: nested dict of `jax.ShapeDtypeStruct`, the parameters.
     state: nested dict of them, all other variables.
-    changing: of `state`, True for what a forward in training changes.
+    changing: of `state`, True for what a forward in training may change: variables of type
+      `nnx.BatchStat`, or of one derived from it.
     kind: the module's class.
+    label: the class, as messages name it.
   """
 
   name: str
@@ -58,6 +57,7 @@ class Part:
   state: Tree
   changing: Tree
   kind: type
+  label: str
 
   @classmethod
   def trace(cls, name: str, factory: Factory, trainable: Any = nnx.Param) -> Part:
@@ -88,37 +88,30 @@ class Part:
           f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
           " make it a float, or compute it in __call__"
         )
-    changing = jax.tree.map(lambda _: True, nnx.to_pure_dict(state))
+    changing = nnx.to_pure_dict(state)
     for path, variable in nnx.to_flat_state(state):
-      if issubclass(variable.type, nnx.Param):
-        _set(changing, path, False)
-    return cls(
-      *(name, factory, trainable, graph, shapes, nnx.to_pure_dict(state), changing, type(module))
-    )
+      _set(changing, path, issubclass(variable.type, nnx.BatchStat))
+    label = str(getattr(module, "label", type(module).__name__))
+    kept = nnx.to_pure_dict(state)
+    return cls(name, factory, trainable, graph, shapes, kept, changing, type(module), label)
 
-  def init(self, key: jax.Array) -> Tree:
-    """Returns fresh parameters, a nested dict of arrays."""
-    return fresh(self.factory, key, self.trainable)[0]
-
-  def init_both(self, key: jax.Array) -> tuple[Tree, Tree]:
-    """Returns fresh parameters and state."""
+  def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+    """Returns fresh parameters and state, nested dicts of arrays."""
     return fresh(self.factory, key, self.trainable)
-
-  def __call__(self, params: Tree, *args: Any) -> Any:
-    return nnx.merge(self.graph, params)(*args[: self.wanted])
 
   @functools.cached_property
   def wanted(self) -> int:
     """How many arguments the module is called with: a layer may do without its context."""
-    return _wanted(self.kind)
+    return wanted(self.kind)
 
   def run(self, params: Tree, state: Tree, training: bool, *args: Any) -> tuple[Any, Tree]:
     """Calls the module; returns its output and its state after the call.
 
     Statistics of `nnx.BatchNorm` are those of all rows of the microbatch, wherever they lie.
+
+    Raises:
+      StackError: the call changes a variable that is no `nnx.BatchStat`.
     """
-    if not self.state:
-      return self(params, *args), state
     module = nnx.merge(self.graph, merged(params, state))
     if training:
       module.train()
@@ -129,7 +122,16 @@ class Part:
       if over and isinstance(one, nnx.BatchNorm) and one.axis_name is None:
         one.axis_name = over  # type: ignore[assignment]  # several names are as good as one
     out = module(*args[: self.wanted])
-    return out, nnx.to_pure_dict(nnx.state(module, nnx.Not(self.trainable)))
+    after = nnx.to_pure_dict(nnx.state(module, nnx.Not(self.trainable)))
+    jax.tree.map_with_path(self._check_kept, self.changing, state, after)
+    return out, after
+
+  def _check_kept(self, path: Any, changes: bool, before: Any, after: Any) -> None:
+    if not changes and after is not before:
+      raise StackError(
+        f"{self.name} changes its variable {jax.tree_util.keystr(path)}, which is no nnx.BatchStat:"
+        " derive its type from nnx.BatchStat, and return the mean over microbatches by it"
+      )
 
   def call(self, method: str, params: Tree, *args: Any) -> Any:
     """Calls another method of the module."""
@@ -150,14 +152,15 @@ class Part:
     return self.graph == other.graph and same_shapes(mine, theirs)
 
 
-def _wanted(kind: type) -> int:
-  """Arguments that a module must be given, and those named as the stack names them."""
+def wanted(kind: type) -> int:
+  """Arguments that a module is called with: those it must be given or names as the stack does.
+
+  Of `*args`, which say nothing, the first: modules in a row hand x on to one another.
+  """
   call: Any = kind.__call__
   parameters = list(inspect.signature(call).parameters.values())[1:]
-  if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-    return _ALL
   positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-  return sum(p.default is p.empty or p.name in ("context", "batch") for p in positional)
+  return max(1, sum(p.default is p.empty or p.name in ("context", "batch") for p in positional))
 
 
 def _is_linen(factory: Any) -> bool:

@@ -109,7 +109,7 @@ class Pieces:
 
   def init_piece(self, piece: str, key: jax.Array) -> tuple[Tree, Tree]:
     """Fresh parameters of its own, and fresh state."""
-    params, state = self.parts[piece].init_both(jax.random.fold_in(key, self._number(piece)))
+    params, state = self.parts[piece].init(jax.random.fold_in(key, self._number(piece)))
     return self.own(piece, params), state
 
   def _number(self, piece: str) -> int:
@@ -183,7 +183,7 @@ def shape_after(part: Part, x: Tree, batch: Tree) -> Tree:
     )
     return part.run(params, state, True, x, Context.create(True, **inputs))[0]
 
-  return _named(f"{part.name} ({part.kind.__name__})", x, call, part.shapes, part.state, x, batch)
+  return _named(f"{part.name} ({part.label})", x, call, part.shapes, part.state, x, batch)
 
 
 def get_owned(trees: Mapping[str, Tree], path: str) -> Any:
@@ -209,9 +209,12 @@ def _leaf_ties(parts: Mapping[str, Part], tied: Mapping[str, str]) -> dict[str, 
     StackError: a path that is not there, leaves that differ, or an owner that is tied itself.
   """
   shapes = {piece: part.shapes for piece, part in parts.items()}
+  states = {piece: part.state for piece, part in parts.items()}
   ties: dict[str, str] = {}
   for theirs, ours in tied.items():
     a, b = _find(shapes, theirs), _find(shapes, ours)
+    if a is None and b is None and _find(states, theirs) is not None:
+      raise StackError(f"tied: {theirs} is not trained, and only what is trained can be tied")
     names_a, names_b = ({*leaf_paths(tree)} if tree is not None else None for tree in (a, b))
     if names_a is None or names_a != names_b or not same_shapes(a, b):
       raise StackError(f"tied: {theirs} is {a}, {ours} is {b}; they must be alike")

@@ -94,7 +94,8 @@ class LayerStack:
 
     Args:
       modules: each a layer: an NNX class or factory with a parameter `rngs`, such as
-        `functools.partial(nnx.Linear, 8, 16)`; an NNX module, whose values are where `init` starts;
+        `functools.partial(nnx.Linear, 8, 16)`; an NNX module, whose values are where `init` starts,
+        and which shares its weights where it stands twice;
         a Linen module, whose shapes are inferred; or a function of x. A module that has a parameter
         `context` is given the layer's `Context`.
       loss: `loss(y, batch)`, where y is what the last module returns: a loss for every row (or for
@@ -122,8 +123,9 @@ class LayerStack:
     """
     if not modules:
       raise StackError("a stack needs at least one layer; got modules=[]")
-    embed, layers, head = parts_of_modules(modules, loss, batch, inputs, trainable)
-    return cls(embed, layers, head, trainable=trainable, **options)
+    embed, layers, head, again = parts_of_modules(modules, loss, batch, inputs, trainable)
+    tied = {**again, **options.pop("tied", {})}
+    return cls(embed, layers, head, tied=tied, trainable=trainable, **options)
 
   def _check_partition(self) -> None:
     if self.partition is None:
@@ -236,7 +238,8 @@ class LayerStack:
       key, layers: see `init`.
       cut: what to keep of a part (one layer, or an end) as soon as it is made.
     """
-    inits = {id(f): functools.partial(_fresh_params, f) for f in self.layers}
+    make = lambda factory, key: fresh(factory, key, self.trainable)[0]  # noqa: E731
+    inits = {id(f): functools.partial(make, f) for f in self.layers}
     number = {name: n for n, name in enumerate(inits)}
     which = jnp.array([number[id(factory)] for factory in self.layers], jnp.int32)
 
@@ -247,10 +250,10 @@ class LayerStack:
     # lax.map, not vmap: one compiled body gives every layer, so that values do not depend on how
     # many layers this device creates.
     return {
-      "embed": cut("embed", self._parts["embed"].init(jax.random.fold_in(key, 0))),
+      "embed": cut("embed", self._parts["embed"].init(jax.random.fold_in(key, 0))[0]),
       "layers": jax.lax.map(one, layers),
       "head": cut(
-        "head", without(self._parts["head"].init(jax.random.fold_in(key, 1)), self._head_ties)
+        "head", without(self._parts["head"].init(jax.random.fold_in(key, 1))[0], self._head_ties)
       ),
     }
 
@@ -272,16 +275,17 @@ class LayerStack:
     layers = runs[0] if len(runs) == 1 else runs
     return {"embed": each["embed"], "layers": layers, "head": each["head"]}
 
-  def apply_embed(self, params: Tree, batch: Tree) -> Tree:
+  def apply_embed(self, params: Tree, batch: Tree, training: bool = True) -> Tree:
     """`embed(batch) -> x`, given the embedding's own parameters."""
-    return self._parts["embed"](params, batch)
+    return self._parts["embed"].run(params, {}, training, batch)[0]
 
   def apply_layer(self, params: Tree, x: Tree, training: bool, inputs: LayerInputs) -> Tree:
     """One layer, given its own parameters (no layer dim)."""
-    return self._parts["layers"](params, x, Context.create(training, **inputs))
+    context = Context.create(training, **inputs)
+    return self._parts["layers"].run(params, {}, training, x, context)[0]
 
   def apply_head(
-    self, params: Tree, x: Tree, batch: Tree
+    self, params: Tree, x: Tree, batch: Tree, training: bool = True
   ) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
     """The head as `value_and_grad(has_aux=True)` wants it: `loss_sum, (weight, metrics)`.
 
@@ -289,8 +293,9 @@ class LayerStack:
       params: `head_params(...)`, tied leaves included.
       x: output of the last layer.
       batch: the microbatch's own inputs.
+      training: see `Context`.
     """
-    return sums(self._parts["head"](params, x, batch))
+    return sums(self._parts["head"].run(params, {}, training, x, batch)[0])
 
   def tables(self, devices: int) -> frozenset[str]:
     """Paths of the parameters that are cut over the stages with the vocabulary.
@@ -409,7 +414,3 @@ def check_alike(x: Tree, y: Tree) -> None:
         f"layers[0] takes {a.dtype}{list(a.shape)} but returns {b.dtype}{list(b.shape)}"
         f" at x{jax.tree_util.keystr(path)}{remedy}"
       )
-
-
-def _fresh_params(factory: Factory, key: jax.Array) -> Tree:
-  return fresh(factory, key)[0]

@@ -42,7 +42,7 @@ def layers_per_stage(depth: int, schedule: Any) -> int:
     near = min(fits, key=lambda n: (abs(n - schedule.stages), n))
     raise ValueError(
       f"{depth} layers cannot fill {schedule.stages} stages evenly; use {near} stages,"
-      f" or a multiple of {schedule.stages} layers"
+      f" a multiple of {schedule.stages} layers, or LayerStack(partition=[...])"
     )
   return depth // schedule.stages
 
@@ -234,37 +234,44 @@ def check_mesh(schedule: Any, mesh: Mesh) -> None:
     )
 
 
-def check_placed(params: Tree, stack: Any, schedule: Any, mesh: Mesh) -> None:
-  """Raises ValueError where concrete parameters do not lie as `place` puts them.
+def check_placed(params: Tree, stack: Any, schedule: Any, mesh: Mesh, state: Tree = None) -> None:
+  """Raises ValueError where concrete parameters, or state, do not lie as `place` puts them.
 
   It sees that they are sharded as `place` shards them, which a tree that was never placed is not.
   """
   stack = stack.laid_out(schedule)
-  shapes = stack.param_shapes()
+  _check_lies(params, stack.param_shapes(), stack, schedule, mesh, "params", "init")
+  if state:
+    _check_lies(state, stack.state_shapes(), stack, schedule, mesh, "state", "init_state")
+
+
+def _check_lies(
+  tree: Tree, shapes: Tree, stack: Any, schedule: Any, mesh: Mesh, what: str, init: str
+) -> None:
   need, have = (
     {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-    for tree in (shapes, params)
+    for tree in (shapes, tree)
+  )
+  remedy = (
+    f"call jaxpipe.place({what}, stack, schedule, mesh) or stack.{init}(key, batch, schedule, mesh)"
   )
   for name in sorted({*need, *have}):
     if name not in need or name not in have or np.shape(have[name]) != need[name].shape:
       found = np.shape(have[name]) if name in have else "missing"
       wanted = need[name].shape if name in need else "nothing"
       raise ValueError(
-        f"params{name} is {found}, and the stack has {wanted} there; give the step a tree of the"
-        " shape of stack.init(...)"
+        f"{what}{name} is {found}, and the stack has {wanted} there; give the step a tree of the"
+        f" shape of stack.{init}(...): {remedy}"
       )
   want = shardings(shapes, stack, schedule, mesh)
   for (path, leaf), sharding in zip(
-    jax.tree.leaves_with_path(params), jax.tree.leaves(want), strict=True
+    jax.tree.leaves_with_path(tree), jax.tree.leaves(want), strict=True
   ):
     if isinstance(leaf, jax.core.Tracer):
       continue
     at = getattr(leaf, "sharding", None)
     if at is None or not at.is_equivalent_to(sharding, np.ndim(leaf)):
-      raise ValueError(
-        f"params{jax.tree_util.keystr(path)} is not on its stage; call"
-        " jaxpipe.place(params, stack, schedule, mesh) or stack.init(key, batch, schedule, mesh)"
-      )
+      raise ValueError(f"{what}{jax.tree_util.keystr(path)} is not on its stage; {remedy}")
 
 
 def _reorder(tree: Tree, order: np.ndarray) -> Tree:

@@ -65,7 +65,9 @@ def leaf_errors(grads: Tree, reference: Tree) -> dict[str, float]:
   Leaves whose gradient is zero by mathematics (a key bias) get the scale of the largest leaf:
   against their own, rounding would look like failure.
   """
-  got, want = jax.device_get((grads, reference))
+  # Differences of flags and of unsigned numbers are no numbers.
+  as_float = lambda leaf: leaf if np.issubdtype(leaf.dtype, np.inexact) else leaf.astype(float)  # noqa: E731
+  got, want = jax.tree.map(as_float, jax.device_get((grads, reference)))
   pairs = list(zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True))
   largest = max((float(np.abs(r).max(initial=0)) for (_, r), _ in pairs), default=0.0)
   floor = max(1e-3 * largest, np.finfo(np.float64).tiny)
@@ -131,7 +133,7 @@ def check(
   (true_loss, true_metrics, *true_after), true_grads = reference(params, batch, key, *given)
   states = (unplace(after[0], stack, schedule), true_after[0]) if after else ({}, {})
   if tolerance is None:
-    coarsest = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    coarsest = min((leaf.dtype.itemsize for leaf in jax.tree.leaves(params)), default=4)
     tolerance = {8: 1e-12, 4: 1e-5}.get(coarsest, 1e-2)
   pairs = zip(jax.tree.leaves(metrics), jax.tree.leaves(true_metrics), strict=True)
   return Report(

@@ -8,6 +8,7 @@ second embedding forward: nothing of it is kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -59,7 +60,8 @@ class WholeEnds:
 
     def embed(ring: Tree) -> Leaves:
       batch = self.local.microbatch(now.microbatch)
-      x = lenient(self.local.stack.apply_embed)(self.local.params["embed"], batch)
+      embed = functools.partial(self.local.stack.apply_embed, training=self.local.training)
+      x = lenient(embed)(self.local.params["embed"], batch)
       return jax.tree.leaves(self.local.vary(x))
 
     arrived = lambda ring: rings.load(ring, now.activations)  # noqa: E731
@@ -115,7 +117,8 @@ class WholeEnds:
 
   def loss(self, params: Tree, floats: Leaves, x: Tree, batch: Tree) -> Any:
     """The head's `loss_sum, (weight, metrics)`."""
-    return self.local.stack.apply_head(params, with_float_leaves(x, floats), batch)
+    x = with_float_leaves(x, floats)
+    return self.local.stack.apply_head(params, x, batch, self.local.training)
 
 
 def count(totals: Totals, loss: jax.Array, aux: tuple[jax.Array, Tree]) -> Totals:

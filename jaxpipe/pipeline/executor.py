@@ -294,8 +294,9 @@ def _compile(pipeline: Pipeline, unroll: str) -> Callable[..., Any]:
   def step(
     params: Tree, batch: Tree, key: jax.Array | None = None, state: Tree | None = None
   ) -> Any:
-    check_placed(params, pipeline.stack, pipeline.schedule, pipeline.mesh)
-    return run(params, given_state(pipeline.stack, state), batch, key)
+    state = given_state(pipeline.stack, state)
+    check_placed(params, pipeline.stack, pipeline.schedule, pipeline.mesh, state)
+    return run(params, state, batch, key)
 
   return step
 

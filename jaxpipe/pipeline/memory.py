@@ -39,8 +39,9 @@ class MemoryReport:
       `gradients`, sums over microbatches; `gathered`, weights that the device works with for the
       whole step, where it owns less of them (`fsdp`, replicas), and `weights`, those of the stages
       that G has gathered; `activations` and `gradient_ring`, what travels between stages; `saved`,
-      what actions leave for later ones; `vocabulary`, what a shard of the head keeps; `workspace`,
-      an estimate: the tick table, and the inside of the action that needs most.
+      what actions leave for later ones; `vocabulary`, what a shard of the head keeps; `shared`,
+      weights that several unlike stages read; `workspace`, an estimate: the tick table, and the
+      inside of the action that needs most.
     units: what an F, an I and a W change in what actions leave for later ones, over what F keeps:
       `memory` of `make_schedule`, with which schedules are planned within a limit.
     unit: bytes that F keeps of one stage and microbatch; 1 where it keeps nothing.
@@ -162,6 +163,7 @@ def _count(device: Device, cells: Any, gathers: bool) -> dict[str, int]:
     "gradient_ring": _bytes(state.gradients),
     "saved": _bytes(state.pools),
     "vocabulary": _bytes(state.vocabulary),
+    "shared": _bytes(device.local.params.get("shared", ())),
     "workspace": workspace(device, state, cells),
   }
 

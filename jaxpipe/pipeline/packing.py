@@ -35,7 +35,7 @@ class PackingReport:
 
   Attributes:
     held: kind -> bytes that every device holds. `workspace`, the inside of an action, is an
-      estimate.
+      estimate; `shared` are weights that stages borrow, and their gradients.
     needed: kind -> bytes that each device's own stages need, without padding.
   """
 
@@ -145,6 +145,11 @@ def _report(device: Device, schedule: Schedule, moments: int) -> PackingReport:
   row_bytes = sum(w * jnp.dtype(n).itemsize for n, w in packed.widths.items())
   wide_bytes = sum(w * wide(jnp.dtype(n)).itemsize for n, w in packed.widths.items())
   state_bytes = sum(w * jnp.dtype(n).itemsize for n, w in packed.state_widths.items())
+  borrowed = [
+    sum(_leaf_bytes(stages.shared[owner]) for s in mine for owner in packed.borrowed[s].values())
+    for mine in holds
+  ]
+  each["shared"] = [2 * n for n in borrowed]
   held = {
     "parameters": len(own[0]) * row_bytes,
     "optimizer": moments * len(own[0]) * wide_bytes,
@@ -154,6 +159,7 @@ def _report(device: Device, schedule: Schedule, moments: int) -> PackingReport:
     "gradient_ring": _bytes(state.gradients),
     "saved": _bytes(arenas),
     "workspace": max(inside),
+    "shared": _bytes(dict(stages.shared)) + _bytes(state.grads["shared"]),
   }
   return PackingReport(held, each)
 
@@ -171,6 +177,10 @@ def _used(flat: Flat, *, widened: bool = False, floats_only: bool = False) -> in
 def _inside(one: Any) -> int:
   parts = (one.forward, one.recompute, one.backward, one.input_grad, one.weight_grad)
   return max(live_peak(part.equations, part.outputs) for part in parts if part)
+
+
+def _leaf_bytes(leaf: Any) -> int:
+  return int(math.prod(leaf.shape) * leaf.dtype.itemsize)
 
 
 def _bytes(tree: Tree) -> int:

@@ -69,6 +69,8 @@ def reference_value_and_grad(
       lambda keep: jax.eval_shape(value_and_grad(keep), params, old, first, jnp.int32(0), key)
     )
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
+    (loss, (weight, metrics, states)), grads = start
+    start = ((loss, (weight, metrics, jax.tree.map(_least, states))), grads)
 
     def one(sums: Tree, at: Any) -> tuple[Tree, None]:
       m, batch = at
@@ -95,6 +97,11 @@ def reference_value_and_grad(
     return (loss / weight, metrics, new), grads
 
   return reference
+
+
+def _least(zeros: jax.Array) -> jax.Array:
+  """What sums, or largest whole numbers, begin with."""
+  return zeros if is_float(zeros) else jnp.full_like(zeros, jnp.iinfo(zeros.dtype).min)
 
 
 def _count(sums: jax.Array, new: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from jaxpipe.pipeline.slices import LayerSplit
 from jaxpipe.pipeline.split import Layer, forward_only, split
 from jaxpipe.pipeline.stage import Call
 from jaxpipe.pipeline.storage import Pools, Storage
-from jaxpipe.pipeline.varying import vary
+from jaxpipe.pipeline.varying import axes_of, vary
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
@@ -47,11 +47,11 @@ class PackedEnds:
   result: Flat
   widths: Mapping[str, int]
 
-  def apply_embed(self, params: Tree, batch: Tree) -> Tree:
+  def apply_embed(self, params: Tree, batch: Tree, training: bool = True) -> Tree:
     """What the first stage is given, which it does not read."""
     return {name: jnp.zeros(width, name) for name, width in self.widths.items()}
 
-  def apply_head(self, params: Tree, x: Tree, batch: Tree) -> Tree:
+  def apply_head(self, params: Tree, x: Tree, batch: Tree, training: bool = True) -> Tree:
     """The last stage's result."""
     loss, rest = self.result.unpack(x)
     return loss, lax.stop_gradient(rest)
@@ -108,14 +108,14 @@ class Stages:
     return next((len(leaf) for leaf in self.state.values()), 1)
 
   def allocate(self, shapes: Sequence[jax.ShapeDtypeStruct], lengths: Sequence[int]) -> Pools:
-    """Arenas of undefined contents, and sums of zeros."""
+    """Arenas of undefined contents, and sums of zeros; largest whole numbers of the least."""
     local, n = self.local, len(self.layout.arenas.pools)
     made = [
       rings.allocate(shape, length, local.axes, local.poison)
       for shape, length in zip(shapes[:n], lengths[:n], strict=True)
     ]
     rest = zip(shapes[n:], lengths[n:], strict=True)
-    return [*made, *local.zeros([_row(shape, length) for shape, length in rest])]
+    return [*made, *(local.vary(_least(_row(shape, length))) for shape, length in rest)]
 
   # Actions
 
@@ -365,21 +365,26 @@ def cut_stages(
   """
   training = policy is not None
   from_input, state = bool(policy and policy.stage_input), local.state
-  x: Tree = ()
-  boundaries, splits = [Flat.of(x)], []
-  for s in range(packed.depth):
-    params, given = jax.eval_shape(
-      functools.partial(stage_arguments, packed, s), rows, jnp.int32(0), shared, state, inputs
-    )
-    stage = _stage_function(packed, s, training, local.axes)
-    if policy:
-      cut = functools.partial(_cut, stage, params, given, x, recompute, from_input)
-      splits.append(policy.traced(cut))
-    else:
-      splits.append(forward_only(stage, params, given, x))
-    y, _ = jax.eval_shape(lenient(stage), params, given, x)
-    x = local.zeros(y)
-    boundaries.append(Flat.of(y))
+
+  def all_stages(keep: Policy | None) -> tuple[list[LayerSplit], list[Flat]]:
+    x: Tree = ()
+    boundaries, splits = [Flat.of(x)], []
+    for s in range(packed.depth):
+      params, given = jax.eval_shape(
+        functools.partial(stage_arguments, packed, s), rows, jnp.int32(0), shared, state, inputs
+      )
+      stage = _stage_function(packed, s, training, local.axes)
+      if training:
+        splits.append(_cut(stage, params, given, x, recompute, from_input, keep))
+      else:
+        splits.append(forward_only(stage, params, given, x))
+      y, _ = jax.eval_shape(lenient(stage), params, given, x)
+      x = local.zeros(y)
+      boundaries.append(Flat.of(y))
+    return splits, boundaries
+
+  # A name that a policy asks for may be in one stage alone.
+  splits, boundaries = policy.traced(all_stages) if policy else all_stages(None)
   saved = [one.saved if training else () for one in splits]
   widths = packed.changing_widths if training else {}
   layout = Layout(Arenas.of(saved), tuple(widths), widths)
@@ -396,7 +401,9 @@ def _stage_function(packed: Any, s: int, training: bool, axes: Sequence[str]) ->
   def stage(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Leaves]:
     rest = {name: value for name, value in inputs.items() if name != "state"}
     y, after = packed.run_stage(s, params, inputs["state"], x, training, rest)
-    out: tuple[Tree, Leaves] = vary(jax.tree.map(jnp.asarray, (y, after)), axes)
+    # Off the mesh, where loops that start from constants are traced, nothing may vary.
+    over = axes_of(jax.tree.leaves((params, inputs, x))) & {*axes}
+    out: tuple[Tree, Leaves] = vary(jax.tree.map(jnp.asarray, (y, after)), over)
     return out
 
   return stage
@@ -414,6 +421,12 @@ def _cut(
   # The forward that a backward runs again keeps all: nothing of it outlives the action.
   keep = None if from_input else keep
   return split(stage, params, inputs, x, keep, recompute=recompute, from_input=from_input)
+
+
+def _least(shape: jax.ShapeDtypeStruct) -> jax.Array:
+  """What sums, or largest whole numbers, begin with."""
+  start = 0 if is_float(shape) else jnp.iinfo(shape.dtype).min
+  return jnp.full(shape.shape, start, shape.dtype)
 
 
 def _row(shape: jax.ShapeDtypeStruct, length: int) -> jax.ShapeDtypeStruct:

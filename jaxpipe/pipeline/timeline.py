@@ -123,6 +123,8 @@ def measure(
   """
   if steps < 1:
     raise ValueError(f"steps={steps} measure nothing; use 1 or more")
+  if not stack.uniform:
+    raise ValueError("actions are timed of layers of one kind, and the stack's are not alike")
   keeps_input = residual_policy(residuals).stage_input
   program = lower(schedule.check(), keeps_input=keeps_input, slack=slack)
   segments = cut(program, unroll)

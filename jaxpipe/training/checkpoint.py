@@ -88,7 +88,7 @@ class Checkpoints:
   def restore(
     self, step: int, shapes: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh
   ) -> TrainState:
-    """Reads a checkpoint, each device its own part, and places it.
+    """Reads a checkpoint and places it: each device its own part, of unlike stages all of it first.
 
     Args:
       step: of the checkpoint.

@@ -105,8 +105,8 @@ def choose_schedule(
   """
   if not stack.uniform:
     raise ValueError(
-      "schedules are chosen for layers of one kind, and the stack's are not alike; name one, such as"
-      " 1f1b or zb-h1"
+      "schedules are chosen for layers of one kind, and the stack's are not alike; name one, for"
+      " example 1f1b or zb-h1"
     )
   sizes: dict[str, Any] = dict(devices=mesh.shape[STAGE], microbatches=microbatches)
   policy: dict[str, Any] = dict(residuals=residuals, slack=slack, optimizer=optimizer)

@@ -9,6 +9,7 @@ from jaxpipe.training.config import Config
 from jaxpipe.training.errors import ConfigError
 from jaxpipe.training.launch import launch
 from jaxpipe.training.load import LoadedRun, load
+from jaxpipe.training.model_flags import read_config
 from jaxpipe.training.processes import several
 from jaxpipe.training.setup import Setup, build
 
@@ -19,7 +20,8 @@ def run_command(defaults: Config) -> None:
   Args:
     defaults: what the flags say unless they are given.
   """
-  launch(defaults, _build, lambda run: _print_sample(load(run.config.run_dir), run.config))
+  finish = lambda run: _print_sample(load(run.config.run_dir), run.config)  # noqa: E731
+  launch(defaults, _build, finish, read_config)
 
 
 def _build(config: Config) -> Setup | Callable[[], None]:

@@ -49,7 +49,10 @@ _MAY_DIFFER = frozenset({"text", "data_cache", "compilation_cache"})
 
 
 def launch(
-  defaults: Any, build: Callable[[Any], Job], finish: Callable[[Any], None] = lambda run: None
+  defaults: Any,
+  build: Callable[[Any], Job],
+  finish: Callable[[Any], None] = lambda run: None,
+  read: Callable[[], Any] | None = None,
 ) -> None:
   """Runs the process's command line, and exits.
 
@@ -58,11 +61,13 @@ def launch(
     build: makes a run of such a value, or what to do in place of training. Whatever ValueError it
       raises is the user's, and shown as one line.
     finish: called with the run in process 0 once it has all its steps.
+    read: makes the value of the parsed flags; by default each field is its flag's.
   """
   define_flags(defaults)
   define_flags(Processes())
   try:
-    main = functools.partial(_main, lambda: build(read_flags(type(defaults))), finish)
+    read = read or functools.partial(read_flags, type(defaults))
+    main = functools.partial(_main, lambda: build(read()), finish)
     app.run(main, flags_parser=_parse)
   except KeyboardInterrupt:
     # Before the first step there is nothing to save.

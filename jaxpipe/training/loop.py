@@ -84,7 +84,8 @@ def _first_state(run: Run, checkpoints: Checkpoints, start: int) -> TrainState:
   where = (run.stack, run.schedule, run.mesh)
   if not start:
     seed, shapes = run.config.seed, run.batch_shapes
-    return create_state(run.stack, run.optimizer, seed, shapes, *where[1:])
+    params = run.first_params()
+    return create_state(run.stack, run.optimizer, seed, shapes, *where[1:], params=params)
   say(f"resuming from {run.folder.path} after {start} steps")
   return checkpoints.restore(start, state_shapes(run.stack, run.optimizer), *where)
 

@@ -3,19 +3,22 @@
 References:
   AdamW: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
   Clipping by the global norm: Pascanu et al., arXiv:1211.5063.
+  Rates, decays and epsilons by parameter: CompleteP, see `jaxpipe.models.completep`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpipe.models.completep import CompleteP, Factors
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.parallel.placing import arranged
+from jaxpipe.parallel.rules import describe
 from jaxpipe.schedules import Schedule
 from jaxpipe.training.run_config import RunConfig
 
@@ -91,13 +94,31 @@ def make_optimizer(
     mask: what decays, of parameters as they are placed.
   """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  adam = optax.scale_by_adam(_B1, _B2, _EPSILON)
+  rate = optax.scale_by_learning_rate(learning_rate(config))
   # Decay comes after Adam and before the rate: decoupled from the gradient, scaled by the rate.
-  return optax.chain(
-    clip,
-    optax.scale_by_adam(_B1, _B2, _EPSILON),
-    decayed(config.weight_decay, mask),
-    optax.scale_by_learning_rate(learning_rate(config)),
-  )
+  if rules := config.completep():
+    return optax.chain(clip, *_by_parameter(adam, config.weight_decay, rules), rate)
+  return optax.chain(clip, adam, decayed(config.weight_decay, mask), rate)
+
+
+def _by_parameter(
+  adam: optax.GradientTransformation, weight_decay: float, rules: CompleteP
+) -> Iterator[optax.GradientTransformation]:
+  """Yields AdamW with a rate, a decay and an epsilon of each parameter's own."""
+
+  def each(fn: Callable[[Factors, jax.Array, jax.Array], jax.Array]) -> Any:
+    def one(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+      name = describe(path)
+      return fn(rules.factors(name, update.ndim - name.startswith("layers/")), update, param)
+
+    return optax.stateless(lambda updates, params: jax.tree.map_with_path(one, updates, params))
+
+  # Adam does not see the scale of what it is given, but by its epsilon: a gradient that is k times
+  # as large has one that is k times as small.
+  yield each(lambda f, update, _: update / f.epsilon)
+  yield adam
+  yield each(lambda f, update, param: f.rate * (update + f.decay * weight_decay * param))
 
 
 def widen(params: Tree) -> Tree:

@@ -47,6 +47,7 @@ def describe(run: Run) -> str:
 
 def count_parameters(run: Run) -> tuple[int, int]:
   """Parameters in total, and on each device: its share of all that is cut over the stages."""
+  # As they lie: rows of unlike stages are as wide as the widest.
   laid = run.stack.laid_out(run.schedule)
   shapes = laid.param_shapes()
   places = shardings(shapes, laid, run.schedule, run.mesh)

@@ -53,6 +53,10 @@ class Run(Plan, abc.ABC):
     self.folder.begin(self.record)
     return self
 
+  def first_params(self) -> Any:
+    """Placed parameters that the run begins from; None for fresh ones."""
+    return None
+
   @abc.abstractmethod
   def batches(self, start: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
     """Batches of the steps from `start` on, without end; of each, this process's rows."""

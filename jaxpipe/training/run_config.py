@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxpipe.models.completep import CompleteP
 from jaxpipe.parallel.mesh import SLOW
 from jaxpipe.pipeline.residuals import residual_policy
 from jaxpipe.pipeline.unroll import SHAPES
@@ -88,6 +89,10 @@ class RunConfig(Settings):
     self._check("slow_axis", slow, f"cannot lie between hosts; use {' or '.join(SLOW)}")
     self._check("run_dir", bool(self.run_dir), "names no folder; use --run_dir=runs/NAME")
     self.profile_range()
+
+  def completep(self) -> CompleteP | None:
+    """How rates and decay depend on a parameter's place; None where they do not."""
+    return None
 
   def _check_by_name_only(self, name: str, unset: object) -> None:
     message = f"is for a schedule by name, --schedule=auto decides it; leave --{name} out"

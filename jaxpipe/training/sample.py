@@ -103,7 +103,7 @@ def forward(stack: LayerStack, params: Tree, window_T: jax.Array) -> jax.Array:
     return stack.apply_layer(layer_params, x, False, inputs), None
 
   # A scan over all layers: the depth is in the shapes, so one compiled layer serves.
-  x = stack.apply_embed(params["embed"], batch)
+  x = stack.apply_embed(params["embed"], batch, training=False)
   x, _ = jax.lax.scan(layer, x, (params["layers"], jnp.arange(stack.depth)))
   head: Any = stack.head_module(params)
   return head.logits(x)[0]

@@ -20,7 +20,10 @@ from jax.sharding import Mesh
 from jaxpipe.data import EvaluationBatches, TextData, TokenBatches, prepare_text
 from jaxpipe.data.windows import Batch
 from jaxpipe.models.cross_entropy import check_chunk
-from jaxpipe.models.transformer import TransformerConfig, check_sizes, flops_per_token, transformer
+from jaxpipe.models.huggingface import check_weights, read_params
+from jaxpipe.models.transformer import check_sizes, transformer
+from jaxpipe.models.transformer_config import TransformerConfig, flops_per_token
+from jaxpipe.models.transformer_ends import check_positions
 from jaxpipe.parallel.mesh import SEQUENCE, TENSOR
 from jaxpipe.parallel.placing import layers_per_stage
 from jaxpipe.parallel.sequence import check_divides
@@ -52,6 +55,13 @@ class Setup(Run):
   data: TextData
   train: TokenBatches
   validation: EvaluationBatches
+
+  def first_params(self) -> Tree | None:
+    """Where `--init_from` says what the run begins from: its weights, placed; otherwise None."""
+    if not self.config.init_from:
+      return None
+    where = (self.schedule, self.mesh)
+    return read_params(self.config.init_from, self.model, self.stack, *where)
 
   def begin(self) -> Self:
     """Keeps the tokenizer as well."""
@@ -101,12 +111,15 @@ def build(config: Config) -> Setup:
   if record:
     check_data(folder.path, record, train.identity, lambda name: config.flag(_flag_of(name)))
   model = config.model(data.tokenizer.vocabulary_size)
-  shared = ["shared_width"] * bool(config.shared_width)
+  stack, shared = transformer(model), ["shared_width"] * bool(config.shared_width)
+  if config.init_from:
+    with naming(config.flag("init_from")):
+      check_weights(config.init_from, model, stack)
   planned = make_plan(
     config,
     mesh,
     schedule,
-    transformer(model),
+    stack,
     batch_shapes(config),
     chosen_by=["layers"],
     placed_by=["width", "mlp_width", *shared, "tokenizer", "head"],
@@ -161,6 +174,8 @@ def _check_positions(config: Config, mesh: Mesh) -> None:
   T, c = config.sequence_length, sizes[SEQUENCE]
   with naming(*config.flags("sequence_length", "mesh", "sequence_parallel")):
     check_divides(T, c, sizes[TENSOR] if config.sequence_parallel else 1)
+  with naming(*config.flags("sequence_length", "max_positions")):
+    check_positions(config.model(vocabulary_size=1), T)
   if config.logits_chunk:
     with naming(*config.flags("logits_chunk", "sequence_length", "mesh")):
       check_chunk(T // c, min(config.logits_chunk, T // c))

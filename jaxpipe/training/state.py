@@ -60,6 +60,7 @@ def create_state(
   example_batch: Tree,
   schedule: Schedule,
   mesh: Mesh,
+  params: Tree | None = None,
 ) -> TrainState:
   """Returns the state before step 0; no device ever holds more than its own part of it.
 
@@ -68,9 +69,11 @@ def create_state(
     optimizer: from `make_optimizer`.
     seed: of the parameters.
     example_batch: a batch, or its shapes.
+    params: placed parameters to begin from, which are donated; None: fresh ones.
   """
   key = jax.random.fold_in(jax.random.key(seed), _INIT)
-  params = stack.init(key, example_batch, schedule, mesh)
+  if params is None:
+    params = stack.init(key, example_batch, schedule, mesh)
   model_state = {}
   if stack.has_state:
     model_state = stack.init_state(key, example_batch, schedule, mesh)

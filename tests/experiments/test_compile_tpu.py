@@ -27,7 +27,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_a_tiny_model_compiles_and_is_described(tmp_path: pathlib.Path, schedule: str) -> None:
-  done = run("--model=tiny", f"--schedule={schedule}", "--format=json", f"--out={tmp_path}/r.json")
+  done = run("--preset=tiny", f"--schedule={schedule}", "--format=json", f"--out={tmp_path}/r.json")
   assert done.returncode == 0, done.stderr
   report = json.loads((tmp_path / "r.json").read_text())
   assert report["device"] == "TPU v5" and report["parameters"] == 295488
@@ -58,7 +58,7 @@ def test_a_tiny_model_compiles_and_is_described(tmp_path: pathlib.Path, schedule
 def test_no_ring_is_copied(tmp_path: pathlib.Path, words: tuple[str, ...]) -> None:
   """Gradient rings were re-laid out, and R copied the pools that it reads and writes."""
   # In float32 a TPU multiplies what it has rounded to bfloat16, and rounds whole pools for W.
-  options = ("--model=tiny", "--layers=8", "--dtype=bfloat16", "--unroll=none", "--format=json")
+  options = ("--preset=tiny", "--layers=8", "--dtype=bfloat16", "--unroll=none", "--format=json")
   done = run(*options, *words, f"--out={tmp_path}/r.json")
   assert done.returncode == 0, done.stderr
   copies = json.loads((tmp_path / "r.json").read_text())["ring_copies"]
@@ -74,7 +74,7 @@ def test_an_unknown_topology_exits_2_with_one_line() -> None:
 
 @needs_libtpu
 def test_layers_that_do_not_fill_the_stages_exit_2_with_one_line() -> None:
-  done = run("--model=tiny", "--layers=6")
+  done = run("--preset=tiny", "--layers=6")
   assert done.returncode == 2 and done.stderr.count("\n") == 1
   assert "--layers=6 --mesh=stage:4: 6 layers cannot fill 4 stages evenly" in done.stderr
 

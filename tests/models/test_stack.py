@@ -233,3 +233,23 @@ def test_a_batch_without_rows(batch, message):
   stack = LayerStack(embed=Constant, layers=[Layer], head=Head)
   with pytest.raises(StackError, match=message):
     stack.init(jax.random.key(0), batch)
+
+
+class Trained(nnx.Variable):
+  """What a filter may name."""
+
+
+def test_a_filter_says_what_a_uniform_stack_creates():
+  class Own(nnx.Module):
+    def __init__(self, rngs):
+      self.scale = Trained(jnp.ones(4))
+
+    def __call__(self, x, context):
+      return x * self.scale[...][None, None]
+
+  stack = LayerStack(
+    embed=Embed, layers=[Own] * 2, head=Head, trainable=nnx.Any(nnx.Param, Trained)
+  )
+  assert stack.uniform
+  shapes = jax.tree.map(jnp.shape, stack.init(jax.random.key(0), ROWS))
+  assert shapes["layers"] == {"scale": (2, 4)}

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxpipe.models.transformer import TransformerConfig, flops_per_token, rotate, transformer
+from jaxpipe.models.rotary import RopeScaling, rotate
+from jaxpipe.models.transformer import transformer
+from jaxpipe.models.transformer_config import TransformerConfig, flops_per_token
 
 SHAPE = dict(vocabulary_size=16, layers=2, width=8, heads=2, kv_heads=1)
 
@@ -18,6 +20,10 @@ SHAPE = dict(vocabulary_size=16, layers=2, width=8, heads=2, kv_heads=1)
     (dict(heads=4, kv_heads=3), r"3 kv_heads do not divide 4 heads"),
     (dict(mlp="relu"), r"mlp 'relu' is unknown; use swiglu or gelu"),
     (dict(dropout=1.0), r"dropout 1.0 is not in \[0, 1\)"),
+    (dict(head_width=3), r"head width 3 is odd"),
+    (dict(norm="batchnorm"), r"norm 'batchnorm' is unknown; use rmsnorm or layernorm"),
+    (dict(bias="some"), r"bias 'some' is unknown; use none, qkv or all"),
+    (dict(positions="learned"), r"0 learned positions are none; use max_positions"),
   ],
 )
 def test_impossible_configurations(changes, message):
@@ -35,10 +41,11 @@ def logits(stack, params, tokens):
   return stack.head_module(params).logits(x)
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_token_sees_only_those_before_it(mlp, tied):
-  stack = transformer(TransformerConfig(**SHAPE, mlp=mlp, tied=tied))
+@pytest.mark.parametrize(
+  "changes", [{}, dict(mlp="gelu", tied=True), tiny.GPT2, tiny.QWEN2, tiny.QWEN3]
+)
+def test_a_token_sees_only_those_before_it(changes):
+  stack = transformer(TransformerConfig(**{**SHAPE, **changes}))
   batch = tiny.batch(2, length=6)
   params = stack.init(jax.random.key(0), batch)
   params = jax.tree.map(lambda p: p * 5, params)  # far from zero, so that influence shows
@@ -75,11 +82,38 @@ def test_rotary_scores_depend_on_distance_alone():
   assert abs(scores[1, 0] - scores[5, 0]) > 1e-3
 
 
-def test_flops_count_every_weight_that_multiplies():
-  config = TransformerConfig(**SHAPE)
+def test_slowed_turns_keep_the_fast_and_divide_the_slow():
+  scaling = RopeScaling.parse("8,1,4,64")
+  turns = jnp.array([16.0, 4.0, 2.5, 1.0, 0.5])  # within 64 positions
+  slowed = scaling(2 * jnp.pi * turns / 64) * 64 / (2 * jnp.pi)
+  np.testing.assert_allclose(slowed, [16, 4, 2.5 * (1 + 1 / 8) / 2, 1 / 8, 0.5 / 8], rtol=1e-6)
+  assert RopeScaling.parse(str(scaling)) == scaling
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("8,1", "'8,1' is not FACTOR,LOW,HIGH,LENGTH; use one like 32,1,4,8192"),
+    ("8,4,1,64", "low 4 above 0 and below high 1"),
+  ],
+)
+def test_impossible_rope_scaling(text, message):
+  with pytest.raises(ValueError, match=message):
+    RopeScaling.parse(text)
+
+
+def test_rows_longer_than_the_learned_positions():
+  stack = transformer(TransformerConfig(**{**SHAPE, **tiny.GPT2, "max_positions": 4}))
+  with pytest.raises(ValueError, match="rows of 5 tokens, and 4 learned positions"):
+    stack.check_shapes(tiny.batch(2, length=5))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(head_width=6)])
+def test_flops_count_every_weight_that_multiplies(changes):
+  config = TransformerConfig(**SHAPE, **changes)
   stack = transformer(config)
   head = config.vocabulary_size * config.width
   layers = sum(
     np.prod(s.shape) for s in jax.tree.leaves(stack.param_shapes()["layers"]) if len(s.shape) == 3
   )
-  assert flops_per_token(config, 4) == 6 * (layers + head) + 12 * 2 * 8 * 4
+  assert flops_per_token(config, 4) == 6 * (layers + head) + 12 * 2 * 2 * config.H * 4

@@ -62,8 +62,9 @@ def stack(i: int, sizes: dict[str, int], **changes) -> jaxpipe.LayerStack:
   options = dict(
     positions_cut=_positions_cut(i), ulysses=ulysses, logits_chunk=(0, 1)[i % 2], tied=i % 5 > 1
   )
-  layers = 2 * sizes["stage"]
-  return tiny.stack(layers, **shape, **options, moe=experts(i, sizes), **changes)
+  layers, moe = 2 * sizes["stage"], experts(i, sizes)
+  kind = ({}, tiny.QWEN2, tiny.QWEN3, {} if moe else tiny.GPT2)[i % 4]
+  return tiny.stack(layers, **shape, **options, **kind, moe=moe, **changes)
 
 
 def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
@@ -91,6 +92,8 @@ def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
     ("stage:2,sequence:2,tensor:2", "1f1b", dict(logits_chunk=2)),
     ("stage:2,fsdp:2,expert:2", "zeropp", dict(experts=("expert",))),
     ("stage:2,sequence:4", "1f1b", dict(experts=("sequence",))),
+    ("stage:2,sequence:2,tensor:2", "1f1b", dict(**tiny.GPT2, positions_cut=True)),
+    ("stage:2,tensor:2", "1f1b", dict(**tiny.QWEN2, **tiny.QWEN3)),
   ],
 )
 def test_meshes_of_every_axis(float64, mesh, schedule, changes):

@@ -15,6 +15,10 @@ from jaxpipe.schedules import Placement, Schedule
 class Stack:
   depth = 12
   rules = NONE
+  uniform = True
+
+  def laid_out(self, schedule):
+    return self
 
 
 def schedule(placement):
@@ -33,11 +37,11 @@ def schedule(placement):
 def test_every_device_holds_its_own_layers(placement, want):
   plan, mesh = schedule(placement), make_mesh({"stage": placement.devices})
   labels = {"embed": jnp.zeros(2), "layers": jnp.arange(12), "head": jnp.zeros(2)}
-  placed = jaxpipe.place(labels, Stack, plan, mesh)
+  placed = jaxpipe.place(labels, Stack(), plan, mesh)
   shards = sorted(placed["layers"].addressable_shards, key=lambda s: s.index[0].start or 0)
   assert [s.data.tolist() for s in shards] == want
   assert [s.device for s in shards] == list(mesh.devices.flat)
-  assert jaxpipe.unplace(placed, Stack, plan)["layers"].tolist() == list(range(12))
+  assert jaxpipe.unplace(placed, Stack(), plan)["layers"].tolist() == list(range(12))
   assert labels["layers"].tolist() == list(range(12))
 
 

@@ -9,8 +9,10 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxpipe
+from jaxpipe.models.stack import LayerStack
 
 
 class Convolve(nnx.Module):
@@ -92,3 +94,142 @@ def test_a_stack_brings_its_own_loss():
     jaxpipe.pipeline(loss, stack)
   with pytest.raises(ValueError, match="need a loss and an example batch"):
     jaxpipe.pipeline(loss, [jnp.tanh])
+
+
+class Told(nn.Module):
+  """Says by its output whether it was told to train."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Dense(6)(x) * (100.0 if train else 1.0)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_linen_module_without_state_is_told_that_it_trains(uniform):
+  """It was not: only modules with state had their mode set."""
+  batch = {"x": np.ones((4, 6), np.float32), "label": np.zeros(4, np.int32)}
+  modules = [Told()] * 2 if uniform else [Told(), lambda x: 2.0 * x]
+  pipe = jaxpipe.pipeline(
+    lambda y, batch: y.sum(-1) ** 2, modules, batch, mesh="stage:2", microbatches=1
+  )
+  assert pipe.stack.uniform == uniform
+  params = pipe.init(jax.random.key(0), batch)
+  trained, evaluated = pipe.value_and_grad(params, batch)[0][0], pipe.evaluate(params, batch)[0]
+  assert trained > 2 * evaluated
+
+
+def test_linen_dropout_under_a_train_flag_is_refused():
+  class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dropout(0.5)(nn.Dense(6)(x), deterministic=not train)
+
+  batch = {"x": np.ones((4, 6), np.float32), "label": np.zeros(4, np.int32)}
+  with pytest.raises(jaxpipe.StackError, match="draws random numbers of its own"):
+    jaxpipe.pipeline(loss, [Dropped()], batch)
+
+
+def test_a_bare_linen_norm_trains_over_all_rows_of_the_microbatch():
+  """It was given its context as a flag, and each device the statistics of its own rows."""
+  rng = np.random.default_rng(0)
+  batch = {"x": rng.normal(size=(8, 6)).astype(np.float32), "label": np.zeros(8, np.int32)}
+  pipe = jaxpipe.pipeline(
+    loss, [nn.BatchNorm(momentum=0.5), nn.Dense(3)], batch, mesh="stage:2,data:2", microbatches=2
+  )
+  assert pipe.check(batch).ok
+  key = jax.random.key(0)
+  params, state = pipe.init(key, batch), pipe.init_state(key, batch)
+  (_, _, after), _ = pipe.value_and_grad(params, batch, key, state)
+  mean = pipe.unplace(after)["layers"][0]["batch_stats"]["mean"][0]
+  np.testing.assert_allclose(mean, 0.5 * batch["x"].mean(0), rtol=1e-5)
+
+
+class Counter(nnx.BatchStat):
+  """Whole numbers that a layer changes."""
+
+
+class Counted(nnx.Module):
+  def __init__(self, rngs):
+    self.inner = nnx.Linear(6, 6, rngs=rngs)
+    self.seen = Counter(jnp.array([-5, 2], jnp.int32))
+    self.mask = nnx.Variable(jnp.array([0.1, jnp.finfo(jnp.float32).min]))
+
+  def __call__(self, x):
+    self.seen[...] = self.seen[...] - 1
+    return self.inner(x)
+
+
+def counting(**options):
+  batch = {"x": np.ones((6, 6), np.float32), "label": np.zeros(6, np.int32)}
+  options = dict(mesh="stage:2", microbatches=3) | options
+  return jaxpipe.pipeline(loss, [Counted, nnx.relu], batch, **options), batch
+
+
+def test_whole_numbers_may_be_negative_and_constants_stay_as_they_are():
+  """Largest values began at zero, and means of constants rounded, or overflowed."""
+  pipe, batch = counting()
+  key = jax.random.key(0)
+  params, state = pipe.init(key, batch), pipe.init_state(key, batch)
+  (_, _, after), _ = pipe.value_and_grad(params, batch, key, state)
+  found = pipe.unplace(after)["layers"][0]
+  assert found["seen"][0].tolist() == [-6, 1]
+  np.testing.assert_array_equal(found["mask"][0], state_mask(pipe, state))
+  assert pipe.check(batch).ok
+
+
+def state_mask(pipe, state):
+  return pipe.unplace(state)["layers"][0]["mask"][0]
+
+
+def test_counters_of_stages_that_live_twice_are_refused():
+  pipe, batch = counting(schedule="chimera", microbatches=2, mesh="stage:2")
+  with pytest.raises(jaxpipe.StackError, match="counts in whole numbers"):
+    pipe.init(jax.random.key(0), batch)
+
+
+def test_a_variable_that_changes_in_silence_is_refused():
+  class Silent(nnx.Module):
+    def __init__(self, rngs):
+      self.seen = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x):
+      self.seen[...] = self.seen[...] + 1
+      return x
+
+  with pytest.raises(jaxpipe.StackError, match="changes its variable"):
+    LayerStack.from_modules([Silent], loss=loss, batch=data(2))
+
+
+def test_a_state_that_was_not_placed_is_named():
+  batch = data(8)
+  pipe = make(batch)
+  key = jax.random.key(0)
+  with pytest.raises(ValueError, match=r"state\['layers'\].*jaxpipe.place\(state"):
+    pipe.value_and_grad(pipe.init(key, batch), batch, key, pipe.stack.init_state(key, batch))
+
+
+def test_a_module_that_stands_twice_shares_its_weights():
+  batch = {"x": np.ones((4, 6), np.float32), "label": np.zeros(4, np.int32)}
+  one = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+  stack = LayerStack.from_modules([one, nnx.relu, one], loss=loss, batch=batch)
+  assert sum(leaf.size for leaf in jax.tree.leaves(stack.param_shapes())) == 6 * 6 + 6
+
+
+def test_sequences_of_modules_are_layers():
+  batch = {"x": np.ones((4, 6), np.float32), "label": np.zeros(4, np.int32)}
+  pair = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.relu)
+  stack = LayerStack.from_modules([pair, nn.Sequential([nn.Dense(3)])], loss=loss, batch=batch)
+  assert len(stack.pieces.runs) == 2
+
+
+def test_names_to_keep_may_be_in_one_stage_alone():
+  class Named(nnx.Module):
+    def __init__(self, rngs):
+      self.inner = nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+      return checkpoint_name(self.inner(x), "act")
+
+  batch = {"x": np.ones((4, 6), np.float32), "label": np.zeros(4, np.int32)}
+  options = dict(mesh="stage:2", microbatches=1, residuals="names:act")
+  assert jaxpipe.pipeline(loss, [Named, nnx.relu], batch, **options).check(batch).ok

@@ -31,7 +31,7 @@ GRID = [
 ]
 
 
-@pytest.mark.sampled("stack, name, P, data, residuals", GRID, 8)
+@pytest.mark.sampled("stack, name, P, data, residuals", GRID, 5)
 def test_gradients_and_state_are_those_of_the_unpipelined_model(
   float64, stack, name, P, data, residuals
 ):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from jaxpipe.models.transformer import flops_per_token
+from jaxpipe.models.transformer_config import flops_per_token
 from jaxpipe.training import report
 from jaxpipe.training.config import Config
 from jaxpipe.training.metrics import Record

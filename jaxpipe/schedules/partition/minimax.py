@@ -26,29 +26,14 @@ import itertools
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
 
+from jaxpipe.schedules.partition.rows import Boundaries, Row, Table
+
 # Relative: below this, two values are the same.
 _SAME = 1e-11
 # Rows are added until this many; more would slow every bound for little.
 _ROWS = 64
 # Striking costs a pass over all rows and stages, so it waits for that many new rows.
 _STRIKE_EVERY = 8
-
-Boundaries = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-  """A linear function of what the stages sum up to.
-
-  Attributes:
-    weights: `weights[s]` has one factor for each resource of stage s.
-    constant: what it is without any.
-    limit: most that it may be; None for a row of the objective.
-  """
-
-  weights: tuple[tuple[float, ...], ...]
-  constant: float = 0
-  limit: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,56 +62,16 @@ class Optimum:
 Judge = Callable[[Boundaries], tuple[float, Row | None]]
 
 
-class _Table:
-  """One row, tabulated: its part up to each layer, and the least of what is to come."""
-
-  def __init__(self, row: Row, sums: Sequence[Sequence[float]]) -> None:
-    self.constant, self.limit = row.constant, row.limit
-    L = len(sums[0]) - 1
-    # `at[s][x]`: stage s from the first layer up to x; a stage is a difference of two.
-    self.at = [
-      [sum(w * up_to[x] for w, up_to in zip(weights, sums, strict=True) if w) for x in range(L + 1)]
-      for weights in row.weights
-    ]
-    self.to_come: list[list[float]] = []
-
-  def look_ahead(self, ends: Sequence[Sequence[Sequence[int]]]) -> None:
-    """Least of the stages s ... S-1 from layer x, for all s and x."""
-    S, L = len(self.at), len(self.at[0]) - 1
-    rest = [math.inf] * L + [0.0]
-    self.to_come = [rest]
-    for s in reversed(range(S)):
-      at, after = self.at[s], [a + b for a, b in zip(self.at[s], rest, strict=True)]
-      rest = [min([after[x] for x in ends[s][y]], default=math.inf) - at[y] for y in range(L + 1)]
-      self.to_come.append(rest)
-    self.to_come.reverse()
-
-  def look_back(self, ends: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-    """Least of the stages 0 ... s-1 up to layer x, for all s and x."""
-    L = len(self.at[0]) - 1
-    done = [[self.constant] + [math.inf] * L]
-    for s, at in enumerate(self.at):
-      here = [math.inf] * (L + 1)
-      for y, before in enumerate(done[s]):
-        if before < math.inf:
-          for x in ends[s][y]:
-            here[x] = min(here[x], before - at[y] + at[x])
-      done.append(here)
-    return done
-
-  def until(self, boundaries: Boundaries) -> float:
-    """The constant and the stages that the boundaries enclose."""
-    pieces = zip(self.at, itertools.pairwise(boundaries), strict=False)
-    return self.constant + sum(at[x] - at[y] for at, (y, x) in pieces)
-
-  def too_large(self, value: float, cutoff: float) -> bool:
-    """Whether a partition of which this row is at least `value` is out."""
-    return value >= cutoff if self.limit is None else value > self.limit
-
-
 @dataclasses.dataclass(frozen=True, order=True, slots=True)
 class _Open:
-  """A beginning that may hold something better; of equal bounds the longest first."""
+  """A beginning that may hold something better; of equal bounds the longest first.
+
+  Attributes:
+    bound: what no partition that begins like this can go below.
+    depth: minus its number of stages.
+    boundaries: where they begin, and where the next one does.
+    values: the rows without the last of them, a list that all its alternatives share.
+  """
 
   bound: float
   depth: int
@@ -181,7 +126,7 @@ class Minimax:
       ]
       for s in range(stages)
     ]
-    self.tables: list[_Table] = []
+    self.tables: list[Table] = []
     for row in rows:
       self._add(row)
     self._struck_at = (math.inf, 0)
@@ -231,8 +176,8 @@ class Minimax:
   def run(self) -> Optimum:
     """Searches until the best is proven or the effort is spent."""
     self._strike()
-    values = [table.constant for table in self.tables]
-    heap = [_Open(self._bound((0,), values), 0, (0,), values)]
+    root = _Open(-math.inf, 0, (0,), [])
+    heap = [dataclasses.replace(root, bound=self._bound((0,), self._values(root)))]
     while heap:
       node = heapq.heappop(heap)  # [1]
       if node.bound >= self._cutoff:
@@ -243,7 +188,7 @@ class Minimax:
       here, values = node.boundaries, self._values(node)
       bound = self._bound(here, values)
       if bound > node.bound:  # [2]
-        heapq.heappush(heap, _Open(bound, node.depth, here, values))
+        heapq.heappush(heap, dataclasses.replace(node, bound=bound))
       elif len(here) == self.stages:  # [3]
         if self.offer((*here, self.layers)) <= self.best[0]:
           self.descend((*here, self.layers))
@@ -266,16 +211,22 @@ class Minimax:
     )
 
   def _add(self, row: Row) -> None:
-    table = _Table(row, self.sums)
+    table = Table(row, self.sums)
     table.look_ahead(self.ends)
     self.tables.append(table)
 
-  def _values(self, node: "_Open") -> list[float]:
+  def _values(self, node: _Open) -> list[float]:
     """Every row of a beginning, those that were added since it was pushed as well."""
+    *before, end = node.boundaries
+    if not before:
+      return [table.constant for table in self.tables]
     new = self.tables[len(node.values) :]
-    return node.values + [table.until(node.boundaries) for table in new]
+    values = node.values + [table.until(tuple(before)) for table in new]
+    s, start = len(before) - 1, before[-1]
+    pieces = [table.at[s][end] - table.at[s][start] for table in self.tables]
+    return [value + piece for value, piece in zip(values, pieces, strict=True)]
 
-  def _further(self, here: Boundaries, values: list[float]) -> Iterator["_Open"]:
+  def _further(self, here: Boundaries, values: list[float]) -> Iterator[_Open]:
     """The beginnings with one boundary more that may hold something better."""
     s, start, cutoff = len(here) - 1, here[-1], self._cutoff
     ends = self.ends[s][start]
@@ -292,9 +243,7 @@ class Minimax:
           bounds[i] = total
     for bound, x in zip(bounds, ends, strict=True):
       if bound < cutoff:  # [4]
-        parts = [t.at[s][x] - t.at[s][start] for t in self.tables]
-        more = [value + part for value, part in zip(values, parts, strict=True)]
-        yield _Open(bound, -s - 1, (*here, x), more)
+        yield _Open(bound, -s - 1, (*here, x), values)
 
   def _bound(self, here: Boundaries, values: list[float]) -> float:
     s, start = len(here) - 1, here[-1]

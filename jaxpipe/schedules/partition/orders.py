@@ -11,8 +11,8 @@ from typing import Protocol
 
 from jaxpipe.schedules.actions import Kind
 from jaxpipe.schedules.partition.critical import CriticalPaths, PathWeights
-from jaxpipe.schedules.partition.minimax import Row
 from jaxpipe.schedules.partition.partition import Partition
+from jaxpipe.schedules.partition.rows import Row
 from jaxpipe.schedules.peaks import peaks
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
@@ -192,7 +192,7 @@ def _path_row(weights: PathWeights, hops: float) -> Row:
 def _memory_row(placement: Placement, d: int, counts: Sequence[int], limit: float) -> Row:
   held = placement.table[d]
   return Row(
-    weights=tuple((0, 0, 0, int(s in held), counts[s]) for s in range(placement.stages)),
+    weights=tuple((0, 0, 0, 1, n) if s in held else (0,) * 5 for s, n in enumerate(counts)),
     limit=limit,
   )
 

@@ -15,10 +15,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from jaxpipe.schedules.partition.layer import LayerCost
-from jaxpipe.schedules.partition.minimax import Boundaries, Minimax, Optimum, Row
+from jaxpipe.schedules.partition.minimax import Minimax, Optimum
 from jaxpipe.schedules.partition.orders import RESOURCES, Order, memory
 from jaxpipe.schedules.partition.partition import Partition
 from jaxpipe.schedules.partition.plan import Plan
+from jaxpipe.schedules.partition.rows import Boundaries, Row
 from jaxpipe.schedules.partition.rules import RULES, least_size, uniform
 from jaxpipe.schedules.simulate import simulate
 

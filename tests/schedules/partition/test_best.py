@@ -147,6 +147,19 @@ def test_no_partition_is_better_where_wide_boundaries_take_longer(seed):
   assert plan.uniform == simulate(schedule, equal.costs(hop_of(equal))).makespan
 
 
+@pytest.mark.parametrize("unit", [1, 0.1])
+@pytest.mark.sampled("seed", range(100), 6)
+def test_what_just_fits_fits(seed, unit):
+  schedule, layers, _, _ = drawn_case(seed)
+  layers = [
+    dataclasses.replace(x, parameters=unit * x.parameters, activations=unit * x.activations)
+    for x in layers
+  ]
+  free = best(layers, schedule, empty=True)
+  tight = best(layers, schedule, empty=True, memory_limit=free.memory)
+  assert (tight.makespan, tight.proven) == (free.makespan, True)
+
+
 def test_an_effort_too_small_is_no_proof():
   layers = drawn_layers(random.Random(0), 20)
   ask = {"devices": 4, "microbatches": 4, "chunks": 2}
@@ -181,7 +194,7 @@ def test_no_partition_is_better_where_the_order_is_planned(seed):
   layers = drawn_layers(draw, 5)
   hop = draw.randint(0, 2)
   stages = make_schedule(name, **ask).stages
-  limit = draw.choice((None, 60)) if name == "zb-auto" else None
+  limit = draw.choice((None, 30, 45, 60)) if name == "zb-auto" else None
 
   def planned(partition, costs):
     if limit is None:
@@ -190,6 +203,10 @@ def test_no_partition_is_better_where_the_order_is_planned(seed):
     return make_schedule(name, costs=costs, memory=partition.memory, memory_limit=room, **ask)
 
   expected = brute_force(layers, planned, stages, hop)
+  if expected == math.inf:
+    with pytest.raises(ValueError, match="no partition of 5 layers in 2 stages fits"):
+      best(layers, name, hop=hop, memory_limit=limit, **ask)
+    return
   plan = best(layers, name, hop=hop, memory_limit=limit, effort=10**6, **ask)
   assert (plan.makespan, plan.proven) == (expected, True)
 

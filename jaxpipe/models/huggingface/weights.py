@@ -1,0 +1,196 @@
+"""Parameters from the files of a folder onto their places, and back into files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as Spec
+
+from jaxpipe.models.huggingface.config import to_json
+from jaxpipe.models.huggingface.files import WeightFiles, bytes_of, write_files
+from jaxpipe.models.huggingface.names import Names, Piece, ignored, known_as
+from jaxpipe.models.stack import LayerStack
+from jaxpipe.models.transformer_config import TransformerConfig
+from jaxpipe.parallel.placing import Tree, layer_order, shardings
+from jaxpipe.parallel.rules import describe
+
+_SHOWN = 3  # tensors of each kind that an error names
+_LIMIT = 4 * 10**9  # bytes of a file
+
+
+def check_weights(
+  folder: str | os.PathLike[str], config: TransformerConfig, stack: LayerStack
+) -> WeightFiles:
+  """Compares what the files hold with what the model needs, by their headers alone.
+
+  Returns:
+    The files, opened.
+
+  Raises:
+    ValueError: tensors that are missing, left over or of another shape, all in one line; or files
+      that cannot be read.
+  """
+  files = WeightFiles.open(folder)
+  names = Names.of(config, stack.param_shapes())
+  wanted = {known_as(name, files.slices): names.shape(ps) for name, ps in names.tensors()}
+  missing = [f"{name} {list(wanted[name])}" for name in wanted if name not in files.slices]
+  extra = [
+    f"{name} {list(files.shape(name))}"
+    for name in files.slices
+    if name not in wanted and not ignored(name)
+  ]
+  unlike = [
+    f"{name} {list(files.shape(name))} for {list(shape)}"
+    for name, shape in wanted.items()
+    if name in files.slices and files.shape(name) != shape
+  ]
+  kinds = {"missing": missing, "left over": extra, "of another shape": unlike}
+  if found := "; ".join(_show(kind, what) for kind, what in kinds.items() if what):
+    raise ValueError(f"{folder}: the weights are not this model's: {found}")
+  return files
+
+
+def _show(kind: str, tensors: list[str]) -> str:
+  more = len(tensors) - _SHOWN
+  return f"{kind}: {', '.join(tensors[:_SHOWN])}{f' and {more} more' if more > 0 else ''}"
+
+
+def read_params(
+  folder: str | os.PathLike[str],
+  config: TransformerConfig,
+  stack: LayerStack,
+  schedule: Any = None,
+  mesh: Any = None,
+) -> Tree:
+  """Reads a model's parameters: the canonical tree on one device, or placed over a mesh.
+
+  Every process reads what its own devices hold of each parameter, one parameter at a time.
+
+  Args:
+    folder: with *.safetensors.
+    config: of the model, from `read_config` or equal in shape.
+    stack: `transformer(config)`.
+    schedule, mesh: as in `stack.init`.
+
+  Returns:
+    Parameters in the stack's dtypes.
+
+  Raises:
+    ValueError: see `check_weights`.
+  """
+  files, shapes = check_weights(folder, config, stack), stack.param_shapes()
+  names = Names.of(config, shapes)
+  if schedule is None:
+    order = np.arange(stack.depth)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: here, shapes)
+  else:
+    order, places = layer_order(stack.depth, schedule), shardings(shapes, stack, schedule, mesh)
+
+  def one(path: Any, leaf: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
+    name = describe(path)
+
+    def block(index: Any) -> np.ndarray:
+      return _block(files, names, name, leaf, index, order)
+
+    return jax.make_array_from_callback(leaf.shape, place, block)
+
+  return jax.tree.map_with_path(one, shapes, places)
+
+
+def _block(
+  files: WeightFiles,
+  names: Names,
+  path: str,
+  leaf: Any,
+  index: tuple[slice, ...],
+  order: np.ndarray,
+) -> np.ndarray:
+  """Part of a placed parameter, its layers in placement order."""
+  stored, start = names.stored[path], names.start(path)
+  spans = [range(*part.indices(n)) for part, n in zip(index, leaf.shape, strict=True)]
+  n = stored.leading
+  *rest, last = (slice(span.start, span.stop) for span in spans[n:])
+  inner = (*rest, slice(last.start + start, last.stop + start))
+  found = np.empty([len(span) for span in spans], leaf.dtype)
+  for at in np.ndindex(*found.shape[:n]):
+    numbers = [span[i] for span, i in zip(spans, at, strict=False)]
+    if n:
+      numbers[0] = int(order[numbers[0]])
+    name = known_as(stored.name.format(*numbers), files.slices)
+    part = files.read(name, inner[::-1] if stored.turned else inner)
+    found[at] = part.T if stored.turned else part
+  return found
+
+
+def export(
+  folder: str | os.PathLike[str],
+  params: Tree,
+  config: TransformerConfig,
+  *,
+  length: int,
+  order: np.ndarray | None = None,
+  limit: int = _LIMIT,
+) -> None:
+  """Writes a model as `transformers` reads it: config.json and safetensors.
+
+  All processes of a run call it, and the first writes. Beyond one file of tensors, none holds more
+  of the model than it had.
+
+  Args:
+    folder: made if missing; must be empty.
+    params: canonical, or placed.
+    config: of the model.
+    length: positions of the longest row that the model is for, where its configuration does not
+      say.
+    order: of a placed tree, `layer_order(depth, schedule)`; None for a canonical one.
+    limit: bytes of a file; beyond it there are several, with an index.
+
+  Raises:
+    ValueError: a model that Hugging Face has no name for, or a folder that is not empty.
+  """
+  at, fields = pathlib.Path(folder), to_json(config, length)
+  if at.is_file() or (at.is_dir() and any(at.iterdir())):
+    raise ValueError(f"{at}: not an empty folder; give another")
+  names = Names.of(config, params)
+  tensors = dict(names.tensors())
+  leaves = {describe(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+  position = np.argsort(np.arange(config.layers) if order is None else order)
+
+  def values() -> Iterator[tuple[str, np.ndarray]]:
+    for name, pieces in tensors.items():
+      parts = [_whole(leaves[p.path], p, position) for p in pieces]
+      joined = np.concatenate(parts, axis=-1)
+      turned = names.stored[pieces[0].path].turned
+      yield name, np.ascontiguousarray(joined.T if turned else joined)
+
+  if jax.process_index():
+    for _ in values():  # takes part in gathering
+      pass
+    return
+  at.mkdir(parents=True, exist_ok=True)
+  dtype = {name: leaves[pieces[0].path].dtype for name, pieces in tensors.items()}
+  sizes = {name: bytes_of(names.shape(ps), dtype[name]) for name, ps in tensors.items()}
+  write_files(at, values(), sizes, limit)
+  # Last: it is what marks a folder as a model's.
+  (at / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _whole(leaf: jax.Array, piece: Piece, position: np.ndarray) -> np.ndarray:
+  """One layer's parameter, or an expert's, from wherever it lies."""
+  numbers = piece.numbers and (int(position[piece.numbers[0]]), *piece.numbers[1:])
+  sharding = leaf.sharding
+  here = NamedSharding(sharding.mesh, Spec()) if isinstance(sharding, NamedSharding) else sharding
+  part = jax.jit(_take, out_shardings=here)(leaf, numbers)
+  return np.asarray(part.addressable_data(0))
+
+
+def _take(leaf: jax.Array, numbers: tuple[jax.Array, ...]) -> jax.Array:
+  return leaf[numbers]

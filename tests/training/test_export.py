@@ -1,0 +1,62 @@
+"""Out of a run and into another: the same model by Hugging Face's files."""
+
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpipe.models.huggingface import read_config, read_params
+from jaxpipe.training.config import Config
+from jaxpipe.training.errors import ConfigError
+from jaxpipe.training.export import export_run
+from jaxpipe.training.load import load
+from jaxpipe.training.loop import train
+from jaxpipe.training.setup import build
+
+GPT2 = dict(norm="layernorm", bias="all", positions="learned", mlp="gelu", kv_heads=2)
+
+
+def test_a_run_is_exported_and_another_begins_from_it(
+  tiny: Callable[..., Config], tmp_path: pathlib.Path
+) -> None:
+  assert train(build(tiny(steps=2, tokenizer="bpe:260", **GPT2)).begin()) == 0
+  run, folder = load(tmp_path / "run"), tmp_path / "out"
+  assert export_run(str(tmp_path / "run"), str(folder)) == 2
+  assert {p.name for p in folder.iterdir()} == {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+  }
+  next_run = dict(tokenizer=str(folder / "tokenizer.json"), init_from=str(folder), **GPT2)
+  setup = build(tiny(run_dir=str(tmp_path / "next"), **next_run))
+  assert read_config(folder) == setup.model
+  params = setup.first_params()
+  found = read_params(folder, setup.model, setup.stack)
+  for a, b, c in zip(*map(jax.tree.leaves, (params, found, run.params)), strict=True):
+    assert (np.asarray(a) == np.asarray(c)).all() and (np.asarray(b) == np.asarray(c)).all()
+
+
+def test_weights_of_another_shape_are_refused_before_anything_runs(
+  tiny: Callable[..., Config], tmp_path: pathlib.Path
+) -> None:
+  fixture = pathlib.Path(__file__).parents[1] / "data" / "huggingface" / "gpt2"
+  with pytest.raises(ConfigError, match=r"^--init_from=.*gpt2: .* missing: model.embed_tokens"):
+    build(tiny(init_from=str(fixture)))
+  assert not (tmp_path / "run").exists()
+
+
+def test_rows_longer_than_the_learned_positions(tiny: Callable[..., Config]) -> None:
+  with pytest.raises(
+    ConfigError, match="--sequence_length=16 --max_positions=8: rows of 16 tokens"
+  ):
+    build(tiny(positions="learned", max_positions=8))
+
+
+def test_the_command_fails_in_one_line(tmp_path: pathlib.Path) -> None:
+  command = [sys.executable, "-m", "jaxpipe.training.export", str(tmp_path / "none"), "out"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no run there" in done.stderr
