@@ -30,7 +30,7 @@ from jaxpipe.models.transformer import TransformerConfig, transformer
 
 DEVICES = (1, 2, 4, 8)
 OUT = pathlib.Path(__file__).parent / "largest-model.md"
-MICROBATCHES = 32
+DEVICES, MICROBATCHES = (1, 2, 4, 8), 32
 FILTERS = 512
 GB = 1e9
 
