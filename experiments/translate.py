@@ -6,7 +6,7 @@
 Names of countries, languages, currencies and scripts from Debian's iso-codes (the package
 pycountry); an encoder-decoder Transformer, T(2,256,4) of 0.5M parameters, over 4 CPU devices; the
 second command trains a model of the same size for one language alone. At the end the test names are
-translated and measured by BLEU; docs/translate.md compares the two. `--help` lists the flags.
+translated and measured by BLEU; docs/make_translate.py compares the two. `--help` lists the flags.
 """
 
 import dataclasses
