@@ -15,7 +15,7 @@ LENGTH = 4
 # What makes a configuration that of a known model, on any shape.
 GPT2 = dict(norm="layernorm", bias="all", positions="learned", max_positions=16, mlp="gelu")
 QWEN2 = dict(bias="qkv")
-QWEN3 = dict(head_width=6, qk_norm=True)
+QWEN3 = dict(head_width=8, qk_norm=True)
 
 
 def attention(query, key, value, *, is_causal):

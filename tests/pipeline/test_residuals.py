@@ -179,7 +179,7 @@ def test_jax_policies_are_those_that_need_no_arguments():
 @pytest.mark.parametrize(
   "residuals, message",
   [
-    ("some", r"residuals 'some' is unknown; use one of all, dots, full, .*nothing_saveable"),
+    ("some", r"residuals 'some' is unknown; use one of auto, all, dots, full, .*nothing_saveable"),
     ("dots_savable", r"did you mean dots_saveable\?"),
     ("save_only_these_names", r"'save_only_these_names' is unknown; .* or names:A,B"),
     ("names:", r"'names:' has an empty name; write names:A,B"),
