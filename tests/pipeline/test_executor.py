@@ -60,7 +60,9 @@ def test_dropout_without_a_key():
 
 def test_an_unknown_residual_policy():
   stack, schedule, mesh = build()
-  with pytest.raises(ValueError, match=r"residuals 'some' is unknown; use one of auto, all, dots, full,"):
+  with pytest.raises(
+    ValueError, match=r"residuals 'some' is unknown; use one of auto, all, dots, full,"
+  ):
     jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, residuals="some")
 
 
