@@ -138,17 +138,16 @@ def picture(images: Any, path: pathlib.Path) -> None:
   figure.savefig(path, dpi=120)
 
 
+DEFAULTS = DiffusionRun(
+  run_dir="runs/diffusion",
+  batch_size=128,
+  steps=1000,
+  learning_rate=2e-3,
+  warmup_steps=50,
+  weight_decay=0.01,
+  validate_every=200,
+  checkpoint_every=200,
+)
+
 if __name__ == "__main__":
-  run_task(
-    DiffusionRun(
-      run_dir="runs/diffusion",
-      batch_size=128,
-      steps=1000,
-      learning_rate=2e-3,
-      warmup_steps=50,
-      weight_decay=0.01,
-      validate_every=200,
-      checkpoint_every=200,
-    ),
-    build,
-  )
+  run_task(DEFAULTS, build)

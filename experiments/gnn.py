@@ -77,14 +77,15 @@ def whole_graph(stack: Any, batch: Any, params: Any, state: Any) -> str:
   return f"the whole graph at once, no history: accuracy {metrics['correct'] / weight:.4f}"
 
 
+DEFAULTS = GnnRun(
+  run_dir="runs/gnn",
+  batch_size=1024,
+  steps=150,
+  learning_rate=3e-3,
+  warmup_steps=20,
+  validate_every=25,
+  checkpoint_every=75,
+)
+
 if __name__ == "__main__":
-  defaults = GnnRun(
-    run_dir="runs/gnn",
-    batch_size=1024,
-    steps=150,
-    learning_rate=3e-3,
-    warmup_steps=20,
-    validate_every=25,
-    checkpoint_every=75,
-  )
-  run_task(defaults, build)
+  run_task(DEFAULTS, build)

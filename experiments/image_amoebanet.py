@@ -53,18 +53,18 @@ def build(config: AmoebaNetRun) -> Task:
   return digits_task(config, amoebanet(model))
 
 
+DEFAULTS = AmoebaNetRun(
+  digits=str(DIGITS),
+  run_dir="runs/amoebanet",
+  batch_size=128,
+  steps=200,
+  warmup_steps=20,
+  learning_rate=1e-2,
+  weight_decay=0.01,
+  partition="best",
+  validate_every=50,
+  checkpoint_every=100,
+)
+
 if __name__ == "__main__":
-  run_task(
-    AmoebaNetRun(
-      digits=str(DIGITS),
-      run_dir="runs/amoebanet",
-      batch_size=128,
-      steps=200,
-      warmup_steps=20,
-      learning_rate=1e-2,
-      weight_decay=0.01,
-      validate_every=50,
-      checkpoint_every=100,
-    ),
-    build,
-  )
+  run_task(DEFAULTS, build)

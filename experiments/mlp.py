@@ -43,17 +43,16 @@ def build(config: MlpRun) -> Task:
   return digits_task(config, gmlp(model))
 
 
+DEFAULTS = MlpRun(
+  digits=str(DIGITS),
+  run_dir="runs/mlp",
+  batch_size=64,
+  steps=600,
+  warmup_steps=60,
+  learning_rate=3e-3,
+  validate_every=200,
+  checkpoint_every=200,
+)
+
 if __name__ == "__main__":
-  run_task(
-    MlpRun(
-      digits=str(DIGITS),
-      run_dir="runs/mlp",
-      batch_size=64,
-      steps=600,
-      warmup_steps=60,
-      learning_rate=3e-3,
-      validate_every=200,
-      checkpoint_every=200,
-    ),
-    build,
-  )
+  run_task(DEFAULTS, build)

@@ -100,17 +100,16 @@ def baseline(held_out: list[dict[str, np.ndarray]]) -> Baseline:
   return Baseline(name="all background", metrics=metrics)
 
 
+DEFAULTS = SegmentRun(
+  run_dir="runs/segment",
+  batch_size=64,
+  steps=400,
+  warmup_steps=40,
+  learning_rate=1e-2,
+  weight_decay=0.01,
+  validate_every=100,
+  checkpoint_every=100,
+)
+
 if __name__ == "__main__":
-  run_task(
-    SegmentRun(
-      run_dir="runs/segment",
-      batch_size=64,
-      steps=400,
-      warmup_steps=40,
-      learning_rate=1e-2,
-      weight_decay=0.01,
-      validate_every=100,
-      checkpoint_every=100,
-    ),
-    build,
-  )
+  run_task(DEFAULTS, build)

@@ -76,17 +76,16 @@ def best_constant(labels: Any) -> float:
   return float(distances(repeated, labels).sum(axis=1).min() / (labels > 0).sum())
 
 
+DEFAULTS = SpeechRun(
+  run_dir="runs/speech",
+  batch_size=32,
+  steps=400,
+  learning_rate=3e-3,
+  warmup_steps=40,
+  weight_decay=0.01,
+  validate_every=50,
+  checkpoint_every=100,
+)
+
 if __name__ == "__main__":
-  run_task(
-    SpeechRun(
-      run_dir="runs/speech",
-      batch_size=32,
-      steps=400,
-      learning_rate=3e-3,
-      warmup_steps=40,
-      weight_decay=0.01,
-      validate_every=50,
-      checkpoint_every=100,
-    ),
-    build,
-  )
+  run_task(DEFAULTS, build)

@@ -45,17 +45,16 @@ def build(config: VitRun) -> Task:
   return digits_task(config, vit(model))
 
 
+DEFAULTS = VitRun(
+  digits=str(DIGITS),
+  run_dir="runs/vit",
+  batch_size=64,
+  steps=800,
+  warmup_steps=80,
+  learning_rate=3e-3,
+  validate_every=200,
+  checkpoint_every=200,
+)
+
 if __name__ == "__main__":
-  run_task(
-    VitRun(
-      digits=str(DIGITS),
-      run_dir="runs/vit",
-      batch_size=64,
-      steps=800,
-      warmup_steps=80,
-      learning_rate=3e-3,
-      validate_every=200,
-      checkpoint_every=200,
-    ),
-    build,
-  )
+  run_task(DEFAULTS, build)

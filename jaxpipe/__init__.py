@@ -19,6 +19,7 @@ if TYPE_CHECKING:
   from jaxpipe.pipeline.layer_costs import layer_costs
   from jaxpipe.pipeline.memory import MemoryReport, memory_report
   from jaxpipe.pipeline.packing import PackingReport, packing_report
+  from jaxpipe.pipeline.partition import partitioned
   from jaxpipe.pipeline.pipelined import pipeline
   from jaxpipe.pipeline.reference import reference_value_and_grad
   from jaxpipe.schedules import (
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
   from jaxpipe.schedules.partition import LayerCost, Partition
   from jaxpipe.training.choose import choose_schedule
   from jaxpipe.training.load import load
-  from jaxpipe.training.partition import partitioned
 
 _HOME = {
   "Action": "jaxpipe.schedules",
@@ -64,7 +64,7 @@ _HOME = {
   "PackingReport": "jaxpipe.pipeline.packing",
   "packing_report": "jaxpipe.pipeline.packing",
   "pipeline": "jaxpipe.pipeline",  # the package, which can be called
-  "partitioned": "jaxpipe.training.partition",
+  "partitioned": "jaxpipe.pipeline.partition",
   "pipeline_forward": "jaxpipe.pipeline.executor",
   "pipeline_value_and_grad": "jaxpipe.pipeline.executor",
   "place": "jaxpipe.parallel.placing",

@@ -39,8 +39,10 @@ MAY_IMPORT = {
   "models": {"jaxpipe.parallel."},
   "pipeline": {
     "jaxpipe.models.context",
+    "jaxpipe.models.forward",  # for `jaxpipe.pipeline`, the front door
     "jaxpipe.models.stack",
     "jaxpipe.parallel.",
+    "jaxpipe.schedules.partition.",
     *SCHEDULE_VALUES,
   },
   "training": {

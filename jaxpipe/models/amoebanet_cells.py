@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpipe.models.batch_norm import BatchNorm
 from jaxpipe.models.context import Context
-from jaxpipe.models.pictures import Convolution, batch_norm, max_pool
+from jaxpipe.models.pictures import Convolution, max_pool
 
 GROUPS = 3  # of normal cells, a reduction cell between each two
 _EPSILON = 1e-3
@@ -264,9 +265,9 @@ def conv(
   )
 
 
-def norm(config: AmoebaNetConfig, channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+def norm(config: AmoebaNetConfig, channels: int, rngs: nnx.Rngs) -> BatchNorm:
   """Batch norm, with the configuration's momentum."""
-  return batch_norm(
+  return BatchNorm(
     channels,
     momentum=config.momentum,
     epsilon=_EPSILON,

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpipe.models.batch_norm import BatchNorm
 from jaxpipe.models.context import Context
 from jaxpipe.models.ctc import ctc_losses, edit_distances, hear
 from jaxpipe.models.stack import LayerStack
@@ -67,13 +68,10 @@ class DeepSpeechConfig:
     types = dict(dtype=self.dtype, param_dtype=self.dtype)
     return nnx.Conv(channels, self.channels, (5, 5), strides=2, use_bias=False, rngs=rngs, **types)
 
-  def norm(self, features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+  def norm(self, features: int, rngs: nnx.Rngs) -> BatchNorm:
     """Normalises each feature over all else; its averages move by a twentieth a step."""
     types = dict(dtype=self.dtype, param_dtype=self.dtype)
-    norm = nnx.BatchNorm(features, momentum=0.95, rngs=rngs, **types)
-    # Flax begins its averages in float32 whatever the types are, and goes on in the wider one.
-    norm.mean, norm.var = (nnx.BatchStat(a[...].astype(self.dtype)) for a in (norm.mean, norm.var))
-    return norm
+    return BatchNorm(features, momentum=0.95, rngs=rngs, **types)
 
 
 class Embed(nnx.Module):

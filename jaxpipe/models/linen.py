@@ -134,7 +134,8 @@ def _pure(module: nnx.Module, kept: Any = ...) -> Tree:
 def _told(module: nn.Module) -> dict[str, bool]:
   """Parameters of the module's call that say whether it trains, and what they say if it does."""
   names = inspect.signature(type(module).__call__).parameters
-  return {name: says for name, says in _TOLD.items() if name in names}
+  # A module that was told when it was made takes it ill to be told again.
+  return {k: says for k, says in _TOLD.items() if k in names and getattr(module, k, None) is None}
 
 
 def _guard(module: nn.Module, call: Callable[[], Any]) -> Any:

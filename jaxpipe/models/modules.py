@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 from jaxpipe.models.linen import linen
-from jaxpipe.models.part import Factory, Part, StackError
+from jaxpipe.models.part import Factory, Part, StackError, called
 from jaxpipe.models.pieces import shape_after
 
 Tree = Any
@@ -39,7 +39,8 @@ def parts_of_modules(
     name = f"layers[{i}]"
     factory = _factory(name, module, x, batch)
     layers.append(factory)
-    part = Part.trace(name, factory, trainable)
+    with called(f"{name} ({type(module).__name__})", x):  # Linen is called to be made
+      part = Part.trace(name, factory, trainable)
     x = shape_after(part, x, batch)
     if isinstance(module, nnx.Module) and first.setdefault(id(module), i) != i:
       if part.state:
@@ -130,10 +131,16 @@ def _parameters(function: Any) -> Sequence[str]:
 
 
 def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None:
-  out = jax.eval_shape(loss, y, batch)
-  rows = jax.tree.leaves(batch)[0].shape[0]
-  if not isinstance(out, tuple) and (not out.shape or out.shape[0] != rows):
+  with called("loss(y, batch), of y which the last module returns,", y):
+    out = jax.eval_shape(loss, y, batch)
+  rows, said = jax.tree.leaves(batch)[0].shape[0], ""
+  if isinstance(out, tuple):
+    if len(out) != 3 or any(leaf.shape for leaf in jax.tree.leaves(out[:2])):
+      said = f"a tuple of {', '.join(str(jax.tree.map(jnp.shape, one)) for one in out)}"
+  elif not out.shape or out.shape[0] != rows:
+    said = f"an array of shape {out.shape}"
+  if said:
     raise StackError(
-      f"loss returns an array of shape {out.shape} for {rows} rows; return a loss for every row,"
-      " or (loss_sum, weight, metrics): microbatches are added, and a mean of means is no mean"
+      f"loss returns {said} for {rows} rows; return a loss for every row, or (loss_sum, weight,"
+      " metrics), sums over the rows: microbatches are added, and a mean of means is no mean"
     )

@@ -6,10 +6,11 @@ in training changes, and weights that are frozen, which nothing changes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -150,6 +151,19 @@ class Part:
     """Whether both have the same static graph and the same parameter shapes and dtypes."""
     mine, theirs = (self.shapes, self.state), (other.shapes, other.state)
     return self.graph == other.graph and same_shapes(mine, theirs)
+
+
+@contextlib.contextmanager
+def called(name: str, x: Tree) -> Iterator[None]:
+  """Errors of shapes and types in a call become a StackError: whose call, and what it was given."""
+  try:
+    yield
+  except StackError:
+    raise
+  except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+    given = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
+    said = " ".join(str(error).split())
+    raise StackError(f"{name} cannot be called with {given}: {said[:300]}") from error
 
 
 def wanted(kind: type) -> int:

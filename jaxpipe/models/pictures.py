@@ -1,6 +1,6 @@
-"""What networks on pictures are made of: convolution, maximum over windows, batch norm.
+"""What networks on pictures are made of: convolution, maximum over windows.
 
-XLA has operations for the first two. But on a CPU, inside a loop (and a pipeline is one), the
+XLA has operations for both. But on a CPU, inside a loop (and a pipeline is one), the
 backward of a convolution takes 4 to 25 times as long as that of a matrix product of shifted
 pictures, and the backward of a maximum 4 times as long as over shifted pictures. An accelerator
 wants XLA's own convolution, `lax.conv_general_dilated`.
@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
 Convolution = Callable[..., jax.Array]
@@ -71,14 +70,6 @@ def max_pool(x_BHWC: jax.Array, size: int, stride: int) -> jax.Array:
   for dim in (1, 2):
     x_BHWC = functools.reduce(jnp.maximum, _shifted(x_BHWC, dim, size, stride, -jnp.inf))
   return x_BHWC
-
-
-def batch_norm(channels: int, **options: Any) -> nnx.BatchNorm:
-  """`nnx.BatchNorm`, whose running averages are as wide as its parameters and float32 at least."""
-  norm = nnx.BatchNorm(channels, **options)
-  wide = jnp.promote_types(norm.param_dtype, jnp.float32)
-  norm.mean, norm.var = (nnx.BatchStat(stat[...].astype(wide)) for stat in (norm.mean, norm.var))
-  return norm
 
 
 def _shifted(x: jax.Array, dim: int, size: int, stride: int, edge: float) -> list[jax.Array]:

@@ -12,7 +12,6 @@ The tree of the state is made alike.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.models.context import Context, LayerInputs
-from jaxpipe.models.part import Factory, Part, StackError, same_shapes, sums
+from jaxpipe.models.part import Factory, Part, StackError, called, same_shapes, sums
 from jaxpipe.models.paths import get_path, leaf_paths, set_path, without
 
 Tree = Any
@@ -161,7 +160,8 @@ class Pieces:
       out = part.run(params, state, True, *args)[0]
       return sums(out) if piece == "head" else out
 
-    return _named(part.name, args[0], call, part.shapes, part.state, *args)
+    with called(part.name, args[0]):
+      return jax.eval_shape(call, part.shapes, part.state, *args)
 
   def try_layer(self, i: int, x: Tree, batch: Tree) -> Tree:
     """The same of a layer."""
@@ -183,7 +183,8 @@ def shape_after(part: Part, x: Tree, batch: Tree) -> Tree:
     )
     return part.run(params, state, True, x, Context.create(True, **inputs))[0]
 
-  return _named(f"{part.name} ({part.label})", x, call, part.shapes, part.state, x, batch)
+  with called(f"{part.name} ({part.label})", x):
+    return jax.eval_shape(call, part.shapes, part.state, x, batch)
 
 
 def get_owned(trees: Mapping[str, Tree], path: str) -> Any:
@@ -255,18 +256,6 @@ def _stacked(trees: Sequence[Tree]) -> Tree:
     return jnp.stack(leaves)
 
   return jax.tree.map(stack, *trees)
-
-
-def _named(name: str, x: Tree, call: Any, *args: Tree) -> Tree:
-  """Shapes of `call(*args)`; errors of shapes and types name the module and what it was given."""
-  try:
-    return jax.eval_shape(functools.partial(call), *args)
-  except StackError:
-    raise
-  except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-    given = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
-    said = " ".join(str(error).split())
-    raise StackError(f"{name} cannot be called with {given}: {said[:300]}") from error
 
 
 def _rows(batch: Tree) -> int:

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpipe.models.batch_norm import BatchNorm
 from jaxpipe.models.context import Context
-from jaxpipe.models.pictures import Convolution, batch_norm, max_pool
+from jaxpipe.models.pictures import Convolution, max_pool
 from jaxpipe.models.stack import LayerStack
 
 Flow = dict[str, Any]
@@ -68,7 +69,7 @@ class Convolutions(nnx.Module):
     options = dict(use_bias=False, conv_general_dilated=config.convolution, **dtypes)
     sizes = ((fan_in, channels), (channels, channels))
     self.convs = nnx.List([nnx.Conv(*size, (3, 3), **options) for size in sizes])
-    self.norms = nnx.List([batch_norm(channels, momentum=config.momentum, **dtypes) for _ in sizes])
+    self.norms = nnx.List([BatchNorm(channels, momentum=config.momentum, **dtypes) for _ in sizes])
 
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     for conv, norm in zip(self.convs, self.norms, strict=True):

@@ -130,8 +130,15 @@ class LayerStack:
   def _check_partition(self) -> None:
     if self.partition is None:
       return
+    if not all(isinstance(n, int) for n in self.partition):
+      raise StackError(
+        f"partition={self.partition!r} is no list of whole numbers; give how many layers each stage"
+        " has, or let jaxpipe.partitioned(stack, schedule, batch, METHOD) choose"
+      )
     object.__setattr__(self, "partition", tuple(self.partition))
-    if sum(self.partition) != self.depth or min(self.partition) < 0:
+    if self.partition and min(self.partition) < 0:
+      raise StackError(f"partition {list(self.partition)} has a stage of less than 0 layers")
+    if sum(self.partition) != self.depth:
       raise StackError(
         f"partition {list(self.partition)} has {sum(self.partition)} layers and the stack"
         f" {self.depth}; give every stage its number of layers, 0 or more"

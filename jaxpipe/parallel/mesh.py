@@ -115,7 +115,8 @@ def make_mesh(
   if need > len(found):
     raise MeshError(
       f"mesh {text} needs {need} devices but there are {len(found)} ({found[0].platform});"
-      f" take a smaller mesh, or on CPU force {need}: ./launch/local.sh --devices={need} SCRIPT"
+      f" take a smaller mesh, or on CPU force {need}: ./launch/local.sh --devices={need} SCRIPT,"
+      f" or XLA_FLAGS=--xla_force_host_platform_device_count={need}"
     )
   grid = _grid(tuple(shape.values()), found[:need], text, slow)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -84,10 +84,13 @@ def given_state(stack: Any, state: Tree | None) -> Tree:
   Raises:
     ValueError: a stack with state is called without, or one without with.
   """
+  if isinstance(state, jax.Array):
+    raise ValueError("the state is an array, such as a key; call step(params, batch, key, state)")
   if stack.has_state and not state:
     raise ValueError(
       "the stack has state (running statistics or frozen weights): call step(params, batch, key,"
-      " state), state = stack.init_state(key, batch, schedule, mesh)"
+      " state) or evaluate(params, batch, state); it comes from pipe.init_state(key, batch), or"
+      " stack.init_state(key, batch, schedule, mesh)"
     )
   if state and not stack.has_state and jax.tree.leaves(state):
     raise ValueError("the stack has no state, and the step was given some; leave it out")

@@ -17,6 +17,12 @@ from jaxpipe.schedules import Schedule
 
 Tree = Any
 
+# What a report of too large errors says where they may be rounding's.
+_ROUNDING = (
+  "Where all else is equal, a leaf whose gradient is zero but for rounding (a bias before a norm)"
+  " may be as far as this: with parameters and data in float64 the tolerance is 1e-12."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -55,6 +61,7 @@ class Report:
       f"{self.loss_error:10.2e}  loss",
       f"{self.metrics_error:10.2e}  metrics",
       f"{verdict}: worst {self.worst:.2e}, allowed {self.tolerance:.0e}",
+      *([] if self.ok or self.tolerance < 1e-9 else [_ROUNDING]),
     ]
     return "\n".join(lines)
 

@@ -10,11 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxpipe.models.forward import modules, run_layers
 from jaxpipe.models.stack import LayerStack
-from jaxpipe.parallel.mesh import STAGE, make_mesh
+from jaxpipe.parallel.mesh import STAGE, make_mesh, row_shards
 from jaxpipe.parallel.placing import place, unplace
+from jaxpipe.pipeline.batch import check_rows
 from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
+from jaxpipe.pipeline.partition import partitioned
 from jaxpipe.pipeline.residuals import AUTO, Policy
 from jaxpipe.schedules import Schedule, make_schedule
 
@@ -34,6 +37,18 @@ class Pipelined:
   schedule: Schedule
   mesh: Mesh
   options: dict[str, Any]
+
+  def __str__(self) -> str:
+    """What runs where, in a few lines."""
+    sizes = ",".join(f"{axis}:{n}" for axis, n in self.mesh.shape.items() if n > 1) or "one device"
+    laid = self.stack.laid_out(self.schedule)
+    lines = [
+      f"{self.schedule.name} of {self.schedule.microbatches} microbatches over {sizes}"
+      f" ({self.schedule.stages} stages, {laid.depth if laid.uniform else self.stack.depth} layers)"
+    ]
+    if not laid.uniform:
+      lines += [f"stage {s}: {', '.join(names)}" for s, names in enumerate(laid.stages)]
+    return "\n".join(lines)
 
   def init(self, key: jax.Array, batch: Tree) -> Tree:
     """Fresh parameters; each device makes its own."""
@@ -62,8 +77,21 @@ class Pipelined:
     return unplace(tree, self.stack, self.schedule)
 
   def check(self, batch: Tree) -> Report:
-    """Every gradient leaf against the unpipelined model; see `jaxpipe.check`."""
+    """Every gradient leaf of fresh parameters against the unpipelined model's; `jaxpipe.check`."""
     return check(self.stack, self.schedule, self.mesh, batch, **self.options)
+
+  def predict(self, params: Tree, batch: Tree, state: Tree | None = None) -> Tree:
+    """What the last layer returns for a batch of any size, without dropout, by moving averages.
+
+    All layers run on the first device, which must have room for them.
+    """
+    return _predict(self.stack, self.unplace(params), self.unplace(state) if state else {}, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(stack: LayerStack, params: Tree, state: Tree, batch: Tree) -> Tree:
+  embed, *layers, _ = modules(stack, params, state)
+  return run_layers(layers, embed(batch), batch)
 
 
 def pipeline(
@@ -74,6 +102,7 @@ def pipeline(
   mesh: str | Mesh = "stage:4",
   schedule: str | Schedule = "1f1b",
   microbatches: int = 8,
+  partition: str | Sequence[int] | None = None,
   inputs: str | Callable[[Tree], Tree] = "x",
   residuals: str | Policy = AUTO,
   **stack_options: Any,
@@ -88,12 +117,14 @@ def pipeline(
     mesh: as `make_mesh` takes it, or one that it has made.
     schedule: a name, or a schedule for the mesh's stages.
     microbatches: M, where the schedule is named.
+    partition: how many layers each stage has, or a method of `partitioned`, such as `best`; by
+      default as even as can be.
     inputs: see `LayerStack.from_modules`.
     residuals: see `pipeline_value_and_grad`.
-    stack_options: of `LayerStack`: partition, tied, trainable.
+    stack_options: of `LayerStack`: tied, trainable.
 
   Raises:
-    ValueError: as each of these does.
+    ValueError: as each of these does; or rows that the microbatches do not divide.
   """
   if isinstance(layers, LayerStack):
     if loss is not None or stack_options:
@@ -108,5 +139,16 @@ def pipeline(
   mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
   if isinstance(schedule, str):
     schedule = make_schedule(schedule, devices=mesh.shape[STAGE], microbatches=microbatches)
+  if batch is not None:
+    check_rows(batch, schedule.microbatches, row_shards(mesh))
+  if isinstance(partition, str):
+    if batch is None:
+      raise ValueError(f"partition={partition!r} needs an example batch")
+    stack, _ = partitioned(
+      stack, schedule, batch, partition, shards=row_shards(mesh), residuals=residuals
+    )
+  elif partition is not None:
+    stack = dataclasses.replace(stack, partition=partition)
+  stack.laid_out(schedule)  # refuses what does not fit
   options = {"residuals": residuals}
   return Pipelined(stack=stack, schedule=schedule, mesh=mesh, options=options)

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxpipe.parallel.mesh import row_shards
+from jaxpipe.pipeline.partition import partitioned
 from jaxpipe.training.checkpoint import Checkpoints
 from jaxpipe.training.errors import ConfigError, naming
 from jaxpipe.training.launch import launch
 from jaxpipe.training.metrics import read_records
-from jaxpipe.training.partition import partitioned
 from jaxpipe.training.plan import build_mesh, build_schedule, check_batch, make_plan, schedule_flags
 from jaxpipe.training.rows import ProcessRows
 from jaxpipe.training.run import Run, Validate

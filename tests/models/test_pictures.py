@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from jaxpipe.models.pictures import batch_norm, convolve, max_pool
+from jaxpipe.models.pictures import convolve, max_pool
 
 DIMS = ("NHWC", "HWIO", "NHWC")
 
@@ -56,9 +56,3 @@ def test_a_maximum_and_its_gradient_are_xlas(size, window, stride):
   theirs = both(lambda x: nnx.max_pool(x, (window,) * 2, (stride,) * 2, "SAME"))
   mine = both(lambda x: max_pool(x, window, stride))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), mine, theirs)
-
-
-def test_running_averages_are_as_wide_as_the_parameters(float64):
-  for narrow, wide in ((jnp.bfloat16, jnp.float32), (jnp.float64, jnp.float64)):
-    norm = batch_norm(2, param_dtype=narrow, rngs=nnx.Rngs(0))
-    assert norm.mean[...].dtype == norm.var[...].dtype == wide

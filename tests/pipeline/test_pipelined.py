@@ -144,6 +144,89 @@ def test_a_bare_linen_norm_trains_over_all_rows_of_the_microbatch():
   np.testing.assert_allclose(mean, 0.5 * batch["x"].mean(0), rtol=1e-5)
 
 
+class Scaled(nn.Module):
+  """Expects 5 features."""
+
+  @nn.compact
+  def __call__(self, x):
+    return x * self.param("scale", nn.initializers.ones, (5,))
+
+
+MISFITS = [
+  ([nn.Dense(4), Scaled()], loss, r"layers\[1\] \(Scaled\) cannot be called with float32\[8, 4\]"),
+  ([nn.Dense(4), nn.Dropout(0.5, deterministic=False)], loss, "draws random numbers of its own"),
+  ([lambda x: {"h": x}], lambda y, b: y - b["x"], r"loss\(y, batch\).* with {'h': 'float32\[8, 6"),
+  ([nn.Dense(4)], lambda y, b: (y.sum(-1), {}), r"loss returns a tuple of \(8,\), {} for 8 rows"),
+  ([nn.Dense(4)], lambda y, b: y.mean(), r"loss returns an array of shape \(\) for 8 rows"),
+]
+
+
+@pytest.mark.parametrize("modules, loss, said", MISFITS)
+def test_what_does_not_fit_is_named_when_it_is_put_together(modules, loss, said):
+  batch = {"x": np.ones((8, 6), np.float32), "label": np.zeros(8, np.int32)}
+  with pytest.raises(jaxpipe.StackError, match=said):
+    jaxpipe.pipeline(loss, modules, batch, mesh="stage:2", microbatches=2)
+
+
+def test_a_norm_that_is_told_when_it_is_made_is_not_told_again():
+  batch = {"x": np.ones((8, 6), np.float32), "label": np.zeros(8, np.int32)}
+  norm = nn.BatchNorm(use_running_average=False)
+  pipe = jaxpipe.pipeline(loss, [norm, nn.Dense(3)], batch, mesh="stage:2", microbatches=2)
+  assert pipe.check(batch).ok
+
+
+@pytest.mark.parametrize(
+  "options, said",
+  [
+    ({"microbatches": 3}, "a batch of 32 rows cannot be cut into 3 microbatches"),
+    ({"partition": [2, 2, 1]}, r"partition \[2, 2, 1\] is for 3 stages and the schedule has 2"),
+    ({"partition": [6, -1]}, r"partition \[6, -1\] has a stage of less than 0 layers"),
+    ({"partition": [2.0, 3]}, r"partition=\[2.0, 3\] is no list of whole numbers"),
+    ({"partition": "cleverest"}, "unknown partition 'cleverest'; known: .* best"),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused_at_once(options, said):
+  with pytest.raises(ValueError, match=said):
+    make(data(), **options)
+
+
+def test_a_partition_may_be_named():
+  batch = data()
+  pipe = make(batch, partition="best")
+  assert len(pipe.stack.partition) == 2 and sum(pipe.stack.partition) == 5
+  assert pipe.stack.partition == make(batch, partition=pipe.stack.partition).stack.partition
+  assert str(pipe).splitlines()[0] == "1f1b of 4 microbatches over stage:2 (2 stages, 5 layers)"
+  assert "stage 1: " in str(pipe)
+
+
+def test_predictions_are_those_that_evaluation_counts():
+  batch = data()
+
+  def counted(y, batch):
+    correct = jnp.sum(y.argmax(-1) == batch["label"])
+    return loss(y, batch).sum(), 1.0 * len(y), {"correct": correct}
+
+  modules = [lambda x: x.reshape(len(x), -1), Normed(), functools.partial(nnx.Linear, 6, 2)]
+  pipe = jaxpipe.pipeline(counted, modules, batch, mesh="stage:2", microbatches=4)
+  key = jax.random.key(0)
+  params, state = pipe.init(key, batch), pipe.init_state(key, batch)
+  (_, _, state), _ = pipe.value_and_grad(params, batch, key, state)
+  value, metrics = pipe.evaluate(params, batch, state)
+  y = pipe.predict(params, batch, state)
+  np.testing.assert_allclose(loss(y, batch).mean(), value, rtol=1e-5)
+  assert metrics["correct"] == (y.argmax(-1) == batch["label"]).sum()
+  assert pipe.predict(params, data(5), state).shape == (5, 2)
+
+
+def test_a_key_in_the_place_of_the_state_is_told():
+  batch = data()
+  pipe = make(batch)
+  key = jax.random.key(0)
+  params, state = pipe.init(key, batch), pipe.init_state(key, batch)
+  with pytest.raises(ValueError, match="the state is an array, such as a key"):
+    pipe.value_and_grad(params, batch, state, key)
+
+
 class Counter(nnx.BatchStat):
   """Whole numbers that a layer changes."""
 
@@ -182,9 +265,8 @@ def state_mask(pipe, state):
 
 
 def test_counters_of_stages_that_live_twice_are_refused():
-  pipe, batch = counting(schedule="chimera", microbatches=2, mesh="stage:2")
   with pytest.raises(jaxpipe.StackError, match="counts in whole numbers"):
-    pipe.init(jax.random.key(0), batch)
+    counting(schedule="chimera", microbatches=2, mesh="stage:2")
 
 
 def test_a_variable_that_changes_in_silence_is_refused():

@@ -51,7 +51,8 @@ ERRORS = [
   (
     {"mesh": "stage:64"},
     "--mesh=stage:64: mesh stage:64 needs 64 devices but there are 8 (cpu); take a smaller mesh,"
-    " or on CPU force 64: ./launch/local.sh --devices=64 SCRIPT",
+    " or on CPU force 64: ./launch/local.sh --devices=64 SCRIPT,"
+    " or XLA_FLAGS=--xla_force_host_platform_device_count=64",
   ),
   (
     {"mesh": "pipe:4"},

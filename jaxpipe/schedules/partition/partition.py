@@ -76,7 +76,7 @@ class Partition:
     held = [stage.activations for stage in self.stages]
     return held, 0, [-x for x in held]
 
-  def report(self) -> str:
+  def __str__(self) -> str:
     """The stages as a table, and their imbalance."""
     head = ("stage", "layers", "forward", "input grad", "weight grad", "time", "parameters")
     rows: list[tuple[str, ...]] = [(*head, "activations", "output")]

@@ -80,7 +80,7 @@ class Plan:
         f"{timeline.schedule.name} P={len(timeline.busy)} M={timeline.schedule.microbatches}:"
         f" makespan {self.makespan:.6g}, bubble {timeline.bubble:.1%}, {proof}",
         f"uniform partition: {uniform}",
-        self.partition.report(),
+        str(self.partition),
         *aligned(rows),
       ]
     )

@@ -41,7 +41,8 @@ def cut(layers: Sequence[LayerCost], stages: int, method: str, *, empty: bool = 
   if method.startswith("type:"):
     return by_pattern(layers, stages, method)
   if method not in RULES:
-    raise ValueError(f"unknown partition {method!r}; known: {', '.join(RULES)}, type:REGEX")
+    known = f"{', '.join(RULES)}, type:REGEX and, for a schedule, best"
+    raise ValueError(f"unknown partition {method!r}; known: {known}")
   return RULES[method](layers, stages, empty=empty)
 
 
@@ -103,9 +104,9 @@ def by_pattern(layers: Sequence[LayerCost], stages: int, pattern: str) -> Partit
     raise ValueError(f"{pattern!r} is no regular expression ({error}); mend it") from None
   found = [i for i, layer in enumerate(layers) if matches(layer.name)]
   if not 1 <= stages <= len(found):
+    fewer = f"use stages={len(found)} or fewer (fewer devices or chunks), or " if found else "use "
     raise ValueError(
-      f"{len(found)} layers match {pattern!r}, too few for {stages} stages; use stages="
-      f"{max(len(found), 1)} or fewer, or another pattern"
+      f"{len(found)} layers match {pattern!r}, too few for {stages} stages; {fewer}another pattern"
     )
   each, more = divmod(len(found), stages)
   firsts = itertools.accumulate([each + (s < more) for s in range(stages - 1)], initial=0)

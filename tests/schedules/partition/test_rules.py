@@ -140,4 +140,4 @@ def test_stages_are_the_sums_of_their_layers():
   )
   assert timeline.busy == (12, 0, 108)
   assert timeline.peak_memory == (10, 0, 90)
-  assert partition.report().splitlines()[3].split()[:3] == ["1", "none", "0"]
+  assert str(partition).splitlines()[3].split()[:3] == ["1", "none", "0"]

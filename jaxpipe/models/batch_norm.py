@@ -1,0 +1,45 @@
+"""Batch norm for deep networks: Flax's, traced in a tenth of the time.
+
+`nnx.BatchNorm` writes its averages into a slice, for which it asks a tracer for its sharding. The
+answer is an error, into whose text JAX puts all that was traced before: a network of hundreds of
+norms takes minutes to trace. This one stores them whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+class BatchNorm(nnx.BatchNorm):
+  """`nnx.BatchNorm` whose averages are as wide as its parameters and float32 at least."""
+
+  def __init__(self, channels: int, **options: Any) -> None:
+    super().__init__(channels, **options)
+    wide = jnp.promote_types(self.param_dtype, jnp.float32)
+    self.mean, self.var = (nnx.BatchStat(stat[...].astype(wide)) for stat in (self.mean, self.var))
+
+  def __call__(
+    self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
+  ) -> jax.Array:
+    if self.use_running_average or use_running_average or mask is not None:
+      return super().__call__(x, use_running_average, mask=mask)
+    before = self.mean[...], self.var[...]
+    wide = x.astype(before[0].dtype)
+    dims = tuple(range(x.ndim - 1))
+    moments = jnp.mean(wide, dims), jnp.mean(jnp.square(wide), dims)
+    if self.axis_name is not None:
+      moments = lax.pmean(moments, self.axis_name)
+    mean, var = moments[0], jnp.maximum(moments[1] - jnp.square(moments[0]), 0)
+    for stat, old, new in zip((self.mean, self.var), before, (mean, var), strict=True):
+      stat.set_value(lax.stop_gradient(self.momentum * old + (1 - self.momentum) * new))
+    along = lambda a: a.reshape(*(1 for _ in dims), -1)  # noqa: E731
+    y = (wide - along(mean)) * along(lax.rsqrt(var + self.epsilon))
+    for each, apply in ((self.scale, jnp.multiply), (self.bias, jnp.add)):
+      if each is not None:
+        y = apply(y, along(each[...]))
+    return y.astype(self.dtype or jnp.promote_types(x.dtype, self.param_dtype))
