@@ -113,6 +113,9 @@ def rules(data: TranslationData) -> str:
   languages, counts = data.train.languages, data.train.counts
   shares = language_shares(counts.tolist(), DEFAULTS.temperature)
   names = ", ".join(f"{one} {n:,}" for one, n in zip(languages, counts, strict=True))
+  words = [[len(data.test.texts[i][1].split()) for i in data.test.of(one)] for one in SMALL]
+  mean = ", ".join(f"{np.mean(each):.1f}" for each in words)
+  four = ", ".join(str(sum(max(n - 3, 0) for n in each)) for each in words)
   more = ALONE / DEFAULTS.steps
   times = ", ".join(f"{one} {more / shares[languages.index(one)]:.1f}" for one in SMALL)
   return f"""# One model for ten languages
@@ -132,7 +135,10 @@ are taken at the best of a validation every {EVERY} steps, by BLEU over characte
 names of their language, or of the three below.
 
 Scores are sacrebleu's, of greedy translations of the test names: the mean of three seeds, and of
-each. BLEU over words is `tokenize=13a`, over characters `tokenize=char`.
+each. BLEU over words is `tokenize=13a`, over characters `tokenize=char`. BLEU counts sequences of
+up to four; the test names have {mean} words on average, and all of them together {four} sequences
+of four words ({", ".join(SMALL)}). So BLEU over words hangs on a few names, and BLEU over
+characters is what is compared.
 """
 
 
