@@ -9,7 +9,6 @@ Nothing is compiled; some minutes on two cores.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from jaxpipe.models.amoebanet_cells import AmoebaNetConfig
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.models.transformer import TransformerConfig, transformer
 
-DEVICES = (1, 2, 4, 8)
 OUT = pathlib.Path(__file__).parent / "largest-model.md"
 DEVICES, MICROBATCHES = (1, 2, 4, 8), 32
 FILTERS = 512
@@ -130,7 +128,7 @@ def measure(network: Network, layers: int, devices: int) -> Size:
   mesh = jaxpipe.make_mesh(f"stage:{devices}", devices=jax.devices()[:devices])
   stack = network.make(layers)
   if not network.even:
-    stack = dataclasses.replace(stack, partition=by_parameters(stack, devices))
+    stack, _ = jaxpipe.partitioned(stack, schedule, network.batch, "parameters")
   report = jaxpipe.memory_report(
     stack,
     schedule,
@@ -141,33 +139,8 @@ def measure(network: Network, layers: int, devices: int) -> Size:
   )
   parameters = sum(leaf.size for leaf in jax.tree.leaves(stack.param_shapes()))
   size = Size(layers, parameters, report.total)
-  print(f"{devices} devices: {size}", flush=True)
+  print(f"{devices} devices: {size} {stack.partition}\n{report}", flush=True)
   return size
-
-
-def by_parameters(stack: LayerStack, devices: int) -> tuple[int, ...]:
-  """Consecutive layers for every stage, so that the largest stage has the fewest parameters."""
-  shapes = stack.pieces.param_shapes()
-  sizes = [
-    sum(leaf.size for leaf in jax.tree.leaves(shapes[f"layers/{i}"])) for i in range(stack.depth)
-  ]
-  low, high = max(sizes), sum(sizes)
-  while low < high:  # the least room into which the layers go, filled greedily
-    room = (low + high) // 2
-    low, high = (low, room) if len(filled(sizes, room)) <= devices else (room + 1, high)
-  found = filled(sizes, low)
-  return (*found, *[0] * (devices - len(found)))
-
-
-def filled(sizes: list[int], room: int) -> list[int]:
-  """Layers that go into each stage, each stage filled before the next one."""
-  counts, used = [0], 0
-  for size in sizes:
-    if used + size > room:
-      counts, used = [*counts, 0], 0
-    counts[-1] += 1
-    used += size
-  return counts
 
 
 def largest(network: Network, devices: int) -> Size:

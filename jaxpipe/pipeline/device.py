@@ -35,7 +35,7 @@ from jax import lax
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.parallel.placing import gather_fsdp
 from jaxpipe.pipeline import rings
-from jaxpipe.pipeline.ends import WholeEnds
+from jaxpipe.pipeline.ends import InnerEnds, WholeEnds
 from jaxpipe.pipeline.equations import lenient
 from jaxpipe.pipeline.floats import float_leaves, with_float_leaves
 from jaxpipe.pipeline.local import Local, Now, State, Totals
@@ -89,14 +89,16 @@ class Device:
     Returns:
       The device, and the table of cells, int32 [ticks, P, values].
     """
-    build = _layers_alike if local.stack.uniform else _unlike_stages
+    uniform = local.stack.uniform
+    build = _layers_alike if uniform else _unlike_stages
     local, stage, weights = build(local, pieces, specs, layers, policy)
     one = rings.get(local.batch, 0)
     sums = jax.eval_shape(lenient(local.stack.apply_head), local.params["head"], local.x, one)
     totals = Totals(sums[0], *sums[1])
     cells, lengths = stage.cells(local.program)
     totals = local.zeros(jax.tree.map(_sum_type, totals))
-    ends = ShardedEnds if local.program.schedule.vocabulary else WholeEnds
+    whole = WholeEnds if uniform else InnerEnds
+    ends = ShardedEnds if local.program.schedule.vocabulary else whole
     return cls(local, ends(local), stage, weights, lengths, totals), cells
 
   def start(self) -> State:

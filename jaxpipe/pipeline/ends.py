@@ -121,6 +121,21 @@ class WholeEnds:
     return self.local.stack.apply_head(params, x, batch, self.local.training)
 
 
+@dataclasses.dataclass(frozen=True)
+class InnerEnds(WholeEnds):
+  """Both ends inside the first and the last stage, which takes nothing, and returns the loss."""
+
+  def leave(self, state: State, now: Now, y: Leaves) -> State:
+    """After F: the sums of a microbatch that has left the last stage."""
+    result = jax.tree.unflatten(jax.tree.structure(self.local.x), y)
+
+    def add(totals: Totals) -> Totals:
+      return count(totals, *self.local.stack.apply_head({}, result, {}))
+
+    totals = now.at_end("last", [Kind.F], add, lambda same: same, state.totals)
+    return state._replace(totals=totals)
+
+
 def count(totals: Totals, loss: jax.Array, aux: tuple[jax.Array, Tree]) -> Totals:
   """Adds one microbatch's sums."""
   return Totals(*accumulate(tuple(totals), (loss, *aux)))

@@ -96,7 +96,7 @@ def pipeline_value_and_grad(
   """
   stack = stack.laid_out(schedule)
   policy = residual_policy(residuals, stack.uniform)
-  program = lower_on(schedule, mesh, policy, slack)
+  program = lower_on(schedule, mesh, policy, slack, head_apart=stack.uniform)
   return _compile(Pipeline(stack, program, mesh, schedule, policy, poison, probe), unroll)
 
 
@@ -115,18 +115,21 @@ def pipeline_forward(
     threads: wait for the result of one call before making many more, or XLA may run out of them.
   """
   stack = stack.laid_out(schedule)
-  program = lower(schedule.check().forward_only())
+  program = lower(schedule.check().forward_only(), head_apart=stack.uniform)
   run = _compile(Pipeline(stack, program, mesh, schedule, None, poison), "none")
   return lambda params, batch, state=None: run(params, batch, None, state)[0][:2]
 
 
-def lower_on(schedule: Schedule, mesh: Mesh, policy: Residuals, slack: int) -> Program:
+def lower_on(
+  schedule: Schedule, mesh: Mesh, policy: Residuals, slack: int, *, head_apart: bool = True
+) -> Program:
   """The program of a schedule, on a mesh that may cut its weights."""
   return lower(
     schedule.check(),
     keeps_input=policy.stage_input,
     slack=slack,
     gathers=dict(mesh.shape).get(FSDP, 1) > 1,
+    head_apart=head_apart,
   )
 
 

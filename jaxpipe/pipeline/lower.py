@@ -22,7 +22,12 @@ _READS_WEIGHTS = (Kind.F, Kind.R, Kind.I, Kind.B)
 
 
 def lower(
-  schedule: Schedule, *, keeps_input: bool = False, slack: int = 0, gathers: bool = False
+  schedule: Schedule,
+  *,
+  keeps_input: bool = False,
+  slack: int = 0,
+  gathers: bool = False,
+  head_apart: bool = True,
 ) -> Program:
   """Returns the program of a legal schedule.
 
@@ -31,6 +36,8 @@ def lower(
     keeps_input: keep a stage's input until its R, or else its backward.
     slack: ticks that a transfer may take beyond the one that sends it, 0 or 1.
     gathers: whether weights are gathered where the schedule says so; else they lie whole.
+    head_apart: whether the last stage's F ends with a head whose gradient waits for the backward;
+      a stage that has the head inside returns the loss.
 
   Raises:
     ScheduleError: the schedule dead-locks, or has actions that the executor does not run.
@@ -44,7 +51,10 @@ def lower(
   sends = list(_sends(schedule, at))
   # A list: what reads them is known once the last has been found.
   weights = list(_gathers(schedule, slack)) if gathers else []
-  stays = [*_stays(schedule, at, sends, keeps_input, slack), *(one.stay(at) for one in weights)]
+  stays = [
+    *_stays(schedule, at, sends, keeps_input, slack, head_apart),
+    *(one.stay(at) for one in weights),
+  ]
   slot, slots = colour(stays, RINGS)
   routes = _routes(schedule.devices, sends)
   shape = (1 + max(tick for _, tick in at.values()) + slack, schedule.devices)
@@ -190,6 +200,7 @@ def _stays(
   sends: Sequence[_Send],
   keeps_input: bool,
   slack: int,
+  head_apart: bool,
 ) -> Iterator[Stay]:
   """What the rings hold: the saved values have cells of their own."""
   arrival = {(send.gradient, send.stage, send.microbatch): send.arrives(slack) for send in sends}
@@ -205,9 +216,12 @@ def _stays(
         end = again[1] if keeps_input and again else tick
         yield Stay("activations", d, start, end, (s, m))
     if kind in (Kind.I, Kind.B):
-      # At the last stage, F ends with the head, which leaves dy; or all shards of it do.
-      last = met.get(m, at[Action(s, Kind.F, m)][1])
-      yield Stay("gradients", d, arrival.get((True, s, m), last), tick, (s, m))
+      start = arrival.get((True, s, m))
+      if start is None and head_apart:
+        # At the last stage, F ends with the head, which leaves dy; or all shards of it do.
+        start = met.get(m, at[Action(s, Kind.F, m)][1])
+      if start is not None:
+        yield Stay("gradients", d, start, tick, (s, m))
     if kind is Kind.S:
       # y comes in the middle of the tick, before T of another microbatch reads its own.
       start = at[Action(schedule.path(m)[-1], Kind.F, m)][1] - 1

@@ -107,7 +107,7 @@ def memory_report(
   """
   stack = stack.laid_out(schedule)
   policy = residual_policy(residuals, stack.uniform)
-  program = lower_on(schedule, mesh, policy, slack)
+  program = lower_on(schedule, mesh, policy, slack, head_apart=stack.uniform)
   pipeline = Pipeline(stack, program, mesh, schedule, policy)
   # The pieces of `parameters` are a step's arguments, and stay beside what is gathered from them.
   gathers = schedule.placement.replicated or dict(mesh.shape).get(FSDP, 1) > 1

@@ -95,7 +95,7 @@ def packing_report(
   if stack.uniform:
     raise ValueError("the stack's layers are alike: they lie stacked, and nothing is packed")
   policy = residual_policy(residuals, stack.uniform)
-  program = lower_on(schedule, mesh, policy, 0)
+  program = lower_on(schedule, mesh, policy, 0, head_apart=False)
   pipeline = Pipeline(stack, program, mesh, schedule, policy)
   found: list[PackingReport] = []
 

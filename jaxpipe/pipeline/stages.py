@@ -239,8 +239,12 @@ class Stages:
     return self._take(s, x) if self.rereads_input else []
 
   def _cotangents(self, s: int, dy: Leaves) -> Leaves:
-    """Of the stage's float outputs."""
+    """Of the stage's float outputs; of the last stage's, the loss itself and no others count."""
     flat, buffers = self.boundaries[s + 1], dict(zip(self._float_widths, dy, strict=True))
+    if s + 1 == len(self.splits):
+      floats = [leaf for leaf in flat.leaves if is_float(leaf)]
+      ones = [jnp.full(leaf.shape, i == 0, leaf.dtype) for i, leaf in enumerate(floats)]
+      return list(self.local.vary(ones))
     return [
       read_span(buffers[str(leaf.dtype)], leaf.shape, offset)
       for leaf, offset in zip(flat.leaves, flat.offsets, strict=True)

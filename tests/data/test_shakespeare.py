@@ -5,6 +5,7 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "data" / "shakespeare"
@@ -36,3 +37,15 @@ def test_cleaning_cuts_notices_or_stops() -> None:
       make["clean"](b"ACT I.\n" + notice + b"\n", "play")
   with pytest.raises(ValueError, match="sha256 is"):
     make["build"](FOLDER / "README.md")
+
+
+def test_counts_of_pairs_of_bytes_leave_what_the_readme_says() -> None:
+  """The baseline of the language model: nats per byte of the last twentieth, as in training."""
+  text = np.frombuffer((FOLDER / "plays.txt").read_bytes(), np.uint8)
+  cut = len(text) * 19 // 20
+  single = np.bincount(text[:cut], minlength=256) + 0.5
+  pairs = np.zeros((256, 256)) + 2 * single / single.sum()
+  np.add.at(pairs, (text[: cut - 1], text[1:cut]), 1)
+  before, after = text[cut:-1], text[cut + 1 :]
+  nats = -np.log(pairs[before, after] / pairs[before].sum(-1)).mean()
+  assert f"{nats:.2f}, counts of pairs of bytes" in (FOLDER.parents[1] / "README.md").read_text()

@@ -38,6 +38,14 @@ def test_needs_are_those_of_the_leaves(float64):
   assert packing.needed["parameters"] == [size(table, 2 * dense, adapter), size(3)]
 
 
+def test_no_gradient_of_the_loss_waits_for_the_last_stage_s_backward(float64):
+  """It did, one for every microbatch under GPipe, each as wide as what travels."""
+  ring = lambda M: jaxpipe.memory_report(  # noqa: E731
+    unlike.convolutions(), *plan("gpipe", M=M), unlike.images(2 * M)
+  ).bytes["gradient_ring"]
+  assert ring(4) == ring(8) > 0
+
+
 def test_a_uniform_stack_has_nothing_packed(float64):
   schedule, mesh = plan(P=2, M=2)
   with pytest.raises(ValueError, match="nothing is packed"):

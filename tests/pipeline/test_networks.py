@@ -1,0 +1,44 @@
+"""Every network of the experiments against `jax.grad`, leaf by leaf, in float64.
+
+The whole grid, nine networks x five schedules x P in 2, 4, partitions even and uneven in turn:
+`./launch/test.sh tests/pipeline/test_networks.py --whole-grid`.
+"""
+
+import itertools
+
+import jax
+import nine
+import pytest
+
+import jaxpipe
+
+SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-v", "chimera")
+GRID = [
+  (network, name, P, (i + P // 2) % 2 == 0)
+  for (i, name), P, network in itertools.product(enumerate(SCHEDULES), (2, 4), nine.NETWORKS)
+]
+# Running statistics and frozen weights.
+STATEFUL = {"amoebanet", "segmentation", "dit", "gnn", "speech"}
+
+
+@pytest.mark.sampled("network, name, P, uneven", GRID, 4)
+def test_gradients_and_state_are_those_of_the_unpipelined_model(float64, network, name, P, uneven):
+  make, batch = nine.NETWORKS[network]
+  schedule = jaxpipe.make_schedule(name, devices=P, microbatches=4)
+  stack, data = make(), batch()
+  if uneven:
+    stack = nine.uneven(stack, schedule.stages)
+    assert len(set(stack.partition)) > 1
+  params = nine.shaken(stack.init(jax.random.key(1), data))
+  report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh(f"stage:{P}"), data, params=params)
+  assert report.ok and report.tolerance == 1e-12, str(report)
+  assert bool(report.state_errors) == (network in STATEFUL)
+
+
+def test_sizes_are_uneven():
+  stack = nine.NETWORKS["gmlp"][0]()
+  assert [nine.uneven(stack, stages).partition for stages in (2, 4, 8)] == [
+    (1, 3),
+    (1, 0, 0, 3),
+    (1, 0, 0, 0, 0, 0, 0, 3),
+  ]
