@@ -127,6 +127,7 @@ def seconds() -> dict[str, list[float]]:
   found: dict[str, list[float]] = {name: [] for name in ways}
   for step, args in ways.values():
     jax.block_until_ready(step(*args))
+  print("compiled", flush=True)
   for _ in range(ROUNDS):
     for name, (step, args) in ways.items():
       before = resource.getrusage(resource.RUSAGE_SELF).ru_utime

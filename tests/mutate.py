@@ -1,4 +1,4 @@
-"""Breaks the package in seventeen ways, one at a time, and sees that tests notice each.
+"""Breaks the package in nineteen ways, one at a time, and sees that tests notice each.
 
     .venv/bin/python tests/mutate.py [NAME ...]          # all faults, or those of these names
 
@@ -153,6 +153,20 @@ FAULTS = [
     "models/pieces.py",
     'inputs = {**inputs, "layer": layer_number(piece)}\n    return',
     'inputs = {**inputs, "layer": 0}\n    return',
+    OF_STAGES,
+  ),
+  Fault(
+    "gradient of the loss",
+    "pipeline/stages.py",
+    "jnp.ones((), loss.dtype)",
+    "2 * jnp.ones((), loss.dtype)",
+    OF_STAGES,
+  ),
+  Fault(
+    "loss not counted",
+    "pipeline/ends.py",
+    "return count(totals, *self.local.stack.apply_head({}, result, {}))",
+    "return totals",
     OF_STAGES,
   ),
 ]

@@ -144,12 +144,10 @@ NETWORKS: dict[str, tuple[Callable[[], LayerStack], Callable[[], dict[str, np.nd
 
 
 def uneven(stack: LayerStack, stages: int) -> LayerStack:
-  """The same with most layers in the last stage, the others in every second one before it."""
-  sizes = [0] * stages
-  sizes[-1] = stack.depth // 2 + 1
-  for i in range(stack.depth - sizes[-1]):
-    sizes[2 * i % (stages - stages % 2)] += 1
-  return dataclasses.replace(stack, partition=sizes)
+  """The same with layers in uneven numbers, no layers in the first stage, or holes."""
+  rest = stack.depth - 2
+  sizes = {2: (1, rest + 1), 4: (0, 1, 1, rest), 8: (1, 0, 1, 0, 0, rest, 0, 0)}
+  return dataclasses.replace(stack, partition=sizes[stages])
 
 
 def shaken(params: Any, scale: float = 0.3) -> Any:

@@ -20,7 +20,6 @@ SCHEDULE_VALUES = {
     ".actions",
     ".check",
     ".costs",
-    ".partition.layer",
     ".peaks",
     ".placement",
     ".schedule",

@@ -18,18 +18,20 @@ from jax import lax
 class BatchNorm(nnx.BatchNorm):
   """`nnx.BatchNorm` whose averages are as wide as its parameters and float32 at least."""
 
-  def __init__(self, channels: int, **options: Any) -> None:
-    super().__init__(channels, **options)
+  def __init__(self, num_features: int, *, rngs: nnx.Rngs, **options: Any) -> None:
+    super().__init__(num_features, rngs=rngs, **options)
     wide = jnp.promote_types(self.param_dtype, jnp.float32)
     self.mean, self.var = (nnx.BatchStat(stat[...].astype(wide)) for stat in (self.mean, self.var))
 
   def __call__(
     self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
   ) -> jax.Array:
-    if self.use_running_average or use_running_average or mask is not None:
+    evaluates = self.use_running_average if use_running_average is None else use_running_average
+    usual = self.axis == -1 and self.use_fast_variance and self.axis_index_groups is None
+    if evaluates or mask is not None or not usual:
       return super().__call__(x, use_running_average, mask=mask)
     before = self.mean[...], self.var[...]
-    wide = x.astype(before[0].dtype)
+    wide = x.astype(jnp.promote_types(x.dtype, before[0].dtype))
     dims = tuple(range(x.ndim - 1))
     moments = jnp.mean(wide, dims), jnp.mean(jnp.square(wide), dims)
     if self.axis_name is not None:
@@ -42,4 +44,4 @@ class BatchNorm(nnx.BatchNorm):
     for each, apply in ((self.scale, jnp.multiply), (self.bias, jnp.add)):
       if each is not None:
         y = apply(y, along(each[...]))
-    return y.astype(self.dtype or jnp.promote_types(x.dtype, self.param_dtype))
+    return y.astype(self.dtype or jnp.promote_types(wide.dtype, self.param_dtype))

@@ -9,6 +9,7 @@ a pipeline may have.)
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -57,9 +58,11 @@ def linen(module: nn.Module, *example_args: Tree, batch: Tree = None) -> Callabl
     StackError: when the stack is built, a module with a random stream of its own.
   """
 
+  module = _forgetting(module)
+
   def factory(rngs: nnx.Rngs) -> nnx.Module:
     args = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example_args)
-    if len(args) < wanted(type(module)):
+    if len(args) < wanted(type(module), _TOLD):
       rows = jnp.arange(jax.tree.leaves(args)[0].shape[0], dtype=jnp.int32)
       args = (*args, Context(batch, False, None, rows))
     told: dict[str, Any] = {name: not says for name, says in _told(module).items()}
@@ -99,7 +102,7 @@ class Wrapped(Scope):
   def __call__(self, x: Any, context: Any = None) -> Any:
     variables = {name: _pure(getattr(self, name)) for name in self._collections}
     variables["params"] = _pure(self, nnx.Param)
-    args = (x, context)[: wanted(type(self._linen))]
+    args = (x, context)[: wanted(type(self._linen), _TOLD)]
     out, changed = _apply(self._linen, variables, not self.use_running_average, args)
     for name, collection in changed.items():
       nnx.update(getattr(self, name), collection)
@@ -134,8 +137,23 @@ def _pure(module: nnx.Module, kept: Any = ...) -> Tree:
 def _told(module: nn.Module) -> dict[str, bool]:
   """Parameters of the module's call that say whether it trains, and what they say if it does."""
   names = inspect.signature(type(module).__call__).parameters
-  # A module that was told when it was made takes it ill to be told again.
-  return {k: says for k, says in _TOLD.items() if k in names and getattr(module, k, None) is None}
+  # What the module was told when it was made, and not to forget, it takes ill to be told again.
+  return {name: says for name, says in _TOLD.items() if name in names and not _knows(module, name)}
+
+
+def _knows(module: nn.Module, name: str) -> bool:
+  """Whether a field of this name, which the call's argument stands in for, is set."""
+  mine = {field.name: field.default for field in dataclasses.fields(module)}
+  return name in mine and mine[name] is None and getattr(module, name) is not None
+
+
+def _forgetting(module: nn.Module) -> nn.Module:
+  """The module without having been told that it trains, always: it does, but not in evaluation."""
+  told: dict[str, Any] = {}
+  for name, says in _TOLD.items():
+    if _knows(module, name) and getattr(module, name) is says:
+      told[name] = None
+  return module.clone(**told) if told else module
 
 
 def _guard(module: nn.Module, call: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 from jaxpipe.models.linen import linen
-from jaxpipe.models.part import Factory, Part, StackError, called
+from jaxpipe.models.part import Factory, Part, StackError, called, sums
 from jaxpipe.models.pieces import shape_after
 
 Tree = Any
@@ -39,7 +39,7 @@ def parts_of_modules(
     name = f"layers[{i}]"
     factory = _factory(name, module, x, batch)
     layers.append(factory)
-    with called(f"{name} ({type(module).__name__})", x):  # Linen is called to be made
+    with called(f"{name} ({_called(module)})", x, "cannot be made for"):
       part = Part.trace(name, factory, trainable)
     x = shape_after(part, x, batch)
     if isinstance(module, nnx.Module) and first.setdefault(id(module), i) != i:
@@ -118,6 +118,13 @@ def _factory(name: str, module: Any, x: Tree, batch: Tree) -> Factory:
   return lambda rngs: Apply(module)
 
 
+def _called(module: Any) -> str:
+  """The class or function of a module, as messages name it."""
+  while isinstance(module, functools.partial):
+    module = module.func
+  return str(getattr(module, "__name__", type(module).__name__))
+
+
 def _parameters(function: Any) -> Sequence[str]:
   """Names of a function's parameters; of a class, of what makes one of it."""
   while isinstance(function, functools.partial):
@@ -137,6 +144,8 @@ def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None
   if isinstance(out, tuple):
     if len(out) != 3 or any(leaf.shape for leaf in jax.tree.leaves(out[:2])):
       said = f"a tuple of {', '.join(str(jax.tree.map(jnp.shape, one)) for one in out)}"
+  elif not isinstance(out, jax.ShapeDtypeStruct):
+    said = f"a {type(out).__name__}"
   elif not out.shape or out.shape[0] != rows:
     said = f"an array of shape {out.shape}"
   if said:
@@ -144,3 +153,4 @@ def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None
       f"loss returns {said} for {rows} rows; return a loss for every row, or (loss_sum, weight,"
       " metrics), sums over the rows: microbatches are added, and a mean of means is no mean"
     )
+  jax.eval_shape(lambda y, batch: sums(Loss(loss)(y, batch)), y, batch)  # refuses whole numbers

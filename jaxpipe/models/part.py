@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from flax.errors import FlaxError
 
 from jaxpipe.models.paths import merged
 from jaxpipe.parallel import axes
@@ -153,27 +154,36 @@ class Part:
     return self.graph == other.graph and same_shapes(mine, theirs)
 
 
+_MISTAKES = (TypeError, ValueError, LookupError, AttributeError, AssertionError, FlaxError)
+
+
 @contextlib.contextmanager
-def called(name: str, x: Tree) -> Iterator[None]:
+def called(name: str, x: Tree, cannot: str = "cannot be called with") -> Iterator[None]:
   """Errors of shapes and types in a call become a StackError: whose call, and what it was given."""
   try:
     yield
   except StackError:
     raise
-  except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+  except _MISTAKES as error:
     given = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
     said = " ".join(str(error).split())
-    raise StackError(f"{name} cannot be called with {given}: {said[:300]}") from error
+    kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
+    raise StackError(f"{name} {cannot} {given}: {kind}{said[:300]}") from error
 
 
-def wanted(kind: type) -> int:
+def wanted(kind: type, told: Container[str] = ()) -> int:
   """Arguments that a module is called with: those it must be given or names as the stack does.
 
   Of `*args`, which say nothing, the first: modules in a row hand x on to one another.
+
+  Args:
+    kind: the module's class.
+    told: names of those that it is given by name.
   """
   call: Any = kind.__call__
   parameters = list(inspect.signature(call).parameters.values())[1:]
-  positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+  kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+  positional = [p for p in parameters if p.kind in kinds and p.name not in told]
   return max(1, sum(p.default is p.empty or p.name in ("context", "batch") for p in positional))
 
 
@@ -205,6 +215,10 @@ def sums(out: Any) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
   if not isinstance(out, tuple) or len(out) != 3:
     raise StackError(f"head must return (loss_sum, weight, metrics); it returns {type(out)}")
   loss_sum, weight, metrics = out
+  if not jnp.issubdtype(jnp.result_type(loss_sum), jnp.floating):
+    raise StackError(
+      f"loss_sum is {jnp.result_type(loss_sum)}, which has no gradient; return a real float"
+    )
   if jnp.shape(loss_sum) or jnp.shape(weight):
     raise StackError(
       f"head must return scalar sums; loss_sum has shape {jnp.shape(loss_sum)},"

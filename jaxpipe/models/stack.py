@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -130,14 +131,16 @@ class LayerStack:
   def _check_partition(self) -> None:
     if self.partition is None:
       return
-    if not all(isinstance(n, int) for n in self.partition):
+    try:
+      sizes = tuple(map(operator.index, self.partition))
+    except TypeError:
       raise StackError(
         f"partition={self.partition!r} is no list of whole numbers; give how many layers each stage"
         " has, or let jaxpipe.partitioned(stack, schedule, batch, METHOD) choose"
-      )
-    object.__setattr__(self, "partition", tuple(self.partition))
-    if self.partition and min(self.partition) < 0:
-      raise StackError(f"partition {list(self.partition)} has a stage of less than 0 layers")
+      ) from None
+    object.__setattr__(self, "partition", sizes)
+    if min(sizes, default=0) < 0:
+      raise StackError(f"partition {list(sizes)} has a stage of less than 0 layers")
     if sum(self.partition) != self.depth:
       raise StackError(
         f"partition {list(self.partition)} has {sum(self.partition)} layers and the stack"

@@ -6,7 +6,8 @@ of the table says. One tick:
     [0] gather where weights are cut over `fsdp`: those of a stage, into a slot of `weights`
     [1] enter  where the vocabulary is sharded: the embedding's shards meet
     [2] F      y, from the stage's input; what is kept goes to its cells
-    [3] leave  at the last stage: loss, and dy into `gradients`; or y to the head's shards
+    [3] leave  at the last stage: loss, and, where the head is apart, dy into `gradients` or y to
+               the head's shards
     [4] R      what F dropped
     [5] B / I  dx; I leaves what W waits for in cells that it may just have freed
     [6] back   at the first stage: dx into the embedding's gradient

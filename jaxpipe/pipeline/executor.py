@@ -115,7 +115,7 @@ def pipeline_forward(
     threads: wait for the result of one call before making many more, or XLA may run out of them.
   """
   stack = stack.laid_out(schedule)
-  program = lower(schedule.check().forward_only(), head_apart=stack.uniform)
+  program = lower(schedule.check().forward_only())
   run = _compile(Pipeline(stack, program, mesh, schedule, None, poison), "none")
   return lambda params, batch, state=None: run(params, batch, None, state)[0][:2]
 

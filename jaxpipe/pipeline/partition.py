@@ -30,6 +30,8 @@ def partitioned(
 ) -> tuple[LayerStack, Partition]:
   """Returns the stack with a partition, and the partition, which prints as a table.
 
+  Layers that are alike run as a loop only where every stage has as many; else the stack is packed.
+
   Args:
     stack: whose layers are to be cut.
     schedule: for whose stages; `best` looks for the shortest simulated step of its order.
@@ -57,6 +59,8 @@ def partitioned(
     found = best(costs, schedule, empty=True).partition
   else:
     found = cut(costs, schedule.stages, str(method), empty=True)
+  if stack.uniform and len(set(found.sizes)) == 1:  # what it does anyway, in one loop
+    return stack, found
   return dataclasses.replace(stack, partition=found.sizes), found
 
 

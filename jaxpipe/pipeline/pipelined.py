@@ -14,7 +14,7 @@ from jaxpipe.models.forward import modules, run_layers
 from jaxpipe.models.stack import LayerStack
 from jaxpipe.parallel.mesh import STAGE, make_mesh, row_shards
 from jaxpipe.parallel.placing import place, unplace
-from jaxpipe.pipeline.batch import check_rows
+from jaxpipe.pipeline.batch import check_rows, given_state
 from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.partition import partitioned
@@ -83,9 +83,14 @@ class Pipelined:
   def predict(self, params: Tree, batch: Tree, state: Tree | None = None) -> Tree:
     """What the last layer returns for a batch of any size, without dropout, by moving averages.
 
-    All layers run on the first device, which must have room for them.
+    All layers run on this process's first device, which must have room for them.
+
+    Raises:
+      ValueError: the stack has state and none is given, or the other way round.
     """
-    return _predict(self.stack, self.unplace(params), self.unplace(state) if state else {}, batch)
+    state = given_state(self.stack, state)
+    trees = self.unplace(params), self.unplace(state) if state else {}, batch
+    return _predict(self.stack, *jax.device_put(trees, self.mesh.local_devices[0]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -149,6 +154,7 @@ def pipeline(
     )
   elif partition is not None:
     stack = dataclasses.replace(stack, partition=partition)
-  stack.laid_out(schedule)  # refuses what does not fit
   options = {"residuals": residuals}
-  return Pipelined(stack=stack, schedule=schedule, mesh=mesh, options=options)
+  made = Pipelined(stack=stack, schedule=schedule, mesh=mesh, options=options)
+  made.value_and_grad  # refuses what does not fit  # noqa: B018
+  return made

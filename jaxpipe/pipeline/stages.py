@@ -53,8 +53,7 @@ class PackedEnds:
 
   def apply_head(self, params: Tree, x: Tree, batch: Tree, training: bool = True) -> Tree:
     """The last stage's result."""
-    loss, rest = self.result.unpack(x)
-    return loss, lax.stop_gradient(rest)
+    return self.result.unpack(x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -242,9 +241,9 @@ class Stages:
     """Of the stage's float outputs; of the last stage's, the loss itself and no others count."""
     flat, buffers = self.boundaries[s + 1], dict(zip(self._float_widths, dy, strict=True))
     if s + 1 == len(self.splits):
-      floats = [leaf for leaf in flat.leaves if is_float(leaf)]
-      ones = [jnp.full(leaf.shape, i == 0, leaf.dtype) for i, leaf in enumerate(floats)]
-      return list(self.local.vary(ones))
+      loss, *others = flat.leaves
+      rest = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in others if is_float(leaf)]
+      return list(self.local.vary([jnp.ones((), loss.dtype), *rest]))
     return [
       read_span(buffers[str(leaf.dtype)], leaf.shape, offset)
       for leaf, offset in zip(flat.leaves, flat.offsets, strict=True)

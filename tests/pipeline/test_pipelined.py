@@ -153,11 +153,18 @@ class Scaled(nn.Module):
 
 
 MISFITS = [
-  ([nn.Dense(4), Scaled()], loss, r"layers\[1\] \(Scaled\) cannot be called with float32\[8, 4\]"),
+  ([nn.Dense(4), Scaled()], loss, r"layers\[1\] \(Scaled\) cannot be made for float32\[8, 4\]"),
   ([nn.Dense(4), nn.Dropout(0.5, deterministic=False)], loss, "draws random numbers of its own"),
   ([lambda x: {"h": x}], lambda y, b: y - b["x"], r"loss\(y, batch\).* with {'h': 'float32\[8, 6"),
   ([nn.Dense(4)], lambda y, b: (y.sum(-1), {}), r"loss returns a tuple of \(8,\), {} for 8 rows"),
   ([nn.Dense(4)], lambda y, b: y.mean(), r"loss returns an array of shape \(\) for 8 rows"),
+  ([nn.Dense(4)], lambda y, b: {"loss": y.sum(-1)}, "loss returns a dict for 8 rows"),
+  ([nn.Dense(4)], lambda y, b: y.sum(-1) * b["lable"], "with float32.*: KeyError: 'lable'"),
+  (
+    [nn.Dense(4)],
+    lambda y, b: (jnp.sum(y.argmax(-1) != b["label"]), 8.0, {}),
+    "loss_sum is int32, which has no gradient",
+  ),
 ]
 
 
@@ -173,6 +180,28 @@ def test_a_norm_that_is_told_when_it_is_made_is_not_told_again():
   norm = nn.BatchNorm(use_running_average=False)
   pipe = jaxpipe.pipeline(loss, [norm, nn.Dense(3)], batch, mesh="stage:2", microbatches=2)
   assert pipe.check(batch).ok
+  key = jax.random.key(0)
+  params, state = pipe.init(key, batch), pipe.init_state(key, batch)
+  value, _ = pipe.evaluate(params, batch, state)  # a norm that goes on training cannot
+  np.testing.assert_allclose(
+    loss(pipe.predict(params, batch, state), batch).mean(), value, rtol=1e-5
+  )
+
+
+def test_a_linen_module_must_be_told_whether_it_trains_or_knows_a_flag_of_the_same_name():
+  class Must(nn.Module):
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+      return nn.Dense(3)(x) * (2.0 if train else 1.0)
+
+  batch = {"x": np.ones((8, 6), np.float32), "label": np.zeros(8, np.int32)}
+  summed = lambda y, batch: y.sum(-1) ** 2  # noqa: E731
+  pipe = jaxpipe.pipeline(summed, [Must(), lambda x: x], batch, mesh="stage:2", microbatches=2)
+  params = pipe.init(jax.random.key(0), batch)
+  trained, evaluated = pipe.value_and_grad(params, batch)[0][0], pipe.evaluate(params, batch)[0]
+  np.testing.assert_allclose(trained, 4 * evaluated, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +212,9 @@ def test_a_norm_that_is_told_when_it_is_made_is_not_told_again():
     ({"partition": [6, -1]}, r"partition \[6, -1\] has a stage of less than 0 layers"),
     ({"partition": [2.0, 3]}, r"partition=\[2.0, 3\] is no list of whole numbers"),
     ({"partition": "cleverest"}, "unknown partition 'cleverest'; known: .* best"),
+    ({"partition": 2}, "partition=2 is no list of whole numbers"),
+    ({"residuals": "fulll"}, "fulll"),
+    ({"mesh": "stage:2,tensor:2"}, "tensor:2"),
   ],
 )
 def test_sizes_that_do_not_fit_are_refused_at_once(options, said):
@@ -194,7 +226,7 @@ def test_a_partition_may_be_named():
   batch = data()
   pipe = make(batch, partition="best")
   assert len(pipe.stack.partition) == 2 and sum(pipe.stack.partition) == 5
-  assert pipe.stack.partition == make(batch, partition=pipe.stack.partition).stack.partition
+  assert make(batch, partition=np.array([4, 1])).stack.partition == (4, 1)
   assert str(pipe).splitlines()[0] == "1f1b of 4 microbatches over stage:2 (2 stages, 5 layers)"
   assert "stage 1: " in str(pipe)
 
@@ -214,8 +246,18 @@ def test_predictions_are_those_that_evaluation_counts():
   value, metrics = pipe.evaluate(params, batch, state)
   y = pipe.predict(params, batch, state)
   np.testing.assert_allclose(loss(y, batch).mean(), value, rtol=1e-5)
-  assert metrics["correct"] == (y.argmax(-1) == batch["label"]).sum()
-  assert pipe.predict(params, data(5), state).shape == (5, 2)
+  assert int(metrics["correct"]) == int((y.argmax(-1) == batch["label"]).sum())
+  few = pipe.predict(params, data(5), state)
+  assert few.shape == (5, 2) and few.devices() == {pipe.mesh.devices.flat[0]}
+  with pytest.raises(ValueError, match="the stack has state"):
+    pipe.predict(params, batch)
+
+
+def test_alike_layers_that_are_best_cut_evenly_stay_a_loop():
+  batch = {"x": np.ones((8, 6), np.float32), "label": np.zeros(8, np.int32)}
+  modules, options = [nn.Dense(6)] * 4, dict(mesh="stage:2", microbatches=2)
+  assert jaxpipe.pipeline(loss, modules, batch, partition="uniform", **options).stack.uniform
+  assert not jaxpipe.pipeline(loss, modules, batch, partition=[1, 3], **options).stack.uniform
 
 
 def test_a_key_in_the_place_of_the_state_is_told():

@@ -23,23 +23,24 @@ STACKS = {
 }
 # P=1 has every stage on one device; 8 stages of 5 layers leave some of them empty.
 MESHES = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1))
-# Policies are dealt in turn to the cases of the grid.
+# Policies and slack are dealt in turn to the cases of the grid.
 GRID = [
-  (stack, name, P, data, ("full", "dots", "all")[i % 3])
+  (stack, name, P, data, i // 3 % 2, ("full", "dots", "all")[i % 3])
   for i, (stack, (P, data), name) in enumerate(itertools.product(STACKS, MESHES, FAMILIES))
   if name != "skippipe" and not (name in ("chimera", "bitpipe", "dualpipe") and P == 1)
 ]
 
 
-@pytest.mark.sampled("stack, name, P, data, residuals", GRID, 5)
+@pytest.mark.sampled("stack, name, P, data, slack, residuals", GRID, 5)
 def test_gradients_and_state_are_those_of_the_unpipelined_model(
-  float64, stack, name, P, data, residuals
+  float64, stack, name, P, data, slack, residuals
 ):
   make, batch = STACKS[stack]
   M = max(4, P)
   schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M)
   mesh = jaxpipe.make_mesh(f"stage:{P},data:{data}")
-  report = jaxpipe.check(make(), schedule, mesh, batch(2 * M), residuals=residuals)
+  options = dict(residuals=residuals, slack=slack)
+  report = jaxpipe.check(make(), schedule, mesh, batch(2 * M), **options)
   assert report.ok, report
   assert len(report.state_errors) == (8 if stack == "convolutions" else 0)
 
