@@ -150,9 +150,9 @@ jax {jax.__version__}.
 ![losses](images/curves.png)
 
 *Early*: the largest difference of a loss in the first {EARLY} steps, over the loss. Sums in another
-order round otherwise. Translation hardly lets that grow. AmoebaNet does, whose norms divide by the
-variance of few pixels: in float64 the largest difference of these steps is {exact:.0e}. The ends
-are compared by the mean loss of the last tenth of the steps.
+order round otherwise. Translation hardly lets that grow. AmoebaNet does, by Adam: weights before a
+norm have gradients that are rounding alone. In float64 the largest difference of these steps is
+{exact:.0e}. The ends are compared by the mean loss of the last tenth of the steps.
 
 | task | devices | schedule | early | one device, at the end | pipeline, at the end | difference |
 |---|---|---|---|---|---|---|

@@ -4,9 +4,11 @@
     ./launch/local.sh experiments/translate.py --languages=af --run_dir=runs/translate-af
 
 Names of countries, languages, currencies and scripts from Debian's iso-codes (the package
-pycountry); an encoder-decoder Transformer, T(2,256,4) of 0.5M parameters, over 4 CPU devices; the
-second command trains a model of the same size for one language alone. At the end the test names are
-translated and measured by BLEU; docs/make_translate.py compares the two. `--help` lists the flags.
+pycountry); an encoder-decoder Transformer, T(2,256,4) of 0.5M parameters, over 4 CPU devices, 1,000
+steps of 64 names. Expected on two cores: about 5 minutes, and of the test names in Afrikaans,
+Friulian and Nynorsk, which have fewest, BLEU over characters of about 65, 60 and 60 (left English:
+53, 49, 52). The second command trains a model of the same size for one language alone;
+docs/translate.md compares the two. The same command resumes; `--help` lists the flags.
 """
 
 import dataclasses
