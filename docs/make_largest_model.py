@@ -1,6 +1,6 @@
 """Writes docs/largest-model.md: the largest networks that fit on 1, 2, 4 and 8 devices.
 
-    .venv/bin/python docs/make_amoebanet.py
+    .venv/bin/python docs/make_largest_model.py
 
 GPipe's Table 1 (Huang et al., arXiv:1811.06965) for its two networks, AmoebaNet and a Transformer:
 cells or layers are added until `jaxpipe.memory_report` says that a device needs more than it has.
@@ -199,7 +199,7 @@ How large a network grows until a device is full, by `jaxpipe.memory_report`, be
 compiled: GPipe's Table 1 ([arXiv:1811.06965](https://arxiv.org/abs/1811.06965)) for both of its
 networks. GPipe's schedule with {MICROBATCHES} microbatches, only the input of a stage is kept,
 RMSProp with momentum: 12 bytes a parameter as in the paper, and 4 for the sum of its gradients.
-Written by `.venv/bin/python docs/make_amoebanet.py`, jax {jax.__version__}.
+Written by `.venv/bin/python docs/make_largest_model.py`, jax {jax.__version__}.
 
 ## AmoebaNet-D (L, {FILTERS})
 
@@ -216,8 +216,10 @@ rows of 1,024 tokens out of 32,000, as in the paper. Every device holds both end
 
 {table("Transformer", found["Transformer"])}
 
-REMARK
-The paper measured what trains; here it is predicted, how well says [memory](memory.md).
+Parameters grow less than the devices do, as in the paper: AmoebaNet's cells differ, and the ends of
+the Transformer are on every device; per layer it is linear (14, 28, 56, 112). The paper measured
+what trains. Here it is predicted: [how well](memory.md), and for layers that are not alike
+[here](unlike.md).
 """
 
 
