@@ -126,6 +126,29 @@ def test_a_moving_average_is_moved_once_a_step_by_the_mean_of_the_microbatches(f
   np.testing.assert_allclose(found["var"][0], want, rtol=1e-12)
 
 
+def test_every_layer_and_microbatch_has_a_mask_of_its_own():
+  """The reference calls the same modules, and would not notice."""
+
+  class Masks(nnx.Module):
+    def __init__(self, rngs):
+      pass
+
+    def __call__(self, x, context):
+      return (*x, context.dropout(jnp.ones((2, 64)), 0.5))
+
+  stack = LayerStack(embed=unlike.Tokens, layers=[Masks, Masks], head=unlike.Predict)
+
+  def mask(layer, microbatch):
+    batch, key = unlike.text(2), jax.random.key(0)
+    inputs = dict(batch=batch, key=key, layer=0, microbatch=microbatch, rows=jnp.arange(2))
+    return stack.pieces.call(f"layers/{layer}", {}, {}, (), True, inputs)[0][0]
+
+  masks = [mask(layer, microbatch) for layer in (0, 1) for microbatch in (0, 1)]
+  for a, b in itertools.combinations([*masks, mask(0, 2)], 2):
+    assert 0.25 < jnp.mean(a != b) < 0.75
+  np.testing.assert_array_equal(mask(1, 1), masks[3])
+
+
 def test_evaluation_uses_the_moving_averages(float64):
   stack, batch = unlike.convolutions(), unlike.images(8)
   schedule, mesh = (
