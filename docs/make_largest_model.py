@@ -218,8 +218,8 @@ rows of 1,024 tokens out of 32,000, as in the paper. Every device holds both end
 
 Parameters grow less than the devices do, as in the paper: AmoebaNet's cells differ, and the ends of
 the Transformer are on every device; per layer it is linear (14, 28, 56, 112). The paper measured
-what trains. Here it is predicted: [how well](memory.md). For layers that are not alike the report is
-too low ([by up to 37 % at small sizes on CPU](unlike.md)), so that sizes are optimistic.
+what trains. Here it is predicted: [how well](memory.md). For layers that are not alike the report
+is too low ([by up to 37 % at small sizes on CPU](unlike.md)), so that sizes are optimistic.
 """
 
 
