@@ -69,6 +69,7 @@ class Part:
         f"{name} is a Linen module; wrap it: jaxpipe.linen(Module(), example inputs ...)"
       )
     module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+    _refuse_flags(name, type(module))
     for path, value in nnx.iter_graph(module):
       if not isinstance(value, nnx.Variable) and isinstance(value, _ARRAYS):
         raise StackError(
@@ -185,6 +186,17 @@ def wanted(kind: type, told: Container[str] = ()) -> int:
   kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
   positional = [p for p in parameters if p.kind in kinds and p.name not in told]
   return max(1, sum(p.default is p.empty or p.name in ("context", "batch") for p in positional))
+
+
+def _refuse_flags(name: str, kind: type) -> None:
+  """Refuses a call that must be told whether it trains: it would take its context for that."""
+  call: Any = kind.__call__
+  for parameter in list(inspect.signature(call).parameters.values())[2:]:
+    if parameter.default is parameter.empty and parameter.name in ("train", "training"):
+      raise StackError(
+        f"{name} ({kind.__name__}) must be told {parameter.name}, and an NNX module is not: its"
+        f" norms know by themselves, and context.training says it; take x and context"
+      )
 
 
 def _is_linen(factory: Any) -> bool:

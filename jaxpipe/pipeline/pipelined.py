@@ -47,7 +47,8 @@ class Pipelined:
       f" ({self.schedule.stages} stages, {laid.depth if laid.uniform else self.stack.depth} layers)"
     ]
     if not laid.uniform:
-      lines += [f"stage {s}: {', '.join(names)}" for s, names in enumerate(laid.stages)]
+      label = lambda name: f"{name} {self.stack.pieces.parts[name].label}"  # noqa: E731
+      lines += [f"stage {s}: {', '.join(map(label, names))}" for s, names in enumerate(laid.stages)]
     return "\n".join(lines)
 
   def init(self, key: jax.Array, batch: Tree) -> Tree:
@@ -70,11 +71,11 @@ class Pipelined:
 
   def place(self, tree: Tree) -> Tree:
     """A canonical tree (parameters, moments, state) to its places."""
-    return place(tree, self.stack, self.schedule, self.mesh)
+    return place(tree, self.stack, self.schedule, self.mesh) if jax.tree.leaves(tree) else tree
 
   def unplace(self, tree: Tree) -> Tree:
     """Back to the canonical tree, a leaf for every variable of every module."""
-    return unplace(tree, self.stack, self.schedule)
+    return unplace(tree, self.stack, self.schedule) if jax.tree.leaves(tree) else tree
 
   def check(self, batch: Tree) -> Report:
     """Every gradient leaf of fresh parameters against the unpipelined model's; `jaxpipe.check`."""

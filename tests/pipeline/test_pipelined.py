@@ -228,7 +228,7 @@ def test_a_partition_may_be_named():
   assert len(pipe.stack.partition) == 2 and sum(pipe.stack.partition) == 5
   assert make(batch, partition=np.array([4, 1])).stack.partition == (4, 1)
   assert str(pipe).splitlines()[0] == "1f1b of 4 microbatches over stage:2 (2 stages, 5 layers)"
-  assert "stage 1: " in str(pipe)
+  assert str(pipe).splitlines()[1].startswith("stage 0: embed Select, layers/0 Conv")
 
 
 def test_predictions_are_those_that_evaluation_counts():
@@ -258,6 +258,38 @@ def test_alike_layers_that_are_best_cut_evenly_stay_a_loop():
   modules, options = [nn.Dense(6)] * 4, dict(mesh="stage:2", microbatches=2)
   assert jaxpipe.pipeline(loss, modules, batch, partition="uniform", **options).stack.uniform
   assert not jaxpipe.pipeline(loss, modules, batch, partition=[1, 3], **options).stack.uniform
+
+
+def test_an_nnx_module_that_must_be_told_that_it_trains_is_refused():
+  """It took its context for the flag, which is true in evaluation as well."""
+
+  class Must(nnx.Module):
+    def __init__(self, rngs):
+      pass
+
+    def __call__(self, x, train):
+      return x if train else 2 * x
+
+  with pytest.raises(jaxpipe.StackError, match=r"layers\[0\] \(Must\) must be told train"):
+    jaxpipe.pipeline(loss, [Must, jnp.tanh], data(), mesh="stage:2", microbatches=4)
+
+
+def test_parameters_go_on_on_another_mesh_and_no_state_is_no_state():
+  batch = {"x": np.ones((8, 6), np.float32), "label": np.zeros(8, np.int32)}
+  modules = [nn.Dense(6), jnp.tanh, nn.Dense(3)]
+  one, other = (
+    jaxpipe.pipeline(loss, modules, batch, mesh=mesh, schedule=name, microbatches=2)
+    for mesh, name in (("stage:1", "gpipe"), ("stage:2", "zb-h1"))
+  )
+  key = jax.random.key(0)
+  params = one.init(key, batch)
+  tree = one.unplace(params)
+  like = jax.tree.structure(other.unplace(other.init(jax.random.key(1), batch)))
+  moved = other.place(jax.tree.unflatten(like, jax.tree.leaves(tree)))
+  np.testing.assert_allclose(
+    one.evaluate(params, batch)[0], other.evaluate(moved, batch)[0], rtol=1e-6
+  )
+  assert other.place(one.unplace(one.init_state(key, batch))) == {}
 
 
 def test_a_key_in_the_place_of_the_state_is_told():
