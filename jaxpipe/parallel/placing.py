@@ -42,7 +42,7 @@ def layers_per_stage(depth: int, schedule: Any) -> int:
     near = min(fits, key=lambda n: (abs(n - schedule.stages), n))
     raise ValueError(
       f"{depth} layers cannot fill {schedule.stages} stages evenly; use {near} stages,"
-      f" a multiple of {schedule.stages} layers, or a partition"
+      f" or a multiple of {schedule.stages} layers"
     )
   return depth // schedule.stages
 
