@@ -9,6 +9,7 @@ Nothing is compiled; some minutes on two cores.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -109,16 +110,15 @@ NETWORKS = {
     16 * GB,
   ),
 }
-# GPipe's Table 1: devices -> shape, millions of parameters. 0 devices: without GPipe.
+# GPipe's Table 1: devices -> shape, millions of parameters.
 PAPER: dict[str, dict[int, tuple[str, float]]] = {
   "AmoebaNet": {
-    0: ("(18, 208)", 82),
     1: ("(18, 416)", 318),
     2: ("(18, 544)", 542),
     4: ("(36, 544)", 1050),
     8: ("(72, 512)", 1800),
   },
-  "Transformer": {0: ("3", 282.2), 1: ("13", 785.8), 8: ("103", 5300)},
+  "Transformer": {1: ("13", 785.8), 8: ("103", 5300)},
 }
 
 
@@ -146,15 +146,13 @@ def measure(network: Network, layers: int, devices: int) -> Size:
 def largest(network: Network, devices: int) -> Size:
   """The most layers that fit: from what two sizes need, then one step after another."""
   step = network.step * (devices if network.even else 1)
-  a, b = (measure(network, n * step, devices) for n in (6, 12))
-  slope = (b.bytes - a.bytes) / 6
-  n = max(1, 6 + int((network.limit - a.bytes) // slope))
-  seen: dict[int, Size] = {}
 
+  @functools.cache
   def at(n: int) -> Size:
-    seen[n] = seen.get(n) or measure(network, n * step, devices)
-    return seen[n]
+    return measure(network, n * step, devices)
 
+  slope = (at(12).bytes - at(6).bytes) / 6
+  n = max(1, 6 + int((network.limit - at(6).bytes) // slope))
   while n > 1 and at(n).bytes > network.limit:
     n -= 1
   while at(n + 1).bytes <= network.limit:

@@ -239,11 +239,12 @@ class Stages:
 
   def _cotangents(self, s: int, dy: Leaves) -> Leaves:
     """Of the stage's float outputs; of the last stage's, the loss itself and no others count."""
-    flat, buffers = self.boundaries[s + 1], dict(zip(self._float_widths, dy, strict=True))
+    flat = self.boundaries[s + 1]
     if s + 1 == len(self.splits):
       loss, *others = flat.leaves
       rest = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in others if is_float(leaf)]
       return list(self.local.vary([jnp.ones((), loss.dtype), *rest]))
+    buffers = dict(zip(self._float_widths, dy, strict=True))
     return [
       read_span(buffers[str(leaf.dtype)], leaf.shape, offset)
       for leaf, offset in zip(flat.leaves, flat.offsets, strict=True)

@@ -1,4 +1,4 @@
-"""DiT by flow matching: what adaLN-zero promises, and exact gradients through the pipeline."""
+"""DiT by flow matching: what adaLN-zero promises, and what the loss compares."""
 
 import jax
 import jax.numpy as jnp
