@@ -73,7 +73,7 @@ ONE_OF_SEVERAL = """
 import os, sys, time
 me = int(sys.argv[-2].removeprefix("--process_id="))
 print(me, sys.argv[1:], os.environ["XLA_FLAGS"][-2:], flush=True)
-print(f"error {me}", file=sys.stderr)
+os.write(2, f"error {me}\\n".encode())  # a whole line: print() of two of them may mix
 """
 
 
