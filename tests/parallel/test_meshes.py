@@ -85,7 +85,7 @@ def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(
+@pytest.mark.sampled(
   "mesh, schedule, changes",
   [
     ("stage:2,sequence:2,tensor:2", "zb-h1", dict(positions_cut=True, ulysses=2)),
@@ -95,6 +95,7 @@ def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
     ("stage:2,sequence:2,tensor:2", "1f1b", dict(**tiny.GPT2, positions_cut=True)),
     ("stage:2,tensor:2", "1f1b", dict(**tiny.QWEN2, **tiny.QWEN3)),
   ],
+  3,
 )
 def test_meshes_of_every_axis(float64, mesh, schedule, changes):
   changes = dict(changes)
@@ -137,7 +138,7 @@ def test_evaluation_on_a_mesh_is_that_of_one_device(float64, mesh, schedule, moe
 
 
 @pytest.mark.slow
-@pytest.mark.sampled("i, sizes, name", CASES, 6)
+@pytest.mark.sampled("i, sizes, name", CASES, 4)
 def test_every_mesh_gives_the_gradients_of_one_device(float64, i, sizes, name):
   run(i, sizes, name)
 

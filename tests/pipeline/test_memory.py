@@ -51,7 +51,7 @@ def kind_of_program(name):
 GRID = list(itertools.product(schedule_names(), (8, 16, 32), ("dots", "all", "full")))
 
 
-@pytest.mark.sampled("name, M, residuals", GRID, 8)
+@pytest.mark.sampled("name, M, residuals", GRID, 5)
 def test_temporary_bytes_are_a_constant_and_the_rings(name, M, residuals):
   alike = [other for other in schedule_names() if kind_of_program(other) == kind_of_program(name)]
   other = 16 if M == 8 else 8  # never the case itself
@@ -63,7 +63,7 @@ def test_temporary_bytes_are_a_constant_and_the_rings(name, M, residuals):
   assert abs(found - constant - rings) <= 0.05 * rings + table, (found, constant, rings)
 
 
-@pytest.mark.parametrize("residuals", ["dots", "all", "full"])
+@pytest.mark.sampled("residuals", ["dots", "all", "full"], 1)
 def test_1f1b_is_flat_in_m_and_gpipe_grows(residuals):
   flat = [temporary("1f1b", M, residuals) for M in (8, 32)]
   assert flat[1] - flat[0] <= 0.01 * flat[0]

@@ -23,7 +23,7 @@ GRID = [
 STATEFUL = {"amoebanet", "segmentation", "dit", "gnn", "speech"}
 
 
-@pytest.mark.sampled("network, name, P, uneven", GRID, 4)
+@pytest.mark.sampled("network, name, P, uneven", GRID, 3)
 def test_gradients_and_state_are_those_of_the_unpipelined_model(float64, network, name, P, uneven):
   make, batch = nine.NETWORKS[network]
   schedule = jaxpipe.make_schedule(name, devices=P, microbatches=4)

@@ -475,7 +475,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig) -> Ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.sampled("count", [2, 4], 1)
 def test_any_number_of_processes_gives_the_same_curve_bit_for_bit(
   ran: Callable[..., Path], count: int
 ) -> None:
