@@ -152,7 +152,7 @@ def test_experts_exchange_twice_forward_and_twice_backward():
   assert sum(size for _, size in exchanged) == L * formulas.experts(slots, D, 4, ITEM)
 
 
-@pytest.mark.sampled("schedule, chunks, sends", [("1f1b", None, 1), ("interleaved-1f1b", 2, 3)], 1)
+@pytest.mark.parametrize("schedule, chunks, sends", [("1f1b", None, 1), ("interleaved-1f1b", 2, 3)])
 def test_a_boundary_passes_one_activation_each_way_a_microbatch(schedule, chunks, sends):
   """In straight lines: where a loop has ticks on which nothing is sent, it sends all the same."""
   found = sent("stage:2,tensor:2", schedule, chunks=chunks, unroll="all")

@@ -85,7 +85,7 @@ def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.sampled(
+@pytest.mark.parametrize(
   "mesh, schedule, changes",
   [
     ("stage:2,sequence:2,tensor:2", "zb-h1", dict(positions_cut=True, ulysses=2)),
@@ -95,7 +95,6 @@ def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
     ("stage:2,sequence:2,tensor:2", "1f1b", dict(**tiny.GPT2, positions_cut=True)),
     ("stage:2,tensor:2", "1f1b", dict(**tiny.QWEN2, **tiny.QWEN3)),
   ],
-  3,
 )
 def test_meshes_of_every_axis(float64, mesh, schedule, changes):
   changes = dict(changes)

@@ -147,7 +147,7 @@ REPEATED = {
 }
 
 
-@pytest.mark.sampled("residuals", REPEATED, 2)
+@pytest.mark.parametrize("residuals", REPEATED)
 def test_r_repeats_what_f_dropped_and_nobody_else_does(float64, residuals):
   """I and W then cost what they cost where everything was kept."""
   whole, one = cut("all", True), cut(residuals, True)

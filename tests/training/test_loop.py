@@ -142,13 +142,12 @@ def wait_for(process: subprocess.Popen[str], beginning: str) -> bool:
   return any(line.startswith(beginning) for line in process.stdout)
 
 
-@pytest.mark.sampled(
-  "number, changes",
+@pytest.mark.parametrize(
+  ("number", "changes"),
   [
     (signal.SIGINT, {"mesh": "stage:2", "schedule": "gpipe"}),
     (signal.SIGTERM, {"mesh": "stage:2,data:2", "microbatches": 2, "backward": "split"}),
   ],
-  1,
 )
 def test_interrupted_runs_save_and_may_move(
   tmp_path: Path,
