@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/mutate.py [NAME ...]          # all faults, or those of these names
 
-Takes some minutes. Works on a copy; exits with 1 if a fault goes unnoticed or no longer applies.
+Takes twenty minutes. Works on a copy; exits with 1 if a fault goes unnoticed or no longer applies.
 """
 
 from __future__ import annotations
