@@ -31,7 +31,7 @@ import jaxpipe
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.parallel.placing import shardings
 from jaxpipe.pipeline.batch import microbatches as cut_batch
-from jaxpipe.pipeline.residuals import residual_policy
+from jaxpipe.pipeline.layer.residuals import residual_policy
 
 # The very object that `dots` stands for.
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -44,15 +44,15 @@ import one_thread
 from absl import app, flags
 
 import jaxpipe
-from jaxpipe.models.transformer import transformer
-from jaxpipe.models.transformer_config import TransformerConfig, flops_per_token
+from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
+from jaxpipe.models.transformer.decoder import transformer
 from jaxpipe.parallel.placing import layers_per_stage
-from jaxpipe.pipeline.lower import lower
-from jaxpipe.pipeline.residuals import residual_policy
-from jaxpipe.pipeline.unroll import SHAPES, cut, estimated_time
+from jaxpipe.pipeline.layer.residuals import residual_policy
+from jaxpipe.pipeline.table.lower import lower
+from jaxpipe.pipeline.table.unroll import SHAPES, cut, estimated_time
 from jaxpipe.schedules import schedule_names
-from jaxpipe.training.flags import exit_with_error
-from jaxpipe.training.peaks import peak_flops
+from jaxpipe.training.chips import peak_flops
+from jaxpipe.training.flags.flags import exit_with_error
 
 _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the transformer.")
 _WIDTH = flags.DEFINE_integer("width", 256, "Its width.")

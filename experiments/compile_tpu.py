@@ -9,8 +9,8 @@ copies of whole rings (there must be none), each transfer between devices and wh
 and the compiler's estimate of cycles for each action with, for `--unroll=none`, the step time that
 they imply.
 `--platform=cuda` compiles for the GPUs of this machine; the report then has no cycles.
-`--preset` is a shape of `jaxpipe/models/presets.py`; here it sets bfloat16 and, for the largest, a
-mesh and a batch, too. Flags that are given stay.
+`--preset` is a shape of `jaxpipe/models/transformer/presets.py`; here it sets bfloat16 and, for the
+largest, a mesh and a batch, too. Flags that are given stay.
 """
 
 import dataclasses
@@ -30,30 +30,30 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 import jaxpipe
-from jaxpipe.models.transformer import transformer
-from jaxpipe.models.transformer_config import TransformerConfig, flops_per_token
-from jaxpipe.pipeline.compiled import read_compiled
+from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
+from jaxpipe.models.transformer.decoder import transformer
+from jaxpipe.pipeline.compiled.action_paths import SCOPES
+from jaxpipe.pipeline.compiled.step import read_compiled
 from jaxpipe.pipeline.executor import lower_on
-from jaxpipe.pipeline.places import SCOPES
-from jaxpipe.pipeline.residuals import residual_policy
-from jaxpipe.pipeline.unroll import cut
-from jaxpipe.training.aot import (
-  Device,
+from jaxpipe.pipeline.layer.residuals import residual_policy
+from jaxpipe.pipeline.table.unroll import cut
+from jaxpipe.training.aot.aot import (
+  DeviceSpec,
   on_all,
   placed_shapes,
   ring_shapes,
 )
-from jaxpipe.training.aot_report import describe, describe_estimate, lines
-from jaxpipe.training.config import Config
-from jaxpipe.training.errors import ConfigError, naming
-from jaxpipe.training.flags import define_flags, exit_with_error, parse_flags
-from jaxpipe.training.model_flags import read_config
-from jaxpipe.training.optimizer import learning_rate, make_optimizer
-from jaxpipe.training.plan import build_mesh, choose
-from jaxpipe.training.run_config import AUTO
-from jaxpipe.training.setup import batch_shapes, build_schedule
-from jaxpipe.training.state import state_shapes
-from jaxpipe.training.step import make_train_step
+from jaxpipe.training.aot.report import describe, describe_estimate, lines
+from jaxpipe.training.flags.errors import ConfigError, naming
+from jaxpipe.training.flags.flags import define_flags, exit_with_error, parse_flags
+from jaxpipe.training.flags.run_config import AUTO
+from jaxpipe.training.lm.config import Config
+from jaxpipe.training.lm.model_flags import read_config
+from jaxpipe.training.lm.run import batch_shapes, build_schedule
+from jaxpipe.training.loop.step import make_train_step
+from jaxpipe.training.plan.optimizer import learning_rate, make_optimizer
+from jaxpipe.training.plan.plan import build_mesh, choose
+from jaxpipe.training.plan.state import state_shapes
 
 Tree = Any
 
@@ -123,7 +123,7 @@ class Job:
   """
 
   config: Config
-  device: Device
+  device: DeviceSpec
   mesh: Mesh
   schedule: jaxpipe.Schedule
   model: TransformerConfig
@@ -139,7 +139,7 @@ def prepare(config: Config) -> Job:
     ConfigError: whatever does not fit; names the flags.
   """
   devices = find_devices()
-  mesh, device = build_mesh(config, devices), Device.of(devices)
+  mesh, device = build_mesh(config, devices), DeviceSpec.of(devices)
   named = None if config.schedule == AUTO else build_schedule(config, mesh)
   model, optimizer = config.model(vocabulary_size=1), make_optimizer(config)
   stack = transformer(model)

@@ -21,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxpipe.data.digits import CLASSES, Digits, load_digits
-from jaxpipe.data.flow_batches import FlowBatches
-from jaxpipe.models.dit import DitConfig, dit
-from jaxpipe.models.flow import euler, guide, velocity_field
-from jaxpipe.models.gaussian_velocity import GaussianVelocity
-from jaxpipe.models.patch_codec import PatchCodec
-from jaxpipe.training.settings import free, same
-from jaxpipe.training.task import Baseline, Task, TaskConfig
-from jaxpipe.training.task_run import run_task
+from jaxpipe.data.experiments.digits import CLASSES, Digits, load_digits
+from jaxpipe.data.experiments.flow_batches import FlowBatches
+from jaxpipe.models.diffusion.dit import DitConfig, dit
+from jaxpipe.models.diffusion.flow import euler, guide, velocity_field
+from jaxpipe.models.diffusion.gaussian_velocity import GaussianVelocity
+from jaxpipe.models.diffusion.patch_codec import PatchCodec
+from jaxpipe.training.command.task import Baseline, Task, TaskConfig
+from jaxpipe.training.command.task_run import run_task
+from jaxpipe.training.flags.settings import free, same
 
 DIGITS = pathlib.Path(__file__).resolve().parents[1] / "data" / "digits" / "digits.csv.gz"
 PASSES = 4  # of the held-out digits in one validation, each with other noise and times

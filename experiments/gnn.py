@@ -17,14 +17,14 @@ from typing import Any
 
 import jax
 
-from jaxpipe.data.graph import split
-from jaxpipe.data.roget import CLASSES, load_roget
-from jaxpipe.models.forward import evaluate
+from jaxpipe.data.experiments.graph import split
+from jaxpipe.data.experiments.roget import CLASSES, load_roget
 from jaxpipe.models.gnn import GnnConfig, gnn
 from jaxpipe.parallel.mesh import ROWS, parse_mesh
-from jaxpipe.training.settings import same
-from jaxpipe.training.task import Baseline, Task, TaskConfig
-from jaxpipe.training.task_run import run_task
+from jaxpipe.stack.forward import evaluate
+from jaxpipe.training.command.task import Baseline, Task, TaskConfig
+from jaxpipe.training.command.task_run import run_task
+from jaxpipe.training.flags.settings import same
 
 ROGET = pathlib.Path(__file__).resolve().parents[1] / "data" / "roget" / "roget_dat.txt.gz"
 

@@ -11,14 +11,14 @@ under any schedule; `--help` lists the flags.
 import dataclasses
 import pathlib
 
-from jaxpipe.models.amoebanet import amoebanet
-from jaxpipe.models.amoebanet_cells import AmoebaNetConfig
-from jaxpipe.models.pictures import CONVOLUTIONS
-from jaxpipe.training.digits import DigitsConfig, digits_task
-from jaxpipe.training.errors import naming
-from jaxpipe.training.settings import free, same
-from jaxpipe.training.task import Task
-from jaxpipe.training.task_run import run_task
+from jaxpipe.models.vision.amoebanet import amoebanet
+from jaxpipe.models.vision.amoebanet_cells import AmoebaNetConfig
+from jaxpipe.models.vision.pictures import CONVOLUTIONS
+from jaxpipe.training.command.task import Task
+from jaxpipe.training.command.task_run import run_task
+from jaxpipe.training.flags.errors import naming
+from jaxpipe.training.flags.settings import free, same
+from jaxpipe.training.tasks.digits import DigitsConfig, digits_task
 
 DIGITS = pathlib.Path(__file__).resolve().parents[1] / "data" / "digits" / "digits.csv.gz"
 

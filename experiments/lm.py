@@ -10,8 +10,8 @@ model, `--init_from=FOLDER` its weights, too; `--help` lists the flags.
 
 import pathlib
 
-from jaxpipe.training.command import run_command
-from jaxpipe.training.config import Config
+from jaxpipe.training.lm.command import run_command
+from jaxpipe.training.lm.config import Config
 
 TEXT = pathlib.Path(__file__).resolve().parents[1] / "data" / "shakespeare" / "plays.txt"
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxpipe.data.digits import load_digits
-from jaxpipe.data.scenes import BACKGROUND, CLASSES, make_scenes
-from jaxpipe.models.pictures import CONVOLUTIONS
-from jaxpipe.models.segmentation import SegmentationConfig, mean_iou, segmentation
-from jaxpipe.training.settings import free, same
-from jaxpipe.training.task import Baseline, Task, TaskConfig
-from jaxpipe.training.task_run import run_task
+from jaxpipe.data.experiments.digits import load_digits
+from jaxpipe.data.experiments.scenes import BACKGROUND, CLASSES, make_scenes
+from jaxpipe.models.vision.pictures import CONVOLUTIONS
+from jaxpipe.models.vision.segmentation import SegmentationConfig, mean_iou, segmentation
+from jaxpipe.training.command.task import Baseline, Task, TaskConfig
+from jaxpipe.training.command.task_run import run_task
+from jaxpipe.training.flags.settings import free, same
 
 DIGITS = pathlib.Path(__file__).resolve().parents[1] / "data" / "digits" / "digits.csv.gz"
 

@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpipe.data.log_mel import BANDS
-from jaxpipe.data.spoken_digits import DIGITS, load_spoken_digits
-from jaxpipe.models.ctc import edit_distances
-from jaxpipe.models.deep_speech import DeepSpeechConfig, deep_speech
-from jaxpipe.training.settings import same
-from jaxpipe.training.task import Baseline, Task, TaskConfig
-from jaxpipe.training.task_run import run_task
+from jaxpipe.data.experiments.log_mel import BANDS
+from jaxpipe.data.experiments.spoken_digits import DIGITS, load_spoken_digits
+from jaxpipe.models.speech.ctc import edit_distances
+from jaxpipe.models.speech.deep_speech import DeepSpeechConfig, deep_speech
+from jaxpipe.training.command.task import Baseline, Task, TaskConfig
+from jaxpipe.training.command.task_run import run_task
+from jaxpipe.training.flags.settings import same
 
 CLIPS = pathlib.Path(__file__).resolve().parents[1] / "data" / "spoken_digits" / "digits.npz"
 MEASURED = 8  # batches of one validation

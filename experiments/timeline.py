@@ -27,10 +27,10 @@ import one_thread
 from absl import app, flags
 
 import jaxpipe
-from jaxpipe.models.transformer import TransformerConfig, transformer
+from jaxpipe.models.transformer.decoder import TransformerConfig, transformer
 from jaxpipe.pipeline.timeline import Measured, measure
-from jaxpipe.schedules.draw import draw_traces
-from jaxpipe.schedules.panels import draw_panels, scaled
+from jaxpipe.schedules.drawing.panels import draw_panels, scaled
+from jaxpipe.schedules.drawing.text import draw_traces
 
 _SCHEDULE = flags.DEFINE_string("schedule", "1f1b", "Name of a schedule.")
 _BACKWARD = flags.DEFINE_enum(

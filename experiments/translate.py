@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxpipe.data.isocodes import STANDARDS
-from jaxpipe.data.pairs import PairBatches, Pairs, in_batches
-from jaxpipe.data.translation import LANGUAGES, TranslationData, prepare_translation
-from jaxpipe.data.windows import Batch
+from jaxpipe.data.experiments.isocodes import STANDARDS
+from jaxpipe.data.experiments.pairs import PairBatches, Pairs, in_batches
+from jaxpipe.data.experiments.translation import LANGUAGES, TranslationData, prepare_translation
+from jaxpipe.data.text.windows import Batch
 from jaxpipe.models.translation import TranslationConfig, parse_shape, translation
-from jaxpipe.training.bleu import bleu_scores
-from jaxpipe.training.cache import cache_folder
-from jaxpipe.training.settings import free, same
-from jaxpipe.training.task import Task, TaskConfig
-from jaxpipe.training.task_run import run_task
-from jaxpipe.training.translate import Translator
+from jaxpipe.training.command.cache import cache_folder
+from jaxpipe.training.command.task import Task, TaskConfig
+from jaxpipe.training.command.task_run import run_task
+from jaxpipe.training.flags.settings import free, same
+from jaxpipe.training.tasks.bleu import bleu_scores
+from jaxpipe.training.tasks.translator import Translator
 
 # Names of districts and villages (iso3166-2) are the same in most languages.
 NAMES = ",".join(standard for standard in STANDARDS if standard != "iso3166-2")

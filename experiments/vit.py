@@ -10,12 +10,12 @@ resumes, on any mesh and under any schedule; `--help` lists the flags.
 import dataclasses
 import pathlib
 
-from jaxpipe.models.vit import VitConfig, vit
-from jaxpipe.training.digits import DigitsConfig, digits_task
-from jaxpipe.training.errors import naming
-from jaxpipe.training.settings import same
-from jaxpipe.training.task import Task
-from jaxpipe.training.task_run import run_task
+from jaxpipe.models.vision.vit import VitConfig, vit
+from jaxpipe.training.command.task import Task
+from jaxpipe.training.command.task_run import run_task
+from jaxpipe.training.flags.errors import naming
+from jaxpipe.training.flags.settings import same
+from jaxpipe.training.tasks.digits import DigitsConfig, digits_task
 
 DIGITS = pathlib.Path(__file__).resolve().parents[1] / "data" / "digits" / "digits.csv.gz"
 

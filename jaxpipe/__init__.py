@@ -8,18 +8,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from jaxpipe.models.linen import linen
-  from jaxpipe.models.stack import LayerStack, StackError
-  from jaxpipe.models.tables import Tables
   from jaxpipe.parallel.mesh import MeshError, make_mesh
   from jaxpipe.parallel.placing import place, unplace
   from jaxpipe.parallel.rules import Rules
   from jaxpipe.pipeline.check import check
+  from jaxpipe.pipeline.costs.layer_costs import layer_costs
+  from jaxpipe.pipeline.costs.memory import MemoryReport, memory_report
+  from jaxpipe.pipeline.costs.packing import PackingReport, packing_report
   from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
-  from jaxpipe.pipeline.layer_costs import layer_costs
-  from jaxpipe.pipeline.memory import MemoryReport, memory_report
-  from jaxpipe.pipeline.packing import PackingReport, packing_report
-  from jaxpipe.pipeline.partition import partitioned
+  from jaxpipe.pipeline.partitioned import partitioned
   from jaxpipe.pipeline.pipelined import pipeline
   from jaxpipe.pipeline.reference import reference_value_and_grad
   from jaxpipe.schedules import (
@@ -34,37 +31,40 @@ if TYPE_CHECKING:
     simulate,
   )
   from jaxpipe.schedules.partition import LayerCost, Partition
-  from jaxpipe.training.choose import choose_schedule
-  from jaxpipe.training.load import load
+  from jaxpipe.stack.linen import linen
+  from jaxpipe.stack.stack import LayerStack, StackError
+  from jaxpipe.stack.vocabulary import Tables
+  from jaxpipe.training.lm.load import load
+  from jaxpipe.training.plan.choose import choose_schedule
 
 _HOME = {
   "Action": "jaxpipe.schedules",
   "Costs": "jaxpipe.schedules",
   "Kind": "jaxpipe.schedules",
   "LayerCost": "jaxpipe.schedules.partition",
-  "LayerStack": "jaxpipe.models.stack",
-  "MemoryReport": "jaxpipe.pipeline.memory",
+  "LayerStack": "jaxpipe.stack.stack",
+  "MemoryReport": "jaxpipe.pipeline.costs.memory",
   "MeshError": "jaxpipe.parallel.mesh",
   "Partition": "jaxpipe.schedules.partition",
   "Placement": "jaxpipe.schedules",
   "Rules": "jaxpipe.parallel.rules",
   "Schedule": "jaxpipe.schedules",
   "ScheduleError": "jaxpipe.schedules",
-  "StackError": "jaxpipe.models.stack",
-  "Tables": "jaxpipe.models.tables",
+  "StackError": "jaxpipe.stack.stack",
+  "Tables": "jaxpipe.stack.vocabulary",
   "Timeline": "jaxpipe.schedules",
   "check": "jaxpipe.pipeline.check",
-  "choose_schedule": "jaxpipe.training.choose",
-  "layer_costs": "jaxpipe.pipeline.layer_costs",
-  "linen": "jaxpipe.models.linen",
-  "load": "jaxpipe.training.load",
+  "choose_schedule": "jaxpipe.training.plan.choose",
+  "layer_costs": "jaxpipe.pipeline.costs.layer_costs",
+  "linen": "jaxpipe.stack.linen",
+  "load": "jaxpipe.training.lm.load",
   "make_mesh": "jaxpipe.parallel.mesh",
   "make_schedule": "jaxpipe.schedules",
-  "memory_report": "jaxpipe.pipeline.memory",
-  "PackingReport": "jaxpipe.pipeline.packing",
-  "packing_report": "jaxpipe.pipeline.packing",
+  "memory_report": "jaxpipe.pipeline.costs.memory",
+  "PackingReport": "jaxpipe.pipeline.costs.packing",
+  "packing_report": "jaxpipe.pipeline.costs.packing",
   "pipeline": "jaxpipe.pipeline",  # the package, which can be called
-  "partitioned": "jaxpipe.pipeline.partition",
+  "partitioned": "jaxpipe.pipeline.partitioned",
   "pipeline_forward": "jaxpipe.pipeline.executor",
   "pipeline_value_and_grad": "jaxpipe.pipeline.executor",
   "place": "jaxpipe.parallel.placing",

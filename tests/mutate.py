@@ -19,9 +19,12 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Tests of values first: what they miss, tests of tables may still find.
-SUITES = ("tests/pipeline/test_exactness.py", "tests/pipeline/test_program.py")
+SUITES = ("tests/pipeline/test_exactness.py", "tests/pipeline/table/test_program.py")
 ON_MESHES = ("tests/parallel/test_meshes.py",)
-OF_STAGES = ("tests/pipeline/test_stages.py", "tests/pipeline/test_packing.py")
+OF_STAGES = (
+  "tests/pipeline/device/test_switched_stages.py",
+  "tests/pipeline/costs/test_packing.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +49,13 @@ class Fault:
 FAULTS = [
   Fault(
     "wrong slot",
-    "pipeline/lower.py",
+    "pipeline/table/lower.py",
     "= slot[ring, send.target, (send.stage, send.microbatch)]",
     "= (slot[ring, send.target, (send.stage, send.microbatch)] + 1) % slots[ring]",
   ),
   Fault(
     "wrong microbatch key",
-    "pipeline/device.py",
+    "pipeline/device/device.py",
     "layer=first + i, microbatch=now.microbatch",
     "layer=first + i, microbatch=now.microbatch + 1",
   ),
@@ -64,19 +67,19 @@ FAULTS = [
   ),
   Fault(
     "dropped W",
-    "pipeline/device.py",
+    "pipeline/device/device.py",
     "grads = now.when([Kind.W], run, lambda same: same,",
     "grads = now.when([Kind.W], lambda same: same, lambda same: same,",
   ),
   Fault(
     "stale buffer",
-    "pipeline/device.py",
+    "pipeline/device/device.py",
     "gradients = rings.store(gradients, float_leaves(here), slot)",
     "gradients = rings.store(state.gradients, float_leaves(here), slot)",
   ),
   Fault(
     "swapped chunk",
-    "pipeline/lower.py",
+    "pipeline/table/lower.py",
     'schedule.placement.chunk(d, s)\n    table["first"]',
     'schedule.chunks - 1 - schedule.placement.chunk(d, s)\n    table["first"]',
   ),
@@ -88,13 +91,13 @@ FAULTS = [
   ),
   Fault(
     "off-by-one route",
-    "pipeline/lower.py",
+    "pipeline/table/lower.py",
     "[r].add((send.source, send.target))",
     "[r].add((send.source, (send.target + 1) % P))",
   ),
   Fault(
     "mask of other positions",
-    "models/transformer.py",
+    "models/transformer/decoder.py",
     "context.dropout(y_BTD, rate, positions=mine)",
     "context.dropout(y_BTD, rate, positions=at_T[: len(mine)])",
     ON_MESHES,
@@ -108,7 +111,7 @@ FAULTS = [
   ),
   Fault(
     "gathered too early",
-    "pipeline/device.py",
+    "pipeline/device/device.py",
     "rings.put(ring, self.weights.gathered(now.chunk * self.stage.layers), now.weights)",
     "rings.put(ring, self.weights.gathered(0 * now.chunk), now.weights)",
     ON_MESHES,
@@ -122,49 +125,49 @@ FAULTS = [
   ),
   Fault(
     "records that share rows",
-    "pipeline/arenas.py",
+    "pipeline/storage/arenas.py",
     "table[tick, d, r] = base[d, name] + slot[at] * rows",
     "table[tick, d, r] = base[d, name]",
     OF_STAGES,
   ),
   Fault(
     "borrowed gradient lost",
-    "models/packed.py",
+    "stack/packed.py",
     "rows[name] = write_span(rows[name], old + whole, offset, chunk)",
     "rows[name] = write_span(rows[name], old + 0 * whole, offset, chunk)",
     OF_STAGES,
   ),
   Fault(
     "statistics of a shard",
-    "models/part.py",
+    "stack/module_spec.py",
     "over = tuple(axis for axis in ROWS if axes.size(axis) > 1)",
     "over = ()",
     OF_STAGES,
   ),
   Fault(
     "statistics of the last microbatch",
-    "pipeline/stages.py",
+    "pipeline/device/switched_stages.py",
     "new = old + new if is_float(leaf) else jnp.maximum(old, new)",
     "new = new * self.local.program.schedule.microbatches",
     OF_STAGES,
   ),
   Fault(
     "key of a stage",
-    "models/pieces.py",
-    'inputs = {**inputs, "layer": layer_number(piece)}\n    return',
+    "stack/network.py",
+    'inputs = {**inputs, "layer": layer_number(module)}\n    return',
     'inputs = {**inputs, "layer": 0}\n    return',
     OF_STAGES,
   ),
   Fault(
     "gradient of the loss",
-    "pipeline/stages.py",
+    "pipeline/device/switched_stages.py",
     "jnp.ones((), loss.dtype)",
     "2 * jnp.ones((), loss.dtype)",
     OF_STAGES,
   ),
   Fault(
     "loss not counted",
-    "pipeline/ends.py",
+    "pipeline/device/whole_ends.py",
     "return count(totals, *self.local.stack.apply_head({}, result, {}))",
     "return totals",
     OF_STAGES,

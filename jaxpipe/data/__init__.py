@@ -4,14 +4,14 @@ Read in this order: `tokenizer` (text to ids), `bins` (ids on disk), `text` (fil
 `batches` and `evaluation` (bins to arrays).
 """
 
-from jaxpipe.data.batches import TokenBatches
-from jaxpipe.data.bins import BinHeader, TokenBin, open_bin, write_bin
-from jaxpipe.data.bpe import BpeTokenizer, load_bpe, train_bpe
 from jaxpipe.data.errors import DataError
-from jaxpipe.data.evaluation import EvaluationBatches, target_bytes
-from jaxpipe.data.text import TextData, prepare_text
-from jaxpipe.data.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
-from jaxpipe.data.windows import Batch
+from jaxpipe.data.text.batches import TokenBatches
+from jaxpipe.data.text.bins import BinHeader, TokenBin, open_bin, write_bin
+from jaxpipe.data.text.bpe import BpeTokenizer, load_bpe, train_bpe
+from jaxpipe.data.text.evaluation import EvaluationBatches, target_bytes
+from jaxpipe.data.text.text import TextData, prepare_text
+from jaxpipe.data.text.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
+from jaxpipe.data.text.windows import Batch
 
 __all__ = [
   "Batch",

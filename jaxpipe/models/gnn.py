@@ -40,8 +40,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxpipe.models.context import Context
-from jaxpipe.models.stack import LayerStack
+from jaxpipe.stack.context import Context
+from jaxpipe.stack.stack import LayerStack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class Head(nnx.Module):
 
 
 def gnn(config: GnnConfig) -> LayerStack:
-  """The stack; `batch` is made by `jaxpipe.data.graph.Graph.rows`, microbatches are its chunks."""
+  """The stack; `Graph.rows` of `jaxpipe.data` makes a batch, whose microbatches are its chunks."""
   layer = functools.partial(Layer, config)
   return LayerStack(
     embed=functools.partial(Embed, config),

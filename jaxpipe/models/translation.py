@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpipe.models.context import Context
-from jaxpipe.models.stack import LayerStack
+from jaxpipe.stack.context import Context
+from jaxpipe.stack.stack import LayerStack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from jaxpipe.parallel.placing import layer_paths, place, unplace
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
+from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.reference import reference_value_and_grad
-from jaxpipe.pipeline.residuals import AUTO, Policy
 from jaxpipe.schedules import Schedule
 
 Tree = Any

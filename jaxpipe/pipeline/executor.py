@@ -31,15 +31,15 @@ from jaxpipe.parallel.placing import (
 )
 from jaxpipe.parallel.rules import axes_of_entry
 from jaxpipe.pipeline.batch import given_state, microbatches, rows_spec
-from jaxpipe.pipeline.device import Device
-from jaxpipe.pipeline.local import Local, State, Totals
-from jaxpipe.pipeline.lower import lower
-from jaxpipe.pipeline.order import blocks
-from jaxpipe.pipeline.probe import Probe
-from jaxpipe.pipeline.program import Program
-from jaxpipe.pipeline.residuals import AUTO, Policy, Residuals, residual_policy
-from jaxpipe.pipeline.unroll import Segment, cut
-from jaxpipe.pipeline.varying import vary
+from jaxpipe.pipeline.device.context import Carry, DeviceContext, Totals
+from jaxpipe.pipeline.device.device import Device
+from jaxpipe.pipeline.device.order import blocks
+from jaxpipe.pipeline.device.probe import Probe
+from jaxpipe.pipeline.layer.residuals import AUTO, Policy, Residuals, residual_policy
+from jaxpipe.pipeline.layer.varying import vary
+from jaxpipe.pipeline.table.lower import lower
+from jaxpipe.pipeline.table.program import Program
+from jaxpipe.pipeline.table.unroll import Segment, cut
 from jaxpipe.schedules import Schedule
 
 Tree = Any
@@ -97,7 +97,7 @@ def pipeline_value_and_grad(
   stack = stack.laid_out(schedule)
   policy = residual_policy(residuals, stack.uniform)
   program = lower_on(schedule, mesh, policy, slack, head_apart=stack.uniform)
-  return _compile(Pipeline(stack, program, mesh, schedule, policy, poison, probe), unroll)
+  return _compile(Execution(stack, program, mesh, schedule, policy, poison, probe), unroll)
 
 
 def pipeline_forward(
@@ -116,7 +116,7 @@ def pipeline_forward(
   """
   stack = stack.laid_out(schedule)
   program = lower(schedule.check().forward_only())
-  run = _compile(Pipeline(stack, program, mesh, schedule, None, poison), "none")
+  run = _compile(Execution(stack, program, mesh, schedule, None, poison), "none")
   return lambda params, batch, state=None: run(params, batch, None, state)[0][:2]
 
 
@@ -134,7 +134,7 @@ def lower_on(
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
+class Execution:
   """What is to run, and where.
 
   Attributes:
@@ -210,7 +210,7 @@ class Pipeline:
     rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
     rows += axes.index(ROWS) * len(rows)
     batch, key, rows = vary((batch, key, rows), self.axes)
-    here = Local(
+    here = DeviceContext(
       *(self.stack, self.program, self.axes, self.poison, blocks(self.mesh), self.probe),
       *(ends, batch, key, rows, self.policy is not None, self._state_rows(state)),
     )
@@ -279,36 +279,36 @@ class Pipeline:
     return {**table, **whole}
 
 
-def _compile(pipeline: Pipeline, unroll: str) -> Callable[..., Any]:
-  if unroll == "auto" and not pipeline.stack.uniform:
+def _compile(execution: Execution, unroll: str) -> Callable[..., Any]:
+  if unroll == "auto" and not execution.stack.uniform:
     unroll = "none"  # every tick of a straight line would hold the code of every stage
-  segments, trains = cut(pipeline.program, unroll), pipeline.policy is not None
-  after = (pipeline.state_specs,) if trains and pipeline.stack.has_state else ()
-  sharded = pipeline.over_mesh(
-    functools.partial(pipeline.run, segments),
-    ((Spec(), Spec(), *after), pipeline.specs if trains else {}),
+  segments, trains = cut(execution.program, unroll), execution.policy is not None
+  after = (execution.state_specs,) if trains and execution.stack.has_state else ()
+  sharded = execution.over_mesh(
+    functools.partial(execution.run, segments),
+    ((Spec(), Spec(), *after), execution.specs if trains else {}),
   )
 
   @jax.jit
   def run(params: Tree, state: Tree, batch: Tree, key: jax.Array | None) -> Any:
-    cut = microbatches(batch, pipeline.schedule.microbatches, pipeline.shards)
+    cut = microbatches(batch, execution.schedule.microbatches, execution.shards)
     return sharded(params, state, cut, key)
 
   def step(
     params: Tree, batch: Tree, key: jax.Array | None = None, state: Tree | None = None
   ) -> Any:
-    state = given_state(pipeline.stack, state)
-    check_placed(params, pipeline.stack, pipeline.schedule, pipeline.mesh, state)
+    state = given_state(execution.stack, state)
+    check_placed(params, execution.stack, execution.schedule, execution.mesh, state)
     return run(params, state, batch, key)
 
   return step
 
 
-def _run(device: Device, state: State, segment: Segment, table: dict[str, jax.Array]) -> State:
+def _run(device: Device, state: Carry, segment: Segment, table: dict[str, jax.Array]) -> Carry:
   """Runs the ticks of one segment."""
   bodies = segment.bodies(device.local.program.doing)
 
-  def body(state: State, rows: dict[str, jax.Array]) -> State:
+  def body(state: Carry, rows: dict[str, jax.Array]) -> Carry:
     for i, doing in enumerate(bodies):
       row = {name: column[i] for name, column in rows.items()}
       tick = functools.partial(device.tick, row=row, doing=doing)
@@ -325,7 +325,7 @@ def _run(device: Device, state: State, segment: Segment, table: dict[str, jax.Ar
   return lax.scan(lambda state, rows: (body(state, rows), None), state, rows)[0]
 
 
-def _once(tick: Callable[[State], State], state: State) -> State:
+def _once(tick: Callable[[Carry], Carry], state: Carry) -> Carry:
   """Returns `tick(state)`, from a loop that runs once, which the compiler cannot know.
 
   What a loop carries stays in place. In a straight line, nothing orders an action that reads a
@@ -335,7 +335,7 @@ def _once(tick: Callable[[State], State], state: State) -> State:
   return lax.fori_loop(0, one, lambda _, state: tick(state), state)
 
 
-def _totals(state: State, over: tuple[str, ...]) -> tuple[jax.Array, Tree, jax.Array]:
+def _totals(state: Carry, over: tuple[str, ...]) -> tuple[jax.Array, Tree, jax.Array]:
   """The mean loss, metrics, and the weight that sums are divided by.
 
   Devices along `tensor` finish the same microbatches, and each counts them: loss, weight and

@@ -10,16 +10,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxpipe.models.forward import modules, run_layers
-from jaxpipe.models.stack import LayerStack
 from jaxpipe.parallel.mesh import STAGE, make_mesh, row_shards
 from jaxpipe.parallel.placing import place, unplace
 from jaxpipe.pipeline.batch import check_rows, given_state
 from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
-from jaxpipe.pipeline.partition import partitioned
-from jaxpipe.pipeline.residuals import AUTO, Policy
+from jaxpipe.pipeline.layer.residuals import AUTO, Policy
+from jaxpipe.pipeline.partitioned import partitioned
 from jaxpipe.schedules import Schedule, make_schedule
+from jaxpipe.stack.forward import modules, run_layers
+from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
 
@@ -47,7 +47,7 @@ class Pipelined:
       f" ({self.schedule.stages} stages, {laid.depth if laid.uniform else self.stack.depth} layers)"
     ]
     if not laid.uniform:
-      label = lambda name: f"{name} {self.stack.pieces.parts[name].label}"  # noqa: E731
+      label = lambda name: f"{name} {self.stack.network.specs[name].label}"  # noqa: E731
       lines += [f"stage {s}: {', '.join(map(label, names))}" for s, names in enumerate(laid.stages)]
     return "\n".join(lines)
 

@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 
 from jaxpipe.pipeline.batch import check_rows, given_state
-from jaxpipe.pipeline.floats import is_float
-from jaxpipe.pipeline.residuals import Policy, Residuals, residual_policy
-from jaxpipe.pipeline.rings import wide
+from jaxpipe.pipeline.layer.floats import is_float
+from jaxpipe.pipeline.layer.residuals import Policy, Residuals, residual_policy
+from jaxpipe.pipeline.storage.rings import wide
 
 Tree = Any
 
@@ -51,7 +51,7 @@ def reference_value_and_grad(
   if stack.uniform:
     loss_of = functools.partial(_loss_of_layers_alike, stack, policy, orders, paths is None)
   else:
-    loss_of = functools.partial(_loss_of_pieces, stack, policy)
+    loss_of = functools.partial(_loss_of_modules, stack, policy)
 
   @jax.jit
   def reference(
@@ -149,7 +149,7 @@ def _loss_of_layers_alike(
   return loss, (weight, metrics, state)
 
 
-def _loss_of_pieces(
+def _loss_of_modules(
   stack: Any,
   policy: Residuals,
   keep: Policy | None,
@@ -163,18 +163,18 @@ def _loss_of_pieces(
   rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
   inputs = dict(batch=batch, key=key, layer=0, microbatch=m, rows=rows)
 
-  def pieces(params: Tree, state: Tree) -> Any:
-    own, old = stack.pieces.cut(params), stack.pieces.cut(state) if state else {}
+  def modules(params: Tree, state: Tree) -> Any:
+    own, old = stack.network.split(params), stack.network.split(state) if state else {}
     x: Any = None
     after: dict[str, Tree] = {}
-    for piece in stack.pieces.parts:
-      run = functools.partial(stack.pieces.call, piece, training=True, inputs=inputs)
+    for module in stack.network.specs:
+      run = functools.partial(stack.network.call, module, training=True, inputs=inputs)
       kept = run if keep is None else jax.checkpoint(run, policy=keep)
-      x, after[piece] = kept(stack.pieces.params_of(piece, own), old.get(piece, {}), x)
+      x, after[module] = kept(stack.network.params_of(module, own), old.get(module, {}), x)
     loss, (weight, metrics) = x
-    return loss, (weight, metrics, stack.pieces.join(after) if state else state)
+    return loss, (weight, metrics, stack.network.join(after) if state else state)
 
-  run = jax.checkpoint(pieces) if policy.stage_input else pieces
+  run = jax.checkpoint(modules) if policy.stage_input else modules
   return run(params, state)
 
 

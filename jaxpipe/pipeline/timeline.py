@@ -20,13 +20,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.pipeline.device.order import blocks
+from jaxpipe.pipeline.device.probe import Clock
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
-from jaxpipe.pipeline.lower import lower
-from jaxpipe.pipeline.order import blocks
-from jaxpipe.pipeline.probe import Clock
-from jaxpipe.pipeline.program import IDLE, Program
-from jaxpipe.pipeline.residuals import Policy, residual_policy
-from jaxpipe.pipeline.unroll import Segment, cut, exchanges, tick_durations, tick_times
+from jaxpipe.pipeline.layer.residuals import Policy, residual_policy
+from jaxpipe.pipeline.table.lower import lower
+from jaxpipe.pipeline.table.program import IDLE, Program
+from jaxpipe.pipeline.table.unroll import Segment, cut, exchanges, tick_durations, tick_times
 from jaxpipe.schedules import Costs, Kind, Schedule, Timeline, simulate
 from jaxpipe.schedules.peaks import peaks
 

@@ -6,16 +6,16 @@ print(draw_text(simulate(schedule)))
 
 from jaxpipe.schedules.actions import Action, Kind, Overlap, ScheduleError
 from jaxpipe.schedules.build import make_schedule, schedule_names
-from jaxpipe.schedules.check import check, dependencies
-from jaxpipe.schedules.compare import compare
+from jaxpipe.schedules.checks.legal import check, dependencies
+from jaxpipe.schedules.checks.sends import check_sends
+from jaxpipe.schedules.command.compare import compare
 from jaxpipe.schedules.costs import Costs
-from jaxpipe.schedules.draw import draw_perfetto, draw_text
-from jaxpipe.schedules.figure import draw_figure
+from jaxpipe.schedules.drawing.figure import draw_figure
+from jaxpipe.schedules.drawing.text import draw_perfetto, draw_text
 from jaxpipe.schedules.interchange import from_csv, from_json, to_csv, to_json
 from jaxpipe.schedules.peaks import Peaks, peaks
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
-from jaxpipe.schedules.sends import check_sends
 from jaxpipe.schedules.simulate import Timeline, simulate
 
 __all__ = [

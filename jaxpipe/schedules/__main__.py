@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxpipe.schedules.cli import main
+from jaxpipe.schedules.command.cli import main
 
 if __name__ == "__main__":
   sys.exit(main())

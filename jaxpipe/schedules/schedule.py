@@ -18,7 +18,7 @@ from jaxpipe.schedules.actions import (
   Step,
   parse_step,
 )
-from jaxpipe.schedules.check import check
+from jaxpipe.schedules.checks.legal import check
 from jaxpipe.schedules.placement import Placement
 
 # One path per microbatch: the stages it visits, in order.

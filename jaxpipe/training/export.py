@@ -16,9 +16,9 @@ from absl import logging
 
 from jaxpipe.data import BpeTokenizer
 from jaxpipe.models import huggingface
-from jaxpipe.training.errors import ConfigError
-from jaxpipe.training.flags import exit_with_error
-from jaxpipe.training.load import load
+from jaxpipe.training.flags.errors import ConfigError
+from jaxpipe.training.flags.flags import exit_with_error
+from jaxpipe.training.lm.load import load
 
 
 def export_run(run_dir: str, folder: str) -> int:

@@ -4,7 +4,7 @@ they compute the same.
 
 import jax
 import pytest
-import tiny
+from networks import lm
 
 import jaxpipe
 from experiments.baselines import scan_gpipe_value_and_grad, vmap_roll_value_and_grad
@@ -16,7 +16,7 @@ BASELINES = (vmap_roll_value_and_grad, scan_gpipe_value_and_grad)
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize(("P", "M", "residuals"), [(2, 3, "names:attention"), (4, 4, "full")])
 def test_gradients_are_the_reference_s(baseline, P, M, residuals, float64):
-  stack, batch, key = tiny.stack(), tiny.batch(2 * M), jax.random.key(7)
+  stack, batch, key = lm.stack(), lm.batch(2 * M), jax.random.key(7)
   params = stack.init(jax.random.key(1), batch)
   (loss, metrics), grads = jaxpipe.reference_value_and_grad(stack, M)(params, batch, key)
   mesh = jaxpipe.make_mesh(f"stage:{P}")
@@ -34,7 +34,7 @@ def test_gradients_are_the_reference_s(baseline, P, M, residuals, float64):
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_no_device_holds_another_s_layers(baseline):
   """The partitioner must not gather the weights, nor run all stages on every device."""
-  stack, batch = tiny.stack(dtype="float32", param_dtype="float32"), tiny.batch(8)
+  stack, batch = lm.stack(dtype="float32", param_dtype="float32"), lm.batch(8)
   mesh = jaxpipe.make_mesh("stage:4")
   schedule = jaxpipe.make_schedule("gpipe", devices=4, microbatches=4)
   params = stack.init(jax.random.key(1), batch, schedule, mesh)
@@ -50,7 +50,7 @@ def test_no_device_holds_another_s_layers(baseline):
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_what_cannot_run_is_refused(baseline):
-  stack = tiny.stack(dtype="float32", param_dtype="float32")
+  stack = lm.stack(dtype="float32", param_dtype="float32")
   with pytest.raises(ValueError, match="4 layers cannot fill 3 stages"):
     baseline(stack, 3, 4, jaxpipe.make_mesh("stage:3"))
   with pytest.raises(ValueError, match="wants stage:2 alone"):
@@ -61,7 +61,7 @@ def test_what_cannot_run_is_refused(baseline):
 
 def test_vmap_keeps_the_matmuls_unless_it_is_asked_not_to():
   """`vmap` gives every matmul a batch dim, which hides it from the usual policy."""
-  stack, batch = tiny.stack(dtype="float32", param_dtype="float32"), tiny.batch(16)
+  stack, batch = lm.stack(dtype="float32", param_dtype="float32"), lm.batch(16)
   mesh = jaxpipe.make_mesh("stage:2")
   schedule = jaxpipe.make_schedule("gpipe", devices=2, microbatches=8)
   params = stack.init(jax.random.key(1), batch, schedule, mesh)

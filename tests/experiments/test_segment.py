@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.segment import SegmentRun, build, summarize
-from jaxpipe.data.scenes import CLASSES
-from jaxpipe.training.errors import ConfigError
+from jaxpipe.data.experiments.scenes import CLASSES
+from jaxpipe.training.flags.errors import ConfigError
 
 RUN = SegmentRun(run_dir="unused", batch_size=4, test_scenes=8)
 

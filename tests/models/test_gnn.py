@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxpipe.data.graph import Graph
-from jaxpipe.models.context import Context
+from jaxpipe.data.experiments.graph import Graph
 from jaxpipe.models.gnn import Embed, GnnConfig, Head, Layer
+from jaxpipe.stack.context import Context
 
 NODES, LAYERS, FEATURES, WIDTH = 8, 4, 5, 6
 rng = np.random.default_rng(0)

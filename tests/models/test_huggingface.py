@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import jaxpipe
 from jaxpipe.models.huggingface import check_weights, export, read_config, read_params
-from jaxpipe.models.transformer import transformer
+from jaxpipe.models.transformer.decoder import transformer
 from jaxpipe.parallel.placing import layer_order
-from jaxpipe.training.sample import forward
+from jaxpipe.training.lm.sample import forward
 
 FOLDERS = pathlib.Path(__file__).parents[1] / "data" / "huggingface"
 MODELS = ("gpt2", "llama", "qwen2", "qwen3", "mixtral")

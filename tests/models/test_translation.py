@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpipe.models.context import Context
 from jaxpipe.models.translation import (
   DecoderLayer,
   Embed,
@@ -19,6 +18,7 @@ from jaxpipe.models.translation import (
   attend,
   parse_shape,
 )
+from jaxpipe.stack.context import Context
 
 SHAPE = dict(vocabulary_size=11, layers=2, width=8, hidden=16, heads=2)
 FLOAT64 = dict(dtype=jnp.float64, param_dtype=jnp.float64)

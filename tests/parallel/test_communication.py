@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import jaxpipe
-from jaxpipe.models.moe import MoeConfig
-from jaxpipe.models.transformer import TransformerConfig, transformer
+from jaxpipe.models.transformer.decoder import TransformerConfig, transformer
+from jaxpipe.models.transformer.moe import MoeConfig
 from jaxpipe.parallel import formulas
-from jaxpipe.pipeline.traffic import Traffic, traffic
+from jaxpipe.pipeline.compiled.traffic import Traffic, traffic
 
 # rows of a microbatch on a device, positions, width, layers, microbatches; bytes of a float32
 B, S, D, L, M, ITEM = 2, 32, 16, 4, 4, 4

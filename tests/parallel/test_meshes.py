@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from networks import lm
 
 import jaxpipe
-from jaxpipe.models.moe import MoeConfig
+from jaxpipe.models.transformer.moe import MoeConfig
 from jaxpipe.parallel.mesh import AXES, EXPERT, ROWS, SEQUENCE, TENSOR
 
 DEVICES = 8
@@ -63,8 +63,8 @@ def stack(i: int, sizes: dict[str, int], **changes) -> jaxpipe.LayerStack:
     positions_cut=_positions_cut(i), ulysses=ulysses, logits_chunk=(0, 1)[i % 2], tied=i % 5 > 1
   )
   layers, moe = 2 * sizes["stage"], experts(i, sizes)
-  kind = ({}, tiny.QWEN2, tiny.QWEN3, {} if moe else tiny.GPT2)[i % 4]
-  return tiny.stack(layers, **shape, **options, **kind, moe=moe, **changes)
+  kind = ({}, lm.QWEN2, lm.QWEN3, {} if moe else lm.GPT2)[i % 4]
+  return lm.stack(layers, **shape, **options, **kind, moe=moe, **changes)
 
 
 def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
@@ -77,7 +77,7 @@ def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
     stack(i, sizes, **changes),
     schedule,
     jaxpipe.make_mesh(sizes),
-    tiny.batch(4 * shards, length),
+    lm.batch(4 * shards, length),
     residuals=("dots", "full", "all")[i % 3],
     unroll="none",
   )
@@ -92,8 +92,8 @@ def run(i: int, sizes: dict[str, int], name: str, **changes) -> None:
     ("stage:2,sequence:2,tensor:2", "1f1b", dict(logits_chunk=2)),
     ("stage:2,fsdp:2,expert:2", "zeropp", dict(experts=("expert",))),
     ("stage:2,sequence:4", "1f1b", dict(experts=("sequence",))),
-    ("stage:2,sequence:2,tensor:2", "1f1b", dict(**tiny.GPT2, positions_cut=True)),
-    ("stage:2,tensor:2", "1f1b", dict(**tiny.QWEN2, **tiny.QWEN3)),
+    ("stage:2,sequence:2,tensor:2", "1f1b", dict(**lm.GPT2, positions_cut=True)),
+    ("stage:2,tensor:2", "1f1b", dict(**lm.QWEN2, **lm.QWEN3)),
   ],
 )
 def test_meshes_of_every_axis(float64, mesh, schedule, changes):
@@ -102,18 +102,18 @@ def test_meshes_of_every_axis(float64, mesh, schedule, changes):
     changes["moe"] = MoeConfig(
       experts=4, top_k=2, capacity_factor=0, group=0, balance=0.1, z=0.01, axes=axes
     )
-  stack = tiny.stack(4, width=16, heads=4, kv_heads=2, mlp_width=16, **changes)
+  stack = lm.stack(4, width=16, heads=4, kv_heads=2, mlp_width=16, **changes)
   plan = jaxpipe.make_schedule(schedule, devices=2, microbatches=4)
-  batch = {**tiny.batch(16, 8), "segments": np.arange(8)[None].repeat(16, 0) // 5}
+  batch = {**lm.batch(16, 8), "segments": np.arange(8)[None].repeat(16, 0) // 5}
   report = jaxpipe.check(stack, plan, jaxpipe.make_mesh(mesh), batch, unroll="none")
   assert report.ok, report
 
 
 def test_a_vocabulary_over_stages_beside_cut_weights_rows_and_positions(float64):
-  stack = tiny.stack(4, width=16, heads=4, kv_heads=2, mlp_width=16, ulysses=2)
+  stack = lm.stack(4, width=16, heads=4, kv_heads=2, mlp_width=16, ulysses=2)
   plan = jaxpipe.make_schedule("1f1b", devices=2, microbatches=4, head="sharded")
   mesh = jaxpipe.make_mesh("stage:2,fsdp:2,sequence:2")
-  report = jaxpipe.check(stack, plan, mesh, tiny.batch(16, 8), unroll="none")
+  report = jaxpipe.check(stack, plan, mesh, lm.batch(16, 8), unroll="none")
   assert report.ok, report
 
 
@@ -125,9 +125,9 @@ def test_evaluation_on_a_mesh_is_that_of_one_device(float64, mesh, schedule, moe
   """Its program has forwards only: of what W reads, nothing is known."""
   options = dict(experts=4, top_k=2, capacity_factor=0, group=0, balance=0.1, z=0.01)
   shape = dict(width=16, heads=4, kv_heads=2, mlp_width=16, dropout=0.0)
-  stack = tiny.stack(4, **shape, moe=MoeConfig(**options) if moe else None)
+  stack = lm.stack(4, **shape, moe=MoeConfig(**options) if moe else None)
   plan, on = jaxpipe.make_schedule(schedule, devices=2, microbatches=4), jaxpipe.make_mesh(mesh)
-  batch = tiny.batch(16, 8)
+  batch = lm.batch(16, 8)
   params = stack.init(jax.random.key(0), batch)
   (want, metrics), _ = jaxpipe.reference_value_and_grad(stack, 4)(params, batch)
   placed = jaxpipe.place(params, stack, plan, on)

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
-import zoo
 from jax.sharding import PartitionSpec as Spec
+from networks import layer_kinds, lm
 
 import jaxpipe
 from jaxpipe.parallel.placing import param_specs
@@ -186,7 +185,7 @@ def test_rules_can_be_overridden():
 def test_a_model_that_a_mesh_cannot_cut_is_refused_early(float64, mesh, changes, message):
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
   with pytest.raises(ValueError, match=message):
-    jaxpipe.pipeline_value_and_grad(tiny.stack(**changes), schedule, jaxpipe.make_mesh(mesh))
+    jaxpipe.pipeline_value_and_grad(lm.stack(**changes), schedule, jaxpipe.make_mesh(mesh))
 
 
 @pytest.mark.parametrize("axis", ["tensor", "sequence"])
@@ -194,11 +193,11 @@ def test_a_stack_that_does_not_share_work_over_an_axis_is_refused(axis):
   schedule = jaxpipe.make_schedule("gpipe", devices=2, microbatches=2)
   mesh = jaxpipe.make_mesh(f"stage:2,{axis}:2")
   with pytest.raises(ValueError, match=f"mesh axis {axis}:2: the stack's modules do not share"):
-    jaxpipe.pipeline_value_and_grad(zoo.stack("linear"), schedule, mesh)
+    jaxpipe.pipeline_value_and_grad(layer_kinds.stack("linear"), schedule, mesh)
 
 
 def test_vocabulary_over_stages_and_over_tensor_are_not_combined(float64):
-  stack = tiny.stack(heads=2, kv_heads=2)
+  stack = lm.stack(heads=2, kv_heads=2)
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2, head="sharded")
   mesh = jaxpipe.make_mesh("stage:2,tensor:2")
   with pytest.raises(ValueError, match=r"cuts the vocabulary over 2 stages, and the mesh over ten"):

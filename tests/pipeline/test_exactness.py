@@ -9,13 +9,13 @@ import itertools
 import jax
 import numpy as np
 import pytest
-import tiny
+from networks import lm
 
 import jaxpipe
 from jaxpipe.parallel.placing import layer_paths
 from jaxpipe.pipeline.check import leaf_errors
-from jaxpipe.pipeline.lower import lower
-from jaxpipe.pipeline.unroll import cut
+from jaxpipe.pipeline.table.lower import lower
+from jaxpipe.pipeline.table.unroll import cut
 from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.transforms.recompute import with_recompute
 
@@ -35,7 +35,7 @@ def oracle():
 
   def reference(M, rows):
     if (M, rows) not in seen:
-      stack, batch, key = tiny.stack(), tiny.batch(rows), jax.random.key(7)
+      stack, batch, key = lm.stack(), lm.batch(rows), jax.random.key(7)
       params = stack.init(jax.random.key(1), batch)
       run = jaxpipe.reference_value_and_grad(stack, microbatches=M)
       seen[M, rows] = (stack, params, batch, key, jax.device_get(run(params, batch, key)))
@@ -87,7 +87,7 @@ EVERY = [
 @functools.cache
 def unpipelined(M, paths, layers):
   """A stack of so many layers, its inputs, and loss and gradients of the reference."""
-  stack, batch, key = tiny.stack(layers), tiny.batch(M), jax.random.key(7)
+  stack, batch, key = lm.stack(layers), lm.batch(M), jax.random.key(7)
   params = stack.init(jax.random.key(1), batch)
   run = jaxpipe.reference_value_and_grad(stack, M, paths=paths)
   (loss, _), grads = jax.device_get(run(params, batch, key))
@@ -124,7 +124,7 @@ def test_loops_with_straight_ends_are_exact(float64, name, P, slack):
   schedule = jaxpipe.make_schedule(name, devices=P, microbatches=4 * P)
   segments = cut(lower(schedule, slack=slack), "ends")
   assert {True, False} == {segment.repeats > 1 for segment in segments}
-  stack, batch = tiny.stack(schedule.stages), tiny.batch(4 * P)
+  stack, batch = lm.stack(schedule.stages), lm.batch(4 * P)
   mesh = jaxpipe.make_mesh(f"stage:{P}")
   report = jaxpipe.check(stack, schedule, mesh, batch, slack=slack, unroll="ends")
   assert report.ok, str(report)
@@ -136,9 +136,9 @@ RECOMPUTED = list(itertools.product(["gpipe", "zb-v", "chimera"], ["full", "dots
 @pytest.mark.sampled("name, residuals", RECOMPUTED, 3)
 def test_recompute_as_an_action_of_its_own_is_exact(float64, name, residuals):
   schedule = with_recompute(jaxpipe.make_schedule(name, devices=2, microbatches=4))
-  stack = tiny.stack(schedule.stages)
+  stack = lm.stack(schedule.stages)
   report = jaxpipe.check(
-    stack, schedule, jaxpipe.make_mesh("stage:2,data:2"), tiny.batch(8), residuals=residuals
+    stack, schedule, jaxpipe.make_mesh("stage:2,data:2"), lm.batch(8), residuals=residuals
   )
   assert report.ok, str(report)
 
@@ -146,8 +146,8 @@ def test_recompute_as_an_action_of_its_own_is_exact(float64, name, residuals):
 def test_replicas_of_a_stage_are_stored_once(float64):
   """Counted twice, a weight would count twice in the gradient's norm, and clipping with it."""
   schedule = jaxpipe.make_schedule("chimera", devices=4, microbatches=4)
-  stack = tiny.stack(8)
-  params = stack.init(jax.random.key(1), tiny.batch(4))
+  stack = lm.stack(8)
+  params = stack.init(jax.random.key(1), lm.batch(4))
   placed = jaxpipe.place(params, stack, schedule, jaxpipe.make_mesh("stage:4"))
   same = [a.shape == b.shape for a, b in zip(*map(jax.tree.leaves, (params, placed)), strict=True)]
   assert all(same)
@@ -186,19 +186,17 @@ def test_a_schedule_written_by_hand_runs_exactly(float64, oracle, name, data):
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 def test_float32_and_the_default_attention(name):
-  stack = tiny.stack(dtype="float32", param_dtype="float32", attention=jax.nn.dot_product_attention)
+  stack = lm.stack(dtype="float32", param_dtype="float32", attention=jax.nn.dot_product_attention)
   schedule = jaxpipe.make_schedule(name, devices=2, microbatches=3, backward="split")
-  report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh("stage:2"), tiny.batch(6))
+  report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh("stage:2"), lm.batch(6))
   assert report.tolerance == 1e-5 and report.ok, str(report)
 
 
 def test_bfloat16_arithmetic_keeps_float32_sums():
-  stack = tiny.stack(
-    dtype="bfloat16", param_dtype="float32", attention=jax.nn.dot_product_attention
-  )
+  stack = lm.stack(dtype="bfloat16", param_dtype="float32", attention=jax.nn.dot_product_attention)
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
   mesh = jaxpipe.make_mesh("stage:2")
-  batch = tiny.batch(4)
+  batch = lm.batch(4)
   params = stack.init(jax.random.key(0), batch, schedule, mesh)
   (loss, _), grads = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(
     params, batch, jax.random.key(1)
@@ -212,10 +210,10 @@ def test_bfloat16_arithmetic_keeps_float32_sums():
 def test_evaluation_is_the_loss_without_dropout(float64, oracle):
   schedule = jaxpipe.make_schedule("1f1b", devices=4, microbatches=3)
   mesh = jaxpipe.make_mesh("stage:4,data:2")
-  plain, batch = tiny.stack(dropout=0.0), tiny.batch(6)
+  plain, batch = lm.stack(dropout=0.0), lm.batch(6)
   params = plain.init(jax.random.key(1), batch)
   (loss, metrics), _ = jaxpipe.reference_value_and_grad(plain, microbatches=3)(params, batch)
-  evaluate = jaxpipe.pipeline_forward(tiny.stack(), schedule, mesh, poison=True)
+  evaluate = jaxpipe.pipeline_forward(lm.stack(), schedule, mesh, poison=True)
   got_loss, got_metrics = evaluate(jaxpipe.place(params, plain, schedule, mesh), batch)
   np.testing.assert_allclose(got_loss, loss, rtol=TOLERANCE)
   assert got_metrics == metrics
@@ -223,7 +221,7 @@ def test_evaluation_is_the_loss_without_dropout(float64, oracle):
 
 def test_dropout_masks_depend_on_the_step_and_not_on_schedule_or_mesh(float64):
   """Gradients of two steps differ; those of one step do not, wherever its rows lie."""
-  stack, batch = tiny.stack(), tiny.batch(8)
+  stack, batch = lm.stack(), lm.batch(8)
   params = stack.init(jax.random.key(1), batch)
 
   def run(name, mesh, key):
@@ -241,7 +239,7 @@ def test_dropout_masks_depend_on_the_step_and_not_on_schedule_or_mesh(float64):
 @pytest.mark.parametrize("factor", [1 + 1e-6, np.nan])
 def test_the_oracle_fails_when_a_gradient_is_wrong(float64, monkeypatch, factor):
   """Layers' gradients off by one part in a million, or NaN; the loss is not touched."""
-  from jaxpipe.pipeline import rings
+  from jaxpipe.pipeline.storage import rings
 
   exact = rings.add
   monkeypatch.setattr(
@@ -250,6 +248,6 @@ def test_the_oracle_fails_when_a_gradient_is_wrong(float64, monkeypatch, factor)
     lambda ring, value, *at: exact(ring, jax.tree.map(lambda v: v * factor, value), *at),
   )
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
-  report = jaxpipe.check(tiny.stack(), schedule, jaxpipe.make_mesh("stage:2"), tiny.batch(4))
+  report = jaxpipe.check(lm.stack(), schedule, jaxpipe.make_mesh("stage:2"), lm.batch(4))
   assert report.loss_error == report.metrics_error == 0 and not report.ok
   assert sum(error > 1e-12 for error in report.errors.values()) == 9  # the layers' leaves

@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 from jax.sharding import AxisType
+from networks import lm
 
 import jaxpipe
-from jaxpipe.pipeline.lower import lower
-from jaxpipe.pipeline.program import CODE, Program
+from jaxpipe.pipeline.table.lower import lower
+from jaxpipe.pipeline.table.program import CODE, Program
 from jaxpipe.schedules import Kind
 
 F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32, attention=jax.nn.dot_product_attention)
 
 
 def build(layers=4, devices=2, microbatches=2, mesh=None, **changes):
-  stack = tiny.stack(layers, **F32, **changes)
+  stack = lm.stack(layers, **F32, **changes)
   schedule = jaxpipe.make_schedule("1f1b", devices=devices, microbatches=microbatches)
   mesh = jaxpipe.make_mesh(mesh or f"stage:{devices}")
   return stack, schedule, mesh
@@ -37,25 +37,25 @@ def test_a_mesh_of_another_size_than_the_schedules():
 
 def test_rows_that_do_not_divide():
   stack, schedule, mesh = build(mesh="stage:2,data:2")
-  params = stack.init(jax.random.key(0), tiny.batch(4), schedule, mesh)
+  params = stack.init(jax.random.key(0), lm.batch(4), schedule, mesh)
   step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
   with pytest.raises(ValueError, match=r"6 rows cannot be cut into 2 microbatches over 2 data"):
-    step(params, tiny.batch(6), jax.random.key(0))
+    step(params, lm.batch(6), jax.random.key(0))
 
 
 def test_parameters_that_were_never_placed():
   """Their shapes are right, so that nothing but their place can tell."""
   stack, schedule, mesh = build()
-  params = stack.init(jax.random.key(0), tiny.batch(4))
+  params = stack.init(jax.random.key(0), lm.batch(4))
   with pytest.raises(ValueError, match=r"is not on its stage; call jaxpipe.place"):
-    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, tiny.batch(4))
+    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, lm.batch(4))
 
 
 def test_dropout_without_a_key():
   stack, schedule, mesh = build()
-  params = stack.init(jax.random.key(0), tiny.batch(4), schedule, mesh)
+  params = stack.init(jax.random.key(0), lm.batch(4), schedule, mesh)
   with pytest.raises(ValueError, match=r"uses dropout; call the step with a key"):
-    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, tiny.batch(4))
+    jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, lm.batch(4))
 
 
 def test_an_unknown_residual_policy():
@@ -73,10 +73,10 @@ def test_one_compilation_serves_every_step(monkeypatch):
   stack, schedule, mesh = build()
   traces, cut = [], executor.microbatches
   monkeypatch.setattr(executor, "microbatches", lambda *args: traces.append(1) or cut(*args))
-  params = stack.init(jax.random.key(0), tiny.batch(4), schedule, mesh)
+  params = stack.init(jax.random.key(0), lm.batch(4), schedule, mesh)
   step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
   for seed in range(3):
-    _, params = step(params, tiny.batch(4, seed=seed), jax.random.key(seed))
+    _, params = step(params, lm.batch(4, seed=seed), jax.random.key(seed))
   assert len(traces) == 1
 
 
@@ -105,12 +105,12 @@ def test_meshes_with_axes_that_would_be_summed_over_in_error(make):
 
 def test_batch_leaves_with_different_rows_are_named():
   stack, schedule, mesh = build(dropout=0.0)
-  params = stack.init(jax.random.key(0), tiny.batch(4), schedule, mesh)
+  params = stack.init(jax.random.key(0), lm.batch(4), schedule, mesh)
   step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
   with pytest.raises(ValueError, match=r"batch\['extra'\] has 3"):
-    step(params, {**tiny.batch(4), "extra": np.zeros(3)})
+    step(params, {**lm.batch(4), "extra": np.zeros(3)})
   with pytest.raises(ValueError, match=r"batch\['extra'\] is a scalar"):
-    step(params, {**tiny.batch(4), "extra": np.float32(3)})
+    step(params, {**lm.batch(4), "extra": np.float32(3)})
 
 
 @pytest.mark.parametrize("column", ["activations", "gradients", "cells"])
@@ -141,7 +141,7 @@ def test_poison_shows_a_slot_that_is_read_before_it_is_filled(monkeypatch, colum
     return Wrong(**{**vars(program), "table": table})
 
   monkeypatch.setattr("jaxpipe.pipeline.executor.lower", wrong)
-  report = jaxpipe.check(stack, schedule, mesh, tiny.batch(4))
+  report = jaxpipe.check(stack, schedule, mesh, lm.batch(4))
   assert report.worst == float("inf")
 
 

@@ -7,8 +7,8 @@ The whole grid, nine networks x five schedules x P in 2, 4, partitions even and 
 import itertools
 
 import jax
-import nine
 import pytest
+from networks import of_experiments
 
 import jaxpipe
 
@@ -16,7 +16,7 @@ SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-v", "chimera")
 GRID = [
   (network, name, P, (i + P // 2 + j) % 2 == 0)
   for (i, name), P, (j, network) in itertools.product(
-    enumerate(SCHEDULES), (2, 4), enumerate(nine.NETWORKS)
+    enumerate(SCHEDULES), (2, 4), enumerate(of_experiments.NETWORKS)
   )
 ]
 # Running statistics and frozen weights.
@@ -25,13 +25,13 @@ STATEFUL = {"amoebanet", "segmentation", "dit", "gnn", "speech"}
 
 @pytest.mark.sampled("network, name, P, uneven", GRID, 3)
 def test_gradients_and_state_are_those_of_the_unpipelined_model(float64, network, name, P, uneven):
-  make, batch = nine.NETWORKS[network]
+  make, batch = of_experiments.NETWORKS[network]
   schedule = jaxpipe.make_schedule(name, devices=P, microbatches=4)
   stack, data = make(), batch()
   # Alike layers that do not go into the stages evenly need a partition.
   if uneven or (stack.uniform and stack.depth % schedule.stages):
-    stack = nine.uneven(stack, schedule.stages)
-  params = nine.shaken(stack.init(jax.random.key(1), data))
+    stack = of_experiments.uneven(stack, schedule.stages)
+  params = of_experiments.shaken(stack.init(jax.random.key(1), data))
   report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh(f"stage:{P}"), data, params=params)
   assert report.ok and report.tolerance == 1e-12, str(report)
   assert bool(report.state_errors) == (network in STATEFUL)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxpipe
-from jaxpipe.models.stack import LayerStack
+from jaxpipe.stack.stack import LayerStack
 
 
 class Convolve(nnx.Module):
@@ -375,7 +375,7 @@ def test_sequences_of_modules_are_layers():
   batch = {"x": np.ones((4, 6), np.float32), "label": np.zeros(4, np.int32)}
   pair = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.relu)
   stack = LayerStack.from_modules([pair, nn.Sequential([nn.Dense(3)])], loss=loss, batch=batch)
-  assert len(stack.pieces.runs) == 2
+  assert len(stack.network.runs) == 2
 
 
 def test_names_to_keep_may_be_in_one_stage_alone():

@@ -3,17 +3,17 @@
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from networks import lm
 
 import jaxpipe
-from jaxpipe.models.part import StackError
-from jaxpipe.models.stack import LayerStack
-from jaxpipe.models.tables import Tables
-from jaxpipe.models.transformer import Embed, Head, Layer, TransformerConfig
+from jaxpipe.models.transformer.decoder import Embed, Head, Layer, TransformerConfig
 from jaxpipe.parallel.replicas import owned
+from jaxpipe.stack.module_spec import StackError
+from jaxpipe.stack.stack import LayerStack
+from jaxpipe.stack.vocabulary import Tables
 
 F32 = dict(dtype="float32", param_dtype="float32", dropout=0.0)
 BATCH = {"x": jnp.ones((4, 3))}
@@ -195,8 +195,8 @@ def test_a_print_that_a_pipeline_leaves_out_is_told(chatty):
 
 def test_negative_ids_count_from_the_end_of_a_cut_table():
   """A padding id of -1 got a row of zeros, and its row no gradient."""
-  cut = tiny.stack(4, **F32)
-  batch = tiny.batch(4)
+  cut = lm.stack(4, **F32)
+  batch = lm.batch(4)
   batch["tokens"] = batch["tokens"] - 16 * (batch["tokens"] > 9)
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2, head="sharded")
   assert (batch["tokens"] < 0).any()

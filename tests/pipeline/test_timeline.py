@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from networks import lm
 
 import jaxpipe
 from jaxpipe.pipeline import timeline
-from jaxpipe.pipeline.lower import lower
-from jaxpipe.pipeline.probe import Clock
+from jaxpipe.pipeline.device.probe import Clock
+from jaxpipe.pipeline.table.lower import lower
+from jaxpipe.pipeline.table.unroll import SHAPES, cut, tick_durations, tick_times
 from jaxpipe.pipeline.timeline import Measured, mean_costs, measure
-from jaxpipe.pipeline.unroll import SHAPES, cut, tick_durations, tick_times
 from jaxpipe.schedules import Costs, Kind, simulate
-from jaxpipe.schedules.draw import draw_traces
+from jaxpipe.schedules.drawing.text import draw_traces
 
 F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32, attention=jax.nn.dot_product_attention)
 # name -> axes beside two stages, and what goes to the step: fused backwards and a second device per
@@ -31,8 +31,8 @@ CASES = {
 def build(name):
   schedule = jaxpipe.make_schedule(name, devices=2, microbatches=4)
   mesh = jaxpipe.make_mesh(f"stage:2{CASES[name][0]}")
-  stack = tiny.stack(layers=schedule.stages, dropout=0.0, **F32)
-  batch = tiny.batch(8)
+  stack = lm.stack(layers=schedule.stages, dropout=0.0, **F32)
+  batch = lm.batch(8)
   return (stack, schedule, mesh), stack.init(jax.random.key(0), batch, schedule, mesh), batch
 
 

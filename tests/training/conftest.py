@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxpipe.training.config import Config
+from jaxpipe.training.lm.config import Config
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n"
 

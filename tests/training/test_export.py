@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from jaxpipe.models.huggingface import read_config, read_params
-from jaxpipe.training.config import Config
-from jaxpipe.training.errors import ConfigError
 from jaxpipe.training.export import export_run
-from jaxpipe.training.load import load
-from jaxpipe.training.loop import train
-from jaxpipe.training.setup import build
+from jaxpipe.training.flags.errors import ConfigError
+from jaxpipe.training.lm.config import Config
+from jaxpipe.training.lm.load import load
+from jaxpipe.training.lm.run import build
+from jaxpipe.training.loop.loop import train
 
 GPT2 = dict(norm="layernorm", bias="all", positions="learned", mlp="gelu", kv_heads=2)
 

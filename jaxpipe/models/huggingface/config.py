@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxpipe.models.moe import MoeConfig
-from jaxpipe.models.rotary import RopeScaling
-from jaxpipe.models.transformer_config import TransformerConfig
+from jaxpipe.models.transformer.config import TransformerConfig
+from jaxpipe.models.transformer.moe import MoeConfig
+from jaxpipe.models.transformer.rotary import RopeScaling
 
 Fields = Mapping[str, Any]
 

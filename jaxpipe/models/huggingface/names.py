@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxpipe.models.transformer_config import TransformerConfig
+from jaxpipe.models.transformer.config import TransformerConfig
 from jaxpipe.parallel.rules import describe
 
 Shape = tuple[int, ...]

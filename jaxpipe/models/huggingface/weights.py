@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as Spec
 from jaxpipe.models.huggingface.config import to_json
 from jaxpipe.models.huggingface.files import WeightFiles, bytes_of, write_files
 from jaxpipe.models.huggingface.names import Names, Piece, ignored, known_as
-from jaxpipe.models.stack import LayerStack
-from jaxpipe.models.transformer_config import TransformerConfig
+from jaxpipe.models.transformer.config import TransformerConfig
 from jaxpipe.parallel.placing import Tree, layer_order, shardings
 from jaxpipe.parallel.rules import describe
+from jaxpipe.stack.stack import LayerStack
 
 _SHOWN = 3  # tensors of each kind that an error names
 _LIMIT = 4 * 10**9  # bytes of a file
@@ -113,7 +113,7 @@ def _block(
   index: tuple[slice, ...],
   order: np.ndarray,
 ) -> np.ndarray:
-  """Part of a placed parameter, its layers in placement order."""
+  """ModuleSpec of a placed parameter, its layers in placement order."""
   stored, start = names.stored[path], names.start(path)
   spans = [range(*part.indices(n)) for part, n in zip(index, leaf.shape, strict=True)]
   n = stored.leading

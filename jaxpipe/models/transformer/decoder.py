@@ -1,0 +1,184 @@
+"""A decoder-only transformer: pre-norm attention and MLP, of the kinds its configuration names.
+
+With experts in place of the MLP, x is a pair: the residual stream, and of every row the losses of
+its routers so far, which the head adds to its own.
+
+Dims: B batch rows, T positions (those of this device, S of the whole row), D model width, N query
+heads, K key/value heads, H head width, F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpipe.models.transformer.attention import attend, check_heads
+from jaxpipe.models.transformer.config import TransformerConfig
+from jaxpipe.models.transformer.dense import Dense, make_dense, make_norm
+from jaxpipe.models.transformer.ends import Embed, Head, Stream
+from jaxpipe.models.transformer.moe import Experts, check_experts, check_folded, expert_dims
+from jaxpipe.models.transformer.rotary import rotate
+from jaxpipe.parallel.mesh import SEQUENCE, TENSOR
+from jaxpipe.parallel.redco import transformer_rules
+from jaxpipe.parallel.sequence import own_positions
+from jaxpipe.parallel.tensor import enter_tensor, leave_tensor, own_piece
+from jaxpipe.stack.context import Context
+from jaxpipe.stack.stack import LayerStack
+from jaxpipe.stack.vocabulary import Tables
+
+
+class Layer(nnx.Module):
+  """Pre-norm attention and MLP, each added to its input.
+
+  Each enters `tensor` with what it multiplies by matrices cut along their outputs, and leaves it
+  with the sum of what matrices cut along their inputs give (Megatron-LM, arXiv:1909.08053), to
+  which their biases are then added.
+
+  What a residual policy can keep by name: `query` and `key` (as attention takes them), `value`,
+  `attention` (the values mixed), `attention_out`, `mlp_up`, and with `swiglu` `mlp_gate`.
+  """
+
+  def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+    self.config, rules = config, config.completep
+    usual = 0.02 * (rules.deviation if rules else 1)
+    # Keeps the residual stream's scale at any depth, unless branches are scaled as they are added.
+    out = usual / (2 * config.layers / (rules.depth if rules else 1)) ** 0.5
+    D, F, H = config.width, config.hidden, config.H
+    qkv, everywhere = config.bias != "none", config.bias == "all"
+
+    def dense(fan_in: int, out: int, bias: bool, scale: float = usual) -> Dense:
+      return make_dense(config, fan_in, out, rngs, bias=bias, scale=scale)
+
+    self.attention_norm = make_norm(config, rngs)
+    self.query = dense(D, config.heads * H, qkv)
+    self.key = dense(D, config.kv_heads * H, qkv)
+    self.value = dense(D, config.kv_heads * H, qkv)
+    if config.qk_norm:
+      self.query_norm, self.key_norm = make_norm(config, rngs, H), make_norm(config, rngs, H)
+    self.attention_out = dense(config.heads * H, D, everywhere, out)
+    self.mlp_norm = make_norm(config, rngs)
+    if config.moe:
+      self.experts = _experts(config, rngs, out)
+      return
+    self.up = dense(D, F, everywhere)
+    if config.mlp == "swiglu":
+      self.gate = dense(D, F, everywhere)
+    self.down = dense(F, D, everywhere, out)
+
+  def __call__(self, x: Any, context: Context) -> Any:
+    cut, moe = self.config.positions_cut, self.config.moe
+    x_BTD, length = x.x if moe else x, context.batch["tokens"].shape[1]
+    at_T = own_positions(length)
+    mine = own_piece(at_T, cut)
+    rate, rules = self.config.dropout, self.config.completep
+
+    def drop(y_BTD: jax.Array) -> jax.Array:
+      y_BTD = context.dropout(y_BTD, rate, positions=mine)
+      return y_BTD * rules.branch if rules else y_BTD
+
+    h_BTD = enter_tensor(self.attention_norm(x_BTD), cut)
+    out_BTD = self.attend(h_BTD, at_T, length, context.batch.get("segments"))
+    x_BTD = x_BTD + drop(self.attention_out.shift(leave_tensor(out_BTD, cut)))
+    h_BTD = self.mlp_norm(x_BTD)
+    if moe:
+      y_BTD, aux_B = self.experts(h_BTD)
+      return Stream(x_BTD + drop(y_BTD), x.aux + aux_B.astype(x.aux.dtype))
+    y_BTD = leave_tensor(self.mix(enter_tensor(h_BTD, cut)), cut)
+    return x_BTD + drop(self.down.shift(y_BTD))
+
+  def attend(
+    self, x_BTD: jax.Array, at_T: jax.Array, length: int, segments: jax.Array | None
+  ) -> jax.Array:
+    """Causal attention over the row, with this device's heads: its part of the sum."""
+    B, T, _ = x_BTD.shape
+    config = self.config
+    query, key, value = (
+      projection(x_BTD).reshape(B, T, -1, config.H)
+      for projection in (self.query, self.key, self.value)
+    )
+    if config.qk_norm:
+      query, key = self.query_norm(query), self.key_norm(key)
+    if config.positions == "rotary":
+      query, key = (rotate(x, config.rope_base, at_T, config.rope_scaling) for x in (query, key))
+    query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
+    value = checkpoint_name(value, "value")
+    mixed = attend(
+      *(query, key, value),
+      core=config.attention,
+      ulysses=config.ulysses,
+      segments_BS=segments,
+      length=length,
+    )
+    mixed = checkpoint_name(mixed.reshape(B, T, -1), "attention")
+    return checkpoint_name(self.attention_out.multiply(mixed), "attention_out")
+
+  def mix(self, x_BTD: jax.Array) -> jax.Array:
+    """The MLP, with this device's hidden units: its part of the sum."""
+    up = checkpoint_name(self.up(x_BTD), "mlp_up")
+    if self.config.mlp == "gelu":
+      return self.down.multiply(nnx.gelu(up))
+    gate = checkpoint_name(self.gate(x_BTD), "mlp_gate")
+    return self.down.multiply(nnx.silu(gate) * up)
+
+
+def transformer(config: TransformerConfig) -> LayerStack:
+  """Returns the model as a stack that the pipeline can cut."""
+  layer = lambda rngs: Layer(config, rngs)  # noqa: E731 - one object, so that layers are one kind
+  stack = LayerStack(
+    embed=lambda rngs: Embed(config, rngs),
+    layers=[layer] * config.layers,
+    head=lambda rngs: Head(config, rngs),
+    tied={"head/table": "embed/table"} if config.tied else {},
+    vocabulary=Tables(embed="table", head="table"),
+  )
+  rules = transformer_rules(
+    stack.param_shapes(),
+    config.width,
+    extra=_expert_rules(config),
+    places=_expert_places(config),
+    axes=frozenset({TENSOR, SEQUENCE}),
+    check=functools.partial(check_sizes, config),
+  )
+  return dataclasses.replace(stack, rules=rules)
+
+
+def check_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> None:
+  """Raises ValueError where the model cannot be cut over a mesh of these sizes."""
+  t, c = sizes.get(TENSOR, 1), sizes.get(SEQUENCE, 1)
+  check_heads(config.heads, config.kv_heads, t, config.ulysses, c)
+  if config.moe:
+    check_experts(config.moe, sizes)
+    check_folded(config.moe, t, config.positions_cut)
+
+
+def _expert_rules(config: TransformerConfig) -> list[tuple[str, tuple[str | None, ...]]]:
+  dims = expert_dims(config.moe) if config.moe else {}
+  return [(f"layers/experts/{name}", names) for name, names in dims.items()]
+
+
+def _expert_places(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
+  if not config.moe:
+    return {}
+  # Experts that lie over `tensor` are not cut by it in themselves.
+  whole: dict[str, tuple[str, ...]] = {"mlp": ()} if config.moe.folded else {}
+  return {"experts": config.moe.axes, **whole}
+
+
+def _experts(config: TransformerConfig, rngs: nnx.Rngs, out_scale: float) -> Experts:
+  assert config.moe is not None
+  return Experts(
+    config.moe,
+    config.width,
+    config.hidden,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    positions_cut=config.positions_cut,
+    rngs=rngs,
+    out_scale=out_scale,
+  )

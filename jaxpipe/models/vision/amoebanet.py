@@ -1,0 +1,106 @@
+"""AmoebaNet-D, the evolved convolutional network that GPipe grew to 1.8 billion parameters.
+
+Every cell is a layer of the stack, and no two groups of them are alike: each reduction cell halves
+the picture and doubles the channels, and a cell reads the outputs of the two cells before it.
+
+    images -> stem [-> reduction, reduction] -> L/3 normal -> reduction -> L/3 normal -> reduction
+           -> L/3 normal -> head
+
+What travels between layers is `{"now": [B, H, W, C], "before": [B, H', W', C']}`: the output of the
+last cell, and that of the one before it. After the stem there is only `now`.
+
+References:
+  The network: Real et al., arXiv:1802.01548. Its sizes: Huang et al. (GPipe), arXiv:1811.06965.
+
+Dims: B batch rows, H and W picture, C channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpipe.models.vision.amoebanet_cells import (
+  GROUPS,
+  NORMAL,
+  REDUCTION,
+  AmoebaNetConfig,
+  Cell,
+  Place,
+  conv,
+  norm,
+)
+from jaxpipe.models.vision.images import classify
+from jaxpipe.stack.context import Context
+from jaxpipe.stack.stack import LayerStack
+
+
+class Images(nnx.Module):
+  """`batch["image"]` [B, H, W, C] in the arithmetic's dtype; nothing to learn."""
+
+  def __init__(self, config: AmoebaNetConfig):
+    self.dtype = config.dtype
+
+  def __call__(self, batch: Any) -> jax.Array:
+    return jnp.asarray(batch["image"], self.dtype)
+
+
+class Stem(nnx.Module):
+  """The first convolution, 3x3, which halves the picture where stem cells follow, and its norm."""
+
+  def __init__(self, config: AmoebaNetConfig, rngs: nnx.Rngs):
+    channels = (config.image_channels, config.filters // 2**config.stem_cells)
+    strides = (2, 2) if config.stem_cells else (1, 1)
+    self.conv = conv(config, channels, rngs, (3, 3), strides)
+    self.norm = norm(config, channels[1], rngs)
+
+  def __call__(self, x_BHWC: jax.Array, context: Context) -> dict[str, jax.Array]:
+    return {"now": self.norm(self.conv(x_BHWC))}
+
+
+class Classifier(nnx.Module):
+  """ReLU, the mean over the picture, a linear map to the logits of the classes -> `classify`."""
+
+  def __init__(self, config: AmoebaNetConfig, channels: int, rngs: nnx.Rngs):
+    self.logits = nnx.Linear(
+      channels, config.classes, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
+    )
+
+  def __call__(
+    self, x: dict[str, jax.Array], batch: Any
+  ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    return classify(self.logits(jnp.mean(nnx.relu(x["now"]), axis=(1, 2))), batch)
+
+
+def places(config: AmoebaNetConfig) -> list[Place]:
+  """The cells in their order."""
+  group = [NORMAL] * (config.layers // GROUPS)
+  middle = [cell for _ in range(GROUPS - 1) for cell in [*group, REDUCTION]]
+  channels = now = before = config.filters // 2**config.stem_cells
+  found, halved = [], False
+  for genotype in [*[REDUCTION] * config.stem_cells, *middle, *group]:
+    channels *= genotype.stride
+    found.append(Place(genotype, channels, now, before, halved))
+    now, before, halved = channels * len(genotype.out), now, genotype is REDUCTION
+  return found
+
+
+def amoebanet(config: AmoebaNetConfig) -> LayerStack:
+  """Returns the model as a stack: the stem and every cell are layers, pooling is in the head."""
+
+  # One factory for each place, so that cells of the same place are layers of one kind.
+  @functools.cache
+  def cell(place: Place) -> Any:
+    return lambda rngs: Cell(config, place, rngs)
+
+  cells = places(config)
+  channels = cells[-1].channels * len(cells[-1].genotype.out)
+  return LayerStack(
+    embed=lambda rngs: Images(config),
+    layers=[lambda rngs: Stem(config, rngs), *map(cell, cells)],
+    head=lambda rngs: Classifier(config, channels, rngs),
+  )

@@ -1,0 +1,106 @@
+"""How much the inside of an action holds at once, estimated from its equations.
+
+Rings, pools and sums have known sizes; what XLA needs besides, for the inside of one layer or of
+the head, has not. Live ranges over the equations in their order come near it, if values that
+compilers fuse into what reads them take no room. XLA orders and fuses anew, so this is an estimate
+and not a bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxpipe.pipeline.device.context import Carry
+from jaxpipe.pipeline.device.device import Device
+from jaxpipe.pipeline.layer.interpret import Equation, Var, bodies
+from jaxpipe.schedules import Kind
+
+# Equations whose operands and results lie in memory; all others are fused into their readers.
+_LIES_IN_MEMORY = (
+  *("dot_general", "conv_general", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "arg"),
+  *("sort", "top_k", "cum", "gather", "scatter", "dynamic_update_slice", "fft", "pallas", "custom"),
+  *("scan", "while", "cond"),
+)
+
+
+def workspace(device: Device, state: Carry, cells: Any) -> int:
+  """Returns bytes that one device needs beside the state that it carries.
+
+  Args:
+    device, state: the device and what it carries, traced.
+    cells: int32 [ticks, P, values].
+  """
+  stage, program = device.stage, device.local.program
+  of_slice = lambda part: live_peak(part.equations, part.outputs) if part else 0  # noqa: E731
+  of_slices = lambda name: max(of_slice(getattr(one, name)) for one in stage.splits)  # noqa: E731
+  again = stage.scratch.one_each_bytes() if stage.scratch else 0
+  of_kind = {
+    Kind.F: of_slices("forward"),
+    Kind.R: of_slices("recompute"),
+    Kind.B: of_slices("backward") + again,
+    Kind.I: of_slices("input_grad") + again,
+    Kind.W: of_slices("weight_grad"),
+  }
+  for kind, apart in stage.apart.items():
+    of_kind[kind] += apart.layout.one_each_bytes()
+  head = device.ends.heaviest()
+  widest = max(live_peak(head.eqns, head.outvars), *(of_kind.get(k, 0) for k in program.kinds))
+  # What is sent and what arrives; with slack, what is on its way besides.
+  x = 2 * sum(map(_bytes, jax.tree.leaves(device.local.x)))
+  flight = sum(map(_bytes, jax.tree.leaves(state.flight)))
+  columns = [program.table, program.meetings.slots, program.meetings.home]
+  table = 4 * program.ticks * (sum(map(len, columns)) + cells.shape[-1])
+  return table + x + flight + widest
+
+
+def live_peak(equations: Sequence[Equation], outputs: Sequence[Any]) -> int:
+  """Returns the most bytes alive at once.
+
+  An input counts from its first use to its last: it is a slice of a stack of parameters or saved
+  values, made where it is read.
+
+  Args:
+    equations: in the order in which they run.
+    outputs: variables and literals alive at the end.
+  """
+  steps = _steps(equations, outputs)
+  last = {v: n for n, (touched, _) in enumerate(steps) for v in touched}
+  alive: set[Var] = set()
+  peak = 0
+  for n, (touched, inside) in enumerate(steps):
+    alive |= touched
+    peak = max(peak, inside + sum(_bytes(v.aval) for v in alive))
+    alive = {v for v in alive if last[v] > n}
+  return peak
+
+
+def _steps(equations: Sequence[Equation], outputs: Sequence[Any]) -> list[tuple[set[Var], int]]:
+  """What lies in memory while each equation runs, and what a loop or branch holds inside."""
+  lies = set(_variables(outputs))
+  for equation in equations:
+    if equation.primitive.name.startswith(_LIES_IN_MEMORY):
+      lies.update(_variables(equation.invars), equation.outvars)
+  # What a value that is fused away is computed from.
+  sources: dict[Var, set[Var]] = {}
+  of = lambda items: set().union(*(sources.get(v, {v}) for v in _variables(items)))  # noqa: E731
+  steps = []
+  for equation in equations:
+    reads = of(equation.invars)
+    made = lies.intersection(equation.outvars)
+    sources.update((v, {v} if v in made else reads) for v in equation.outvars)
+    if made:
+      inside = max((live_peak(body.eqns, body.outvars) for body in bodies(equation)), default=0)
+      steps.append((reads | made, inside))
+  return [*steps, (of(outputs), 0)]
+
+
+def _variables(items: Sequence[Any]) -> list[Var]:
+  return [v for v in items if isinstance(v, Var)]
+
+
+def _bytes(array: Any) -> int:
+  return math.prod(array.shape) * array.dtype.itemsize

@@ -1,0 +1,140 @@
+"""What is said about a step that was compiled ahead of time: as JSON holds it, and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxpipe.pipeline.compiled.action_paths import SCOPES
+from jaxpipe.pipeline.compiled.copies import RingCopy
+from jaxpipe.pipeline.compiled.step import CompiledStep
+from jaxpipe.pipeline.compiled.transfers import Permute
+from jaxpipe.schedules import Schedule
+from jaxpipe.training.aot.aot import DeviceSpec, estimate
+
+
+def describe(
+  found: CompiledStep, predicted: Mapping[str, int], device: DeviceSpec
+) -> dict[str, Any]:
+  """What was read from the program, beside what was predicted.
+
+  Args:
+    found: from `read_compiled`.
+    predicted: bytes of one device by kind.
+    device: what it may use.
+  """
+  return {
+    "instructions": found.instructions,
+    "memory": _memory(predicted, found, device),
+    "ring_copies": [_copy(copy) for copy in found.copies],
+    "permutes": [_permute(permute) for permute in found.permutes],
+    "cycles": _cycles(found),
+  }
+
+
+def _memory(known: Mapping[str, int], found: CompiledStep, device: DeviceSpec) -> dict[str, Any]:
+  """Bytes of one device: predicted by kind, the compiler's, and what the chip has."""
+  report: dict[str, Any] = {"predicted": dict(known)}
+  if found.memory:
+    report["error"] = sum(known.values()) / found.memory.total - 1
+    report["compiler"] = {**dataclasses.asdict(found.memory), "total": found.memory.total}
+  if device.memory:
+    report["chip"] = device.memory
+    if found.memory:
+      report["fits"] = found.memory.total <= device.memory
+  return report
+
+
+def _copy(copy: RingCopy) -> dict[str, Any]:
+  """A copy of a ring as JSON holds it."""
+  return {**dataclasses.asdict(copy), "ring": str(copy.ring), "moved": copy.moved}
+
+
+def _permute(permute: Permute) -> dict[str, Any]:
+  """A transfer as JSON holds it."""
+  under = [{"name": n, "opcode": o, "cycles": c.most} for n, o, _, c in permute.under]
+  rest = {k: getattr(permute, k) for k in ("name", "asynchronous", "conditional", "in_loop")}
+  return {**rest, "hidden_cycles": [permute.hidden.least, permute.hidden.most], "under": under}
+
+
+def _cycles(found: CompiledStep) -> dict[str, Any]:
+  """Cycles of each action, of every tick besides, and of what runs once a step."""
+  actions = {scope: found.action(scope) for scope in SCOPES}
+  # Branches without a scope are in no action, and so not in the estimate of a step.
+  rest = {"other_branches": found.unscoped, "every_tick": found.every_tick, "once": found.once}
+  parts = {**actions, **rest}
+  return {name: dataclasses.asdict(cost) for name, cost in parts.items() if cost}
+
+
+def describe_estimate(
+  found: CompiledStep,
+  schedule: Schedule,
+  device: DeviceSpec,
+  flops: float,
+  devices: int,
+  slack: int,
+) -> dict[str, float]:
+  """The step time and utilisation that the cycles imply; empty where they are unknown.
+
+  Args:
+    found, schedule: what runs.
+    device, devices: on what, and on how many of them.
+    flops: of the model, in one step.
+    slack: ticks between send and use.
+  """
+  paper = estimate(found, schedule, device, slack)
+  if paper is None or device.clock is None or device.peak is None:
+    return {}
+  return {
+    "clock_ghz": round(device.clock / 1e9, 3),
+    "step_seconds": round(paper.seconds, 4),
+    "bubble": round(paper.timeline.bubble, 4),
+    "mfu": round(flops / (paper.seconds * devices * device.peak), 4),
+  }
+
+
+def lines(report: Mapping[str, Any]) -> Iterator[str]:
+  """Yields the report as text."""
+  for key, value in report.items():
+    if not isinstance(value, dict | list):
+      yield f"{key:16} {value}"
+  yield from _memory_lines(report["memory"])
+  yield from _copy_lines(report["ring_copies"])
+  yield f"transfers between devices: {len(report['permutes'])}"
+  for permute in report["permutes"]:
+    kind = "asynchronous" if permute["asynchronous"] else "SYNCHRONOUS"
+    inside = permute["conditional"]
+    where = f"INSIDE the conditional {inside}" if inside else "outside conditionals"
+    least, most = permute["hidden_cycles"]
+    yield f"  {permute['name']}: {kind}, {where}; {least:,} to {most:,} cycles run under it"
+    for one in permute["under"]:
+      yield f"    {one['opcode']} {one['name']}: at most {one['cycles']:,}"
+  yield "cycles, the compiler's estimate"
+  for scope, cost in report["cycles"].items():
+    unknown = f", and {cost['unknown']} without one" if cost["unknown"] else ""
+    yield f"  {scope:20} {cost['least']:>14,} to {cost['most']:,}{unknown}"
+  for key, value in report["estimate"].items():
+    yield f"  {key:20} {value}  (estimate)"
+
+
+def _memory_lines(memory: Mapping[str, Any]) -> Iterator[str]:
+  yield "memory of one device, GB"
+  for kind, size in memory["predicted"].items():
+    yield f"  {kind:20} {size / 1e9:9.3f}  predicted"
+  if "compiler" in memory:
+    for kind, size in memory["compiler"].items():
+      yield f"  {kind:20} {size / 1e9:9.3f}  compiler"
+    yield f"  {'error':20} {memory['error']:9.1%}  predicted over compiler, less one"
+  if "chip" in memory:
+    fits = "fits" if memory.get("fits") else "does NOT fit"
+    yield f"  {'chip':20} {memory['chip'] / 1e9:9.3f}  {fits}"
+
+
+def _copy_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+  copies = [copy for copy in found if not copy["moved"]]
+  yield f"whole-ring copies in loops or branches: {len(copies)} (must be 0)"
+  yield f"whole rings moved to another memory and back: {len(found) - len(copies)}"
+  for copy in copies:
+    yield f"  {copy['opcode']} {copy['name']}: {copy['source']} -> {copy['written']}"
+    yield f"    in {copy['computation']}, {copy['cycles']} cycles, {copy['op_name']}"

@@ -1,0 +1,82 @@
+"""What a run will cost, before it runs: `--dry_run` prints this and stops.
+
+The step is compiled, from shapes, and its program read: nothing is trained, and nothing written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxpipe.parallel.rules import describe as name_of
+from jaxpipe.pipeline.compiled.traffic import Traffic, traffic
+from jaxpipe.training.aot.aot import placed_shapes
+from jaxpipe.training.loop.report import describe
+from jaxpipe.training.loop.step import compile_step
+from jaxpipe.training.plan.run import Run
+from jaxpipe.training.plan.state import state_shapes
+
+
+def dry_run(run: Run) -> str:
+  """Mesh, timetable with both bubbles, memory by kind, every parameter's place, and all traffic.
+
+  Args:
+    run: built, not begun.
+
+  Returns:
+    Text for a terminal or a file.
+  """
+  sent = count_traffic(run)
+  by_axis = [
+    f"  {','.join(axes):24} {kind:20} {size / 1e6:14,.3f} MB"
+    for (axes, kind), size in sent.sums().items()
+  ]
+  return "\n".join(
+    (
+      describe(run),
+      "parameters by place (shape whole -> on a device, bytes there):",
+      *place_lines(run),
+      "sent in a step by the device that sends most:",
+      *(by_axis or ["  nothing"]),
+      "the same by action:",
+      *(f"  {line}" for line in str(sent).splitlines()),
+      "dry run: nothing was trained, and nothing written",
+    )
+  )
+
+
+def place_lines(run: Run) -> Iterator[str]:
+  """One line for every parameter."""
+  state = state_shapes(run.stack.laid_out(run.schedule), run.optimizer)
+  placed = placed_shapes(state, run.stack, run.schedule, run.mesh).params
+  leaves = jax.tree.leaves_with_path(placed)
+  width = max(len(name_of(path)) for path, _ in leaves)
+  for path, leaf in leaves:
+    here = leaf.sharding.shard_shape(leaf.shape)
+    axes = ", ".join(map(_entry, leaf.sharding.spec)) or "replicated"
+    size = math.prod(here) * leaf.dtype.itemsize
+    yield (
+      f"  {name_of(path):{width}}  {_shape(leaf.shape):>20} -> {_shape(here):<20} {size:>14,} B"
+      f"  ({axes})"
+    )
+
+
+def count_traffic(run: Run) -> Traffic:
+  """Compiles the step, from shapes, and counts what it sends."""
+  state = state_shapes(run.stack.laid_out(run.schedule), run.optimizer)
+  placed = placed_shapes(state, run.stack, run.schedule, run.mesh)
+  return traffic(compile_step(run, placed), run.mesh, run.schedule)
+
+
+def _entry(entry: Any) -> str:
+  """One dim of a spec."""
+  if entry is None:
+    return "-"
+  return entry if isinstance(entry, str) else "*".join(entry)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+  return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,0 +1,197 @@
+"""A `Task` as a run: built and checked, trained by the same loop as the language model, told."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from jaxpipe.parallel.mesh import row_shards
+from jaxpipe.pipeline.partitioned import partitioned
+from jaxpipe.training.command.launch import launch
+from jaxpipe.training.command.task import Batch, Task, TaskConfig
+from jaxpipe.training.flags.errors import ConfigError, naming
+from jaxpipe.training.loop.checkpoint import Checkpoints
+from jaxpipe.training.loop.metrics import read_records
+from jaxpipe.training.loop.validation import sum_over
+from jaxpipe.training.plan.plan import (
+  build_mesh,
+  build_schedule,
+  check_batch,
+  make_plan,
+  schedule_flags,
+)
+from jaxpipe.training.plan.rows import ProcessRows
+from jaxpipe.training.plan.run import Run, Validate
+from jaxpipe.training.plan.run_dir import RunDir, check_config, check_data
+from jaxpipe.training.plan.state import TrainState, state_shapes
+
+Tree = Any
+Kind = TypeVar("Kind", bound=TaskConfig)
+
+
+def run_task(defaults: Kind, build: Callable[[Kind], Task]) -> None:
+  """Runs the process's command line, and exits: trains, or resumes, and prints the result.
+
+  Args:
+    defaults: what the flags say unless they are given; its fields are the flags.
+    build: makes the task of a configuration. A ValueError that it raises is shown as one line, with
+      exit status 2.
+  """
+  launch(defaults, lambda config: build_run(config, build), conclude)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TaskRun(Run):
+  """A run of a task.
+
+  Attributes:
+    task: what `build` made.
+  """
+
+  config: TaskConfig
+  task: Task
+
+  @contextlib.contextmanager
+  def batches(self, start: int) -> Iterator[Iterator[Batch]]:
+    """Each is made while the step before is under way."""
+    yield (self._own(self.task.batches(step)) for step in itertools.count(start))
+
+  def validator(self) -> Validate:
+    """Measures the mean loss over the held-out batches, and what `summarize` makes of the sums."""
+    return self._validate
+
+  def _validate(self, state: TrainState) -> Mapping[str, float]:
+    carried = (state.model_state,) if state.model_state else ()
+
+    def weighed() -> Iterator[tuple[Any, float]]:
+      for batch in self.task.validation:
+        yield self.rows.put(self._own(batch)), self.task.weigh(batch)
+
+    totals = sum_over(lambda batch: self.evaluate(state.params, batch, *carried), weighed())
+    loss, weight = float(totals.loss / totals.weight), float(totals.weight)
+    return {"loss": loss, **self.task.summarize(loss, totals.metrics, weight)}
+
+  def _own(self, batch: Batch) -> Batch:
+    """The rows of this process, once it is as it was said to be."""
+    if _shapes(batch) != self.batch_shapes:
+      raise ConfigError(
+        f"a batch is {_show(batch)} where the first was {_show(self.batch_shapes)}; give all"
+        " batches the same shapes, and fill the last one up with rows of weight 0"
+      )
+    return jax.tree.map(lambda leaf: leaf[self.rows.rows], batch)
+
+
+def build_run(config: Kind, build: Callable[[Kind], Task]) -> TaskRun:
+  """Checks a configuration against the machine, the task and the run directory.
+
+  Args:
+    config: what was asked for.
+    build: makes the task.
+
+  Returns:
+    What the loop needs; nothing is compiled, and nothing written.
+
+  Raises:
+    ValueError: anything that does not fit; one line with the flag, and the remedy.
+  """
+  mesh = build_mesh(config)
+  schedule = build_schedule(config, mesh)
+  check_batch(config, mesh)
+  folder = RunDir(pathlib.Path(config.run_dir))
+  record = folder.read(type(config))
+  if record:
+    check_config(folder.path, record, config)
+  with naming(config.flag("mesh")):
+    rows = ProcessRows(mesh, config.batch_size, config.microbatches)
+  task = build(config)
+  if record:
+    check_data(folder.path, record, task.identity, lambda name: "data")
+  shapes = _check_rows(config, task.batches(0))
+  sizes = ["mesh", *schedule_flags(config)]
+  stack = task.stack
+  if config.partition:
+    with naming(*config.flags("partition", *sizes)):
+      stack, _ = partitioned(
+        stack,
+        schedule,
+        shapes,
+        config.partition,
+        shards=row_shards(mesh),
+        residuals=config.residuals,
+      )
+  plan = make_plan(config, mesh, schedule, stack, shapes, filled_by=sizes)
+  return TaskRun(
+    **vars(plan),
+    config=config,
+    folder=folder,
+    rows=rows,
+    identity=task.identity,
+    data_line=task.data_line,
+    task=task,
+  )
+
+
+def conclude(run: TaskRun) -> None:
+  """Prints the result of a finished run beside its baseline, and what the task adds to it."""
+  validated = [r for r in read_records(run.folder.metrics) if r["validation_loss"] is not None]
+  if validated:
+    print(_result(run.task, validated[-1]), flush=True)
+  if run.task.finish:
+    print(run.task.finish(*_restore(run)), flush=True)
+
+
+def _result(task: Task, record: Mapping[str, Any]) -> str:
+  start = "validation_"
+  found = {name.removeprefix(start): x for name, x in record.items() if name.startswith(start)}
+  parts = [f"{name} {value:.4f}" for name, value in found.items()]
+  if task.baseline:
+    others = ", ".join(f"{name} {value:.4f}" for name, value in task.baseline.metrics.items())
+    parts.append(f"({task.baseline.name}: {others})")
+  return f"result after {record['step'] + 1} steps: {'  '.join(parts)}"
+
+
+def _restore(run: TaskRun) -> tuple[Tree, Tree]:
+  """Canonical parameters and state on this process's first device."""
+  shapes = state_shapes(run.stack, run.optimizer)
+  here = SingleDeviceSharding(jax.local_devices()[0])
+  checkpoints = Checkpoints(run.folder.checkpoints, read_only=True, alone=True)
+  step = checkpoints.newest
+  assert step is not None  # the run is finished
+  params = checkpoints.restore_params(step, shapes.params, here)
+  state = checkpoints.restore_model_state(step, shapes.model_state, here)
+  checkpoints.close()
+  return params, state
+
+
+def _check_rows(config: TaskConfig, batch: Batch) -> Tree:
+  """The shapes of a batch; raises ConfigError where rows or dtypes are not what a run takes."""
+  for path, leaf in jax.tree.leaves_with_path(batch):
+    name = f"batch{jax.tree_util.keystr(path)}"
+    if np.ndim(leaf) < 1 or len(leaf) != config.batch_size:
+      raise ConfigError(
+        f"{config.flag('batch_size')}: {name} is {list(np.shape(leaf))}; every leaf is [B, ...]"
+        f" with B = {config.batch_size}"
+      )
+    taken = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if taken != leaf.dtype:
+      raise ConfigError(f"{name} is {leaf.dtype}, and JAX computes in {taken}; make it {taken}")
+  return _shapes(batch)
+
+
+def _shapes(batch: Batch) -> Tree:
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
+
+
+def _show(batch: Batch) -> str:
+  return ", ".join(
+    f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}"
+    for path, leaf in jax.tree.leaves_with_path(batch)
+  )

@@ -1,0 +1,157 @@
+"""Checkpoints that any mesh and any schedule can resume from.
+
+A checkpoint holds the *canonical* tree: layers in model order, whatever placement wrote it. It is
+written in the background, from a copy, while training goes on; its name appears only once it is
+whole, so that a killed run finds the one before.
+
+    checkpoints/STEP/params      parameters
+    checkpoints/STEP/optimizer   moments, and the step
+    checkpoints/STEP/state       what a stack keeps besides parameters, if it does
+    checkpoints/STEP/meta        JSON: step, seed, configuration, fingerprint of the data
+
+Parameters stand alone, so that sampling reads them without knowing the optimizer.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as Spec
+
+from jaxpipe.parallel.placing import map_param_trees
+from jaxpipe.schedules import Schedule
+from jaxpipe.stack.stack import LayerStack
+from jaxpipe.training.flags.errors import ConfigError
+from jaxpipe.training.plan.state import TrainState, canonical_shardings, to_canonical, to_placed
+
+Tree = Any
+
+_ITEMS = ("params", "optimizer", "state", "meta")
+_KEEP = 3
+
+
+class Checkpoints:
+  """The checkpoints of one run directory.
+
+  Args:
+    folder: where they are; made if missing, unless `read_only`.
+    read_only: never writes, and cleans up nothing.
+    alone: for this process only, and reading; others need not come. Otherwise all processes of a
+      run call the same methods in the same order, and each reads and writes its own part.
+  """
+
+  def __init__(self, folder: pathlib.Path, *, read_only: bool = False, alone: bool = False) -> None:
+    here = jax.process_index()
+    own: dict[str, Any] = dict(
+      primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process {here}"
+    )
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if read_only else _KEEP,
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,
+      multiprocessing_options=ocp.options.MultiprocessingOptions(**own if alone else {}),
+    )
+    self._folder = folder
+    # orbax wants absolute paths.
+    self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=_ITEMS)
+
+  @property
+  def newest(self) -> int | None:
+    """The step of the newest whole checkpoint."""
+    step = self._manager.latest_step()
+    return None if step is None else int(step)
+
+  def save(
+    self, state: TrainState, stack: LayerStack, schedule: Schedule, meta: dict[str, Any]
+  ) -> None:
+    """Starts writing a checkpoint; returns once the state has been copied from the devices.
+
+    Args:
+      state: placed; it may be donated as soon as this returns.
+      stack, schedule: say how it is placed.
+      meta: JSON values.
+    """
+    canonical = to_canonical(state, stack, schedule)
+    step = int(canonical.step)
+    # The last step may be due by the interval and by the end; orbax refuses the second.
+    if step == self.newest:
+      return
+    trees = {name: ocp.args.StandardSave(tree) for name, tree in _trees(canonical).items()}
+    items = ocp.args.Composite(**trees, meta=ocp.args.JsonSave({**meta, "step": step}))
+    self._manager.save(step, args=items)
+
+  def restore(
+    self, step: int, shapes: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh
+  ) -> TrainState:
+    """Reads a checkpoint and places it: each device its own part, of unlike stages all of it first.
+
+    Args:
+      step: of the checkpoint.
+      shapes: `state_shapes(...)`.
+      stack, schedule, mesh: where it is to lie; need not be those that it was saved from.
+
+    Raises:
+      ConfigError: no such checkpoint, a damaged one, or one of other shapes.
+    """
+    everywhere = NamedSharding(mesh, Spec())
+    targets = map_param_trees(
+      lambda tree: jax.tree.map(_on, tree, canonical_shardings(tree, stack, schedule, mesh)),
+      shapes,
+      lambda leaf: _on(leaf, everywhere),
+    )
+    trees = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(targets).items()}
+    items = self._restore(step, **trees)
+    state = TrainState(
+      params=items["params"], **items["optimizer"], model_state=items.get("state") or {}
+    )
+    return to_placed(state, stack, schedule, mesh)
+
+  def restore_params(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
+    """Reads the canonical parameters alone, all leaves to one place."""
+    return self._restore_item("params", step, shapes, sharding)
+
+  def restore_model_state(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
+    """Reads what the stack keeps besides them; `{}` where the shapes are."""
+    return self._restore_item("state", step, shapes, sharding) if shapes else {}
+
+  def _restore_item(self, item: str, step: int, shapes: Tree, sharding: Sharding) -> Tree:
+    target = jax.tree.map(lambda leaf: _on(leaf, sharding), shapes)
+    return self._restore(step, **{item: ocp.args.StandardRestore(target)})[item]
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """The JSON values that a checkpoint was saved with."""
+    return dict(self._restore(step, meta=ocp.args.JsonRestore())["meta"])
+
+  def _restore(self, step: int, **items: Any) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    # orbax raises what its many layers do, and none of it says what to do.
+    except (ValueError, KeyError, OSError) as error:
+      raise ConfigError(
+        f"{self._folder / str(step)}: cannot be read ({' '.join(str(error).split())[:80]});"
+        " delete that folder to resume from the checkpoint before it"
+      ) from error
+
+  def wait(self) -> None:
+    """Returns once everything that was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and stops the background threads."""
+    self._manager.close()
+
+
+def _trees(state: TrainState) -> dict[str, Tree]:
+  """What each item holds."""
+  optimizer = {"opt_state": state.opt_state, "step": state.step}
+  trees = {"params": state.params, "optimizer": optimizer}
+  return {**trees, "state": state.model_state} if state.model_state else trees
+
+
+def _on(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

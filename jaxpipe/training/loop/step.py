@@ -1,0 +1,86 @@
+"""One update: gradients through the pipeline, clipping, AdamW; one program, compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from jaxpipe.training.plan.optimizer import widen
+from jaxpipe.training.plan.run import Run
+from jaxpipe.training.plan.state import TrainState
+
+Tree = Any
+
+
+class StepResult(NamedTuple):
+  """Scalars of one step, still on the device.
+
+  Attributes:
+    loss: what is minimised: mean over the targets, in nats per token, and with experts the losses
+      of their routers besides, which a validation loss does not have.
+    grad_norm: global norm before clipping.
+    learning_rate: that the update took.
+    metrics: the head's own, summed over the targets.
+  """
+
+  loss: jax.Array
+  grad_norm: jax.Array
+  learning_rate: jax.Array
+  metrics: Tree
+
+
+def make_train_step(
+  value_and_grad: Callable[..., Any],
+  optimizer: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  seed: int,
+  state: TrainState,
+  mesh: Mesh,
+) -> jax.stages.Wrapped:
+  """Returns the jitted step.
+
+  Args:
+    value_and_grad: `(params, batch, key) -> ((loss, metrics), grads)`, of the pipeline; of a stack
+      with state `(params, batch, key, state) -> ((loss, metrics, state), grads)`.
+    optimizer, learning_rate: from `optimizer.py`.
+    seed: of dropout; step k draws from `fold_in(key(seed), k)`, whatever came before.
+    state: a placed state or its placed shapes, to lay out the result like it.
+    mesh: where it lies.
+
+  Returns:
+    `step(state, batch) -> (state, StepResult)`. The given state is donated: it is gone afterwards.
+  """
+
+  def step(state: TrainState, batch: Tree) -> tuple[TrainState, StepResult]:
+    # Counted in the state, not on the host: a resumed step draws what it would have drawn.
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    model_state = state.model_state
+    if model_state:
+      (loss, metrics, model_state), grads = value_and_grad(state.params, batch, key, model_state)
+    else:
+      (loss, metrics), grads = value_and_grad(state.params, batch, key)
+    wide = widen(state.params)  # decay reads parameters, and must not round in their dtype
+    updates, opt_state = optimizer.update(grads, state.opt_state, wide)
+    new = optax.apply_updates(state.params, updates)
+    result = StepResult(loss, optax.tree.norm(grads), learning_rate(state.step), metrics)
+    done = TrainState(params=new, opt_state=opt_state, step=state.step + 1, model_state=model_state)
+    return done, result
+
+  # Fixed output places: left to the compiler, they may differ from the input's and the second call
+  # would compile again.
+  alike = jax.tree.map(lambda leaf: leaf.sharding, state)
+  places = (alike, NamedSharding(mesh, Spec()))
+  return jax.jit(step, donate_argnums=0, out_shardings=places)
+
+
+def compile_step(run: Run, state: TrainState) -> jax.stages.Compiled:
+  """Compiles the step of a run, for a placed state or its placed shapes."""
+  step = make_train_step(
+    run.value_and_grad, run.optimizer, run.learning_rate, run.config.seed, state, run.mesh
+  )
+  return step.lower(state, run.rows.shapes(run.batch_shapes)).compile()

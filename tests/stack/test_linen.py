@@ -1,0 +1,119 @@
+"""Linen modules as the parts of a stack."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jaxpipe
+from jaxpipe.stack.linen import linen
+from jaxpipe.stack.stack import LayerStack, StackError
+
+BATCH = {"signal": np.ones((4, 3), np.float32), "gain": np.arange(4, dtype=np.float32)}
+X = jax.ShapeDtypeStruct((4, 5), jnp.float32)
+
+
+class Embed(nn.Module):
+  @nn.compact
+  def __call__(self, batch):
+    return nn.Dense(5, name="project")(batch["signal"])
+
+
+class Block(nn.Module):
+  """Takes x alone."""
+
+  width: int = 8
+  sizes: tuple[int, ...] = (1, 2)
+
+  def setup(self):
+    self.mlp = nn.Sequential([nn.Dense(self.width), nn.tanh, nn.Dense(5)])
+    self.norm = nn.LayerNorm()
+
+  def __call__(self, x):
+    return x + self.mlp(self.norm(x))
+
+
+class Gated(nn.Module):
+  """Takes x and the context, and reads its batch."""
+
+  @nn.compact
+  def __call__(self, x, context):
+    y = context.dropout(Block(name="inner")(x), 0.5)
+    return x + y * context.batch["gain"][:, None]
+
+
+class Head(nn.Module):
+  @nn.compact
+  def __call__(self, x, batch):
+    loss = jnp.sum(nn.Dense(1)(x)[:, 0] * batch["gain"])
+    return loss, jnp.float32(len(x)), {}
+
+
+def stack(*layers):
+  return LayerStack(embed=linen(Embed(), BATCH), layers=layers, head=linen(Head(), X, BATCH))
+
+
+@pytest.mark.smoke
+def test_parameters_have_linens_names_and_values():
+  params = stack(*[linen(Block(), X)] * 3).init(jax.random.key(0), BATCH)
+  assert set(params["embed"]) == {"project"} and set(params["head"]) == {"Dense_0"}
+  layers = params["layers"]
+  assert set(layers) == {"mlp", "norm"} and set(layers["mlp"]) == {"layers_0", "layers_2"}
+  assert layers["mlp"]["layers_0"]["kernel"].shape == (3, 5, 8)
+  first = jax.tree.map(lambda leaf: leaf[1], layers)
+  x = jnp.arange(20.0).reshape(4, 5)
+  got = stack(linen(Block(), X)).apply_layer(first, x, True, inputs(None))
+  assert (got == Block().apply({"params": first}, x)).all()
+
+
+def inputs(key):
+  return dict(batch=BATCH, key=key, layer=0, microbatch=0, rows=jnp.arange(4, dtype=jnp.int32))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1"])
+@pytest.mark.parametrize(
+  "layer", [linen(Block(), X), linen(Gated(), X, batch=BATCH)], ids=["x", "x-context"]
+)
+def test_gradients_are_those_of_the_unpipelined_model(layer, schedule):
+  schedule = jaxpipe.make_schedule(schedule, devices=2, microbatches=2)
+  report = jaxpipe.check(stack(*[layer] * 2), schedule, jaxpipe.make_mesh("stage:2"), BATCH)
+  assert report.ok, str(report)
+
+
+def test_dropout_follows_the_context():
+  part = stack(linen(Gated(), X, batch=BATCH))
+  params = jax.tree.map(lambda p: p[0], part.init(jax.random.key(0), BATCH)["layers"])
+  x = jnp.ones((4, 5))
+  run = lambda training, key: part.apply_layer(params, x, training, inputs(key))  # noqa: E731
+  assert (run(False, None) == run(False, None)).all()
+  assert (run(True, jax.random.key(0)) != run(False, None)).any()
+
+
+def test_equal_modules_are_layers_of_one_kind():
+  assert stack(linen(Block(), X), linen(Block(), X)).uniform
+  assert not stack(linen(Block(), X), linen(Block(sizes=(3,)), X)).uniform
+
+
+class Dropped(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dropout(0.5, deterministic=False)(nn.Dense(5)(x))
+
+
+@pytest.mark.parametrize(
+  "module, message",
+  [
+    (Dropped(), r"the Linen module Dropped draws random numbers of its own: call context.dropout"),
+  ],
+)
+def test_what_is_refused(module, message):
+  with pytest.raises(StackError, match=message):
+    stack(linen(module, X))
+
+
+def test_partitioned_parameters_are_unboxed():
+  kernel_init = nn.with_partitioning(nn.initializers.ones_init(), (None, "tensor"))
+  params = stack(linen(nn.Dense(5, kernel_init=kernel_init), X)).init(jax.random.key(0), BATCH)
+  assert params["layers"]["kernel"].shape == (1, 5, 5)
