@@ -1,10 +1,10 @@
-"""Two well-known ways to write a pipeline in JAX, to compare the executor with.
+"""Two well-known ways to write a pipeline in JAX, which `bench_step.py` compares jaxpipe with.
 
 Both run the embedding and the head for all microbatches at once, outside the pipeline and shared
 out over the devices, and the layers in M+P-1 iterations of a `lax.scan` that `jax.grad`
 differentiates. In every iteration every device runs its stage, and so P-1 of them are wasted:
 
-    iteration    0     1     2     3    (P=2, M=3; -- runs, and nobody looks)
+    iteration    0     1     2     3    (P=2, M=3; -- runs, and its result is dropped)
     device 0    m=0   m=1   m=2   --
     device 1    --    m=0   m=1   m=2
 
@@ -33,7 +33,7 @@ from jaxpipe.parallel.placing import shardings
 from jaxpipe.pipeline.batch import microbatches as cut_batch
 from jaxpipe.pipeline.layer.residuals import residual_policy
 
-# The very object that `dots` stands for.
+# The policy of jax.checkpoint_policies that `dots` stands for.
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 Tree = Any
@@ -90,11 +90,13 @@ def vmap_roll_value_and_grad(
       y_P = _sharded(over_stages(layers_P, state_P, s_P, m_P, batch_M, key), mesh)
       return _sharded(_map(lambda a: jnp.roll(a, 1, axis=0), y_P), mesh), y_P
 
+    def spread(x: jax.Array) -> jax.Array:
+      return jnp.broadcast_to(x[:, None], (x.shape[0], P, *x.shape[1:]))
+
     start_P = _sharded(_map(lambda x: jnp.zeros((P, *x.shape[1:]), x.dtype), x_M), mesh)
     t_T, x_T = _iterations(x_M, P)
     # Stage 0's input is spread over the stages before the loop, and the last stage's output taken
     # after it: inside, they would cost an all-reduce and a broadcast in every iteration.
-    spread = lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], P, *x.shape[1:]))  # noqa: E731
     _, y_TP = lax.scan(iteration, start_P, (t_T, _sharded(_map(spread, x_T), mesh, 1)))
     return _map(lambda y: y[P - 1 :, -1], y_TP)
 
@@ -104,9 +106,21 @@ def vmap_roll_value_and_grad(
 def scan_gpipe_value_and_grad(
   stack: Any, devices: int, microbatches: int, mesh: Mesh, residuals: str = "dots"
 ) -> Step:
-  """Returns GPipe as autodiff through a `shard_map`, `ppermute` and scan.
+  """Returns GPipe, as autodiff through a `shard_map`, `ppermute` and scan.
 
-  Args, Returns, Raises: as `vmap_roll_value_and_grad`.
+  Args:
+    stack: a `LayerStack` whose layers fill the stages evenly.
+    devices: P, also the number of stages.
+    microbatches: M.
+    mesh: `stage` of size P and nothing else.
+    residuals: as for `jaxpipe.pipeline_value_and_grad`.
+
+  Returns:
+    `step(params, batch, key=None) -> ((loss, metrics), grads)`, jitted, which takes and returns
+    what that of `vmap_roll_value_and_grad` does.
+
+  Raises:
+    ValueError: layers that do not fill the stages, another mesh, or an unknown policy.
   """
   _check(stack, devices, mesh)
   P, M = devices, microbatches
@@ -138,8 +152,12 @@ def scan_gpipe_value_and_grad(
 
 
 def _value_and_grad(stack: Any, P: int, M: int, mesh: Mesh, body: Body) -> Step:
-  """Embedding, `body` and head, differentiated as one; sums are divided once, at the end."""
+  """Returns the step that differentiates embedding, `body` and head as one function.
 
+  Like the executor, it takes gradients of the sum of losses, and divides them once, at the end.
+  """
+
+  # A leading dim of microbatches is shared out over the devices where that is even.
   def shared(tree_M: Tree) -> Tree:
     return _sharded(tree_M, mesh) if M % P == 0 else tree_M
 
@@ -193,7 +211,10 @@ def rematerialized_stage(
     # prevent_cse=False: forward and backward lie in different loops, so nothing can be merged.
     if keep is not None:
       layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
-    layers = lambda x, params: lax.scan(layer, x, (params, jnp.arange(each)))[0]  # noqa: E731
+
+    def layers(x: Tree, params: Tree) -> Tree:
+      return lax.scan(layer, x, (params, jnp.arange(each)))[0]
+
     if policy.stage_input:
       layers = jax.checkpoint(layers, prevent_cse=False)
     return layers(x, params)
@@ -202,7 +223,7 @@ def rematerialized_stage(
 
 
 def _dots_beside_stages(primitive: Any, *_: Any, **params: Any) -> bool:
-  """`dots_with_no_batch_dims_saveable`, not counting the stages' dim that `vmap` adds."""
+  """Saves matmuls with no batch dim, not counting the dim of stages that `vmap` adds."""
   if primitive is not lax.dot_general_p:
     return False
   _, (batch_dims, _) = params["dimension_numbers"]
@@ -210,9 +231,12 @@ def _dots_beside_stages(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 def _iterations(x_M: Tree, P: int) -> tuple[jax.Array, Tree]:
-  """What the scan runs over: t, and the first stage's input, zeros once the microbatches end."""
+  """Returns what the scan runs over: t, and the first stage's input, zeros after microbatch M-1."""
   M = jax.tree.leaves(x_M)[0].shape[0]
-  pad = lambda x: jnp.concatenate([x, jnp.zeros_like(x, shape=(P - 1, *x.shape[1:]))])  # noqa: E731
+
+  def pad(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, jnp.zeros_like(x, shape=(P - 1, *x.shape[1:]))])
+
   return jnp.arange(M + P - 1, dtype=jnp.int32), _map(pad, x_M)
 
 
@@ -223,6 +247,7 @@ def _sharded(tree: Tree, mesh: Mesh, dim: int = 0) -> Tree:
 
 
 def _like(flags: jax.Array, leaf: jax.Array) -> jax.Array:
+  """Reshapes flags [P] to broadcast over a leaf [P, ...]."""
   return flags.reshape(flags.shape + (1,) * (leaf.ndim - flags.ndim))
 
 
@@ -231,6 +256,7 @@ def _map(function: Callable[..., Any], *trees: Tree) -> Tree:
 
 
 def _check(stack: Any, devices: int, mesh: Mesh) -> None:
+  """Raises ValueError for layers that do not fill the stages evenly, or a mesh with other axes."""
   if stack.depth % devices:
     raise ValueError(
       f"{stack.depth} layers cannot fill {devices} stages evenly; use a multiple of {devices}"

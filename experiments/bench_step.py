@@ -1,4 +1,4 @@
-"""What does a pipelined step cost beside one device, and beside the usual ways to write it?
+"""Measures what a pipelined step costs, beside one device and beside the usual pipelines in JAX.
 
     ./launch/local.sh experiments/bench_step.py
     ./launch/local.sh experiments/bench_step.py --speedup --stages=2
@@ -47,9 +47,10 @@ import jaxpipe
 from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
 from jaxpipe.models.transformer.decoder import transformer
 from jaxpipe.parallel.placing import layers_per_stage
+from jaxpipe.pipeline.execution import Execution
 from jaxpipe.pipeline.layer.residuals import residual_policy
-from jaxpipe.pipeline.table.lower import lower
-from jaxpipe.pipeline.table.unroll import SHAPES, cut, estimated_time
+from jaxpipe.pipeline.table.tick_times import estimated_time
+from jaxpipe.pipeline.table.unroll import SHAPES
 from jaxpipe.schedules import schedule_names
 from jaxpipe.training.chips import peak_flops
 from jaxpipe.training.flags.flags import exit_with_error
@@ -88,7 +89,16 @@ ONE, ROLL = "one device", "vmap+roll"
 
 @dataclasses.dataclass
 class Variant:
-  """A way to run the step: its call, MiB it allocates on a device, and what each round measured."""
+  """A way to run the step, and what was measured of it.
+
+  Attributes:
+    run: runs one step; returns arrays that need not be ready.
+    temporary: MiB that the compiled step allocates on a device beside arguments and results.
+    predicted: speed-up over one device by the tick table; 1 for one device itself.
+    user: user CPU seconds of a step, by round.
+    wall: wall seconds of a step, by round.
+    threads: processors that were kept busy, by round: CPU seconds over wall seconds.
+  """
 
   run: Callable[[], Any]
   temporary: float = 0.0
@@ -148,7 +158,7 @@ def main(_: Any) -> None:
 
 
 def one_device(stack: Any, batch: Any) -> tuple[dict[str, Variant], one_thread.Costs | None]:
-  """Gradient accumulation by `jax.grad`; and what its parts take, for a prediction."""
+  """Compiles gradient accumulation on one device, and, for `--speedup`, times its parts."""
   params = stack.init(jax.random.key(0), batch)
   M, residuals = _MICROBATCHES.value, _RESIDUALS.value
   step = jaxpipe.reference_value_and_grad(stack, M, residuals=residuals)
@@ -159,7 +169,7 @@ def one_device(stack: Any, batch: Any) -> tuple[dict[str, Variant], one_thread.C
 
 
 def usual(stack: Any, mesh: Any, batch: Any) -> dict[str, Variant]:
-  """The baselines, compiled."""
+  """Compiles the baselines."""
   shape = (stack, _DEVICES.value, _MICROBATCHES.value, mesh, _RESIDUALS.value)
   schedule = jaxpipe.make_schedule("gpipe", devices=shape[1], microbatches=shape[2])
   params = stack.init(jax.random.key(0), batch, schedule, mesh)
@@ -172,7 +182,10 @@ def usual(stack: Any, mesh: Any, batch: Any) -> dict[str, Variant]:
 
 
 def asked() -> dict[str, jaxpipe.Schedule | str]:
-  """Every schedule that was asked for by its label; or why it cannot be built for these sizes.
+  """Builds the schedules that the flags ask for, by label.
+
+  Returns:
+    For each label the schedule, or the reason why it cannot be built for these sizes.
 
   Raises:
     ValueError: flags that fit no schedule at all.
@@ -216,31 +229,27 @@ def registered(
   schedules: dict[str, jaxpipe.Schedule | str],
   costs: one_thread.Costs | None,
 ) -> tuple[dict[str, Variant], dict[str, str]]:
-  """The schedules, compiled; and those that these sizes do not allow, with the reason."""
+  """Compiles the schedules; returns also those that these sizes do not allow, with the reason."""
   variants, refused = {}, {}
   for label, schedule in schedules.items():
     if isinstance(schedule, str):
       refused[label] = schedule
       continue
-    step = jaxpipe.pipeline_value_and_grad(
-      *(stack, schedule, mesh),
-      residuals=_RESIDUALS.value,
-      slack=_SLACK.value,
-      unroll=_UNROLL.value,
-    )
+    options: dict[str, Any] = dict(residuals=_RESIDUALS.value, slack=_SLACK.value)
+    step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll=_UNROLL.value, **options)
     params = stack.init(jax.random.key(0), batch, schedule, mesh)
     variants[label] = compiled(step, params, batch)
     if costs:
       times, work = costs(schedule.stages)
-      keeps_input = residual_policy(_RESIDUALS.value).stage_input
-      program = lower(schedule, keeps_input=keeps_input, slack=_SLACK.value)
-      ticks = estimated_time(program, cut(program, _UNROLL.value), times, blocking=True)
+      execution = Execution.of(stack, schedule, mesh, **options)
+      parts = execution.segments(_UNROLL.value)
+      ticks = estimated_time(execution.program, parts, times, blocking=True)
       variants[label].predicted = _MICROBATCHES.value * work / ticks
   return variants, refused
 
 
 def requests() -> Iterator[tuple[str, dict[str, Any]]]:
-  """Label and options of every schedule that was asked for."""
+  """Yields label and options of every schedule that the flags ask for."""
   for name in _SCHEDULES.value or schedule_names():
     if not _BACKWARD.value:
       yield name, {"name": name}
@@ -249,7 +258,7 @@ def requests() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def compiled(step: Any, *arguments: Any) -> Variant:
-  """The step, compiled for these arguments."""
+  """Compiles a step for these arguments."""
   program = jax.jit(step).lower(*arguments).compile()
   analysis = program.memory_analysis()  # not every platform has one
   temporary = analysis.temp_size_in_bytes / 2**20 if analysis else float("nan")
@@ -257,7 +266,7 @@ def compiled(step: Any, *arguments: Any) -> Variant:
 
 
 def seconds(*programs: tuple[Any, ...]) -> list[float]:
-  """Median wall seconds of each `(function, *arguments)`, in interleaved rounds."""
+  """Times each `(function, *arguments)` in interleaved rounds; returns median wall seconds."""
   variants = [compiled(*program) for program in programs]
   for _ in range(2 * _ROUNDS.value):
     for variant in variants:
@@ -266,7 +275,14 @@ def seconds(*programs: tuple[Any, ...]) -> list[float]:
 
 
 def row(name: str, v: Variant, variants: dict[str, Variant], least: float | None) -> dict[str, Any]:
-  """One line of the table; `least` seconds would take one device that does nothing but matmuls."""
+  """Returns one line of the table, by column.
+
+  Args:
+    name: of the variant.
+    v: the variant.
+    variants: all of them, by name, for the ratios to one device and to vmap+roll.
+    least: seconds that a step's FLOPs take one device at its peak; None if unknown: no MFU then.
+  """
   one, roll = variants[ONE], variants.get(ROLL)
   cells = {"": name, "wall_s_min": min(v.wall), "wall_s_median": statistics.median(v.wall)}
   if _SPEEDUP.value:
@@ -285,9 +301,9 @@ def row(name: str, v: Variant, variants: dict[str, Variant], least: float | None
   return cells
 
 
-def ratio(mine: Sequence[float], base: Sequence[float]) -> float:
-  """Median of the ratios round by round."""
-  return statistics.median(m / b for m, b in zip(mine, base, strict=True))
+def ratio(these: Sequence[float], base: Sequence[float]) -> float:
+  """Returns the median of the ratios round by round."""
+  return statistics.median(a / b for a, b in zip(these, base, strict=True))
 
 
 def write(rows: list[dict[str, Any]], refused: dict[str, str]) -> None:

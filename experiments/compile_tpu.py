@@ -34,16 +34,11 @@ from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
 from jaxpipe.models.transformer.decoder import transformer
 from jaxpipe.pipeline.compiled.action_paths import SCOPES
 from jaxpipe.pipeline.compiled.step import read_compiled
-from jaxpipe.pipeline.executor import lower_on
-from jaxpipe.pipeline.layer.residuals import residual_policy
-from jaxpipe.pipeline.table.unroll import cut
-from jaxpipe.training.aot.aot import (
-  DeviceSpec,
-  on_all,
-  placed_shapes,
-  ring_shapes,
-)
+from jaxpipe.pipeline.execution import Execution
+from jaxpipe.pipeline.table.unroll import Segment
+from jaxpipe.training.aot.aot import on_all, placed_shapes, ring_shapes
 from jaxpipe.training.aot.report import describe, describe_estimate, lines
+from jaxpipe.training.chips import DeviceSpec
 from jaxpipe.training.flags.errors import ConfigError, naming
 from jaxpipe.training.flags.flags import define_flags, exit_with_error, parse_flags
 from jaxpipe.training.flags.run_config import AUTO
@@ -106,7 +101,7 @@ def main(_: Sequence[str]) -> None:
 
 
 def job_flags() -> dict[str, Any]:
-  """Flags of the preset's job; what is that large runs in bfloat16."""
+  """Returns the flags of the preset's job; models of that size run in bfloat16."""
   preset = flags.FLAGS.preset
   return {"dtype": "bfloat16", **_JOBS.get(preset, {})} if preset else {}
 
@@ -116,9 +111,14 @@ class Job:
   """A step, traced and not yet compiled.
 
   Attributes:
-    config, device, mesh, schedule, model: what was asked for.
-    parameters: their number.
-    predicted: bytes of one device by kind.
+    config: the flags.
+    device: limits of one device that is compiled for.
+    mesh: of such devices.
+    schedule: that the step runs.
+    model: configuration of the transformer.
+    parameters: how many the model has.
+    predicted: bytes of one device by kind, from `memory_report`.
+    segments: the schedule's ticks, divided into loops and straight lines.
     step: the traced step.
   """
 
@@ -129,11 +129,12 @@ class Job:
   model: TransformerConfig
   parameters: int
   predicted: Mapping[str, int]
+  segments: Sequence[Segment]
   step: Any
 
 
 def prepare(config: Config) -> Job:
-  """Checks what was asked for, and traces the training step over shapes.
+  """Checks the flags, and traces the training step over shapes.
 
   Raises:
     ConfigError: whatever does not fit; names the flags.
@@ -161,12 +162,13 @@ def prepare(config: Config) -> Job:
     model=model,
     parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(state.params)),
     predicted=known.bytes,
+    segments=Execution.of(stack, schedule, mesh, **options).segments(config.unroll),
     step=traced,
   )
 
 
 def compile_and_read(job: Job) -> dict[str, Any]:
-  """Compiles, and returns all that is found, as JSON holds it.
+  """Compiles the step, and returns all that is found in the program, as JSON values.
 
   Raises:
     ConfigError: the compiler refuses, such as a program that the chip cannot hold.
@@ -196,21 +198,18 @@ def compile_and_read(job: Job) -> dict[str, Any]:
     "estimate": describe_estimate(
       found, job.schedule, job.device, flops, job.mesh.size, config.slack
     )
-    if one_loop(job)
+    if one_loop(job.segments)
     else {},
   }
 
 
-def one_loop(job: Job) -> bool:
+def one_loop(segments: Sequence[Segment]) -> bool:
   """Whether every tick is a turn of one loop, so that cycles are known by the tick."""
-  policy = residual_policy(job.config.residuals)
-  program = lower_on(job.schedule, job.mesh, policy, job.config.slack)
-  segments = cut(program, job.config.unroll)
   return len(segments) == 1 and not segments[0].straight
 
 
 def find_devices() -> list[Any]:
-  """The devices to compile for: those of a topology that is not here, or this machine's GPUs.
+  """Returns the devices to compile for: those of a TPU topology, or this machine's GPUs.
 
   Raises:
     ConfigError: there are none.

@@ -37,7 +37,7 @@ PASSES = 4  # of the held-out digits in one validation, each with other noise an
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionRun(TaskConfig):
-  """The flags."""
+  """The flags: those of every run, of the model, the noise and the samples."""
 
   layers: int = same(4, "blocks of the model")
   width: int = same(64, "width D of the model")
@@ -51,7 +51,7 @@ class DiffusionRun(TaskConfig):
 
 
 def build(config: DiffusionRun) -> Task:
-  """The codec, the network, and the best affine predictor to compare it with."""
+  """Builds the task: the codec, the network, and the best affine predictor to compare it with."""
   digits = load_digits(DIGITS)
   train, test = (part["image"][..., 0] for part in (digits.train, digits.test))
   codec = PatchCodec.fit(train, config.patch, config.channels)
@@ -97,11 +97,9 @@ def build(config: DiffusionRun) -> Task:
 def draw(
   config: DiffusionRun, stack: Any, codec: PatchCodec, digits: Digits, params: Any, state: Any
 ) -> str:
-  """Draws samples of all digits, in turn, and says how many look like what they should be."""
-  labels, latent = (
-    np.arange(config.samples) % CLASSES,
-    codec.encode(digits.test["image"][:1, ..., 0]),
-  )
+  """Draws samples of all digits, in turn, and counts those nearest to the digit they should be."""
+  labels = np.arange(config.samples) % CLASSES
+  latent = codec.encode(digits.test["image"][:1, ..., 0])
   noise = jax.random.normal(jax.random.key(config.seed), (config.samples, *latent.shape[1:]))
 
   @jax.jit
@@ -121,7 +119,7 @@ def draw(
 
 
 def nearest(digits: Digits, images: Any) -> Any:
-  """For each image [n, 8, 8] the digit whose mean image is nearest."""
+  """Returns, for each image [n, 8, 8], the digit whose mean image is nearest, int [n]."""
   known, labels = digits.train["image"][..., 0], digits.train["label"]
   means = np.stack([known[labels == c].mean(axis=0) for c in range(CLASSES)])
   return ((images[:, None] - means) ** 2).sum(axis=(2, 3)).argmin(axis=1)

@@ -31,7 +31,7 @@ ROGET = pathlib.Path(__file__).resolve().parents[1] / "data" / "roget" / "roget_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GnnRun(TaskConfig):
-  """The flags."""
+  """The flags: those of every run, and the model's."""
 
   layers: int = same(8, "graph layers")
   width: int = same(64, "numbers that a node holds between layers")
@@ -40,7 +40,7 @@ class GnnRun(TaskConfig):
 
 
 def build(config: GnnRun) -> Task:
-  """The graph, the network and what to compare it with."""
+  """Builds the task: the graph, the network and the result to compare it with."""
   sizes = parse_mesh(config.mesh)
   if any(sizes.get(axis, 1) > 1 for axis in ROWS):
     raise ValueError(f"--mesh={config.mesh} cuts a chunk; use stage alone and more --microbatches")
@@ -72,7 +72,7 @@ def build(config: GnnRun) -> Task:
 
 
 def whole_graph(stack: Any, batch: Any, params: Any, state: Any) -> str:
-  """What the trained network says without chunks and history."""
+  """Measures the trained network on the whole graph at once, without chunks and history."""
   _, weight, metrics = jax.jit(functools.partial(evaluate, stack))(params, state, batch)
   return f"the whole graph at once, no history: accuracy {metrics['correct'] / weight:.4f}"
 

@@ -35,8 +35,7 @@ class AmoebaNetRun(DigitsConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    names = ", ".join(CONVOLUTIONS)
-    self._check("convolution", self.convolution in CONVOLUTIONS, f"is unknown; use {names}")
+    self._check_choice("convolution", CONVOLUTIONS)
 
 
 def build(config: AmoebaNetRun) -> Task:

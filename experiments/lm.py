@@ -10,10 +10,10 @@ model, `--init_from=FOLDER` its weights, too; `--help` lists the flags.
 
 import pathlib
 
-from jaxpipe.training.lm.command import run_command
+from jaxpipe.training.lm.command import run_lm
 from jaxpipe.training.lm.config import Config
 
 TEXT = pathlib.Path(__file__).resolve().parents[1] / "data" / "shakespeare" / "plays.txt"
 
 if __name__ == "__main__":
-  run_command(Config(text=str(TEXT)))
+  run_lm(Config(text=str(TEXT)))

@@ -1,4 +1,4 @@
-"""One processor per device: processes that XLA cannot share work out within.
+"""Measures with one processor for each device: processes in which XLA cannot share work out.
 
 XLA's CPU backend splits operations over all processors that the process may run on, and runs those
 that do not wait for each other at once, so that a "device" is as fast as the machine is idle. Its
@@ -22,12 +22,13 @@ import numpy as np
 
 import jaxpipe
 
-# Durations for this many stages, and the time of one microbatch on one device.
+# (number of stages) -> (costs of F, I, W and head for the simulator, seconds of one microbatch on
+# one device).
 Costs = Callable[[int], tuple[jaxpipe.Costs, float]]
 
 
 def start_processes(devices: int) -> int:
-  """Runs this very command once for each device and returns the worst exit code."""
+  """Runs this process's own command once for each device; returns the largest exit status."""
   if len(os.sched_getaffinity(0)) < devices:
     sys.exit(f"{devices} devices want a processor each, which are not there; use fewer --stages")
   with socket.socket() as probe:
@@ -43,7 +44,7 @@ def start_processes(devices: int) -> int:
 
 
 def join(process: int, devices: int, port: int) -> None:
-  """Binds this process to its own processor and finds the others."""
+  """Binds this process to a processor of its own, and joins the other processes by JAX."""
   os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[process]})
   jax.distributed.initialize(
     f"localhost:{port}",
@@ -80,7 +81,10 @@ def timed_costs(
   first_M = jax.tree.map(lambda leaf: leaf[None, : len(leaf) // microbatches], batch)
   first = jax.tree.map(lambda leaf: leaf[0], first_M)
   stage, zero = baselines.rematerialized_stage(stack, stack.depth, residuals), np.int32(0)
-  run = lambda layers, x: stage(layers, x, zero, zero, first_M, None)  # noqa: E731
+
+  def run(layers: Any, x: Any) -> Any:
+    return stage(layers, x, zero, zero, first_M, None)
+
   layers, head = params["layers"], stack.head_params(params)
   x = jax.jit(stack.apply_embed)(params["embed"], first)
   F, FI, FIW, top = seconds(

@@ -41,8 +41,7 @@ class SegmentRun(TaskConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    names = ", ".join(CONVOLUTIONS)
-    self._check("convolution", self.convolution in CONVOLUTIONS, f"is unknown; use {names}")
+    self._check_choice("convolution", CONVOLUTIONS)
     self._check_counts("most", "width", "test_scenes")
     self._check("size", self.size >= 8 and not self.size % 4, "is no multiple of 4; use 24 or 32")
 
@@ -71,7 +70,7 @@ def build(config: SegmentRun) -> Task:
 
 
 def scenes(config: SegmentRun, digits: Any, seed: int, number: int) -> dict[str, np.ndarray]:
-  """A batch of the series that a seed and some digits make."""
+  """Returns batch `number` of the series of scenes that a seed and some digits make."""
   return make_scenes(
     digits["image"][..., 0],
     digits["label"],
@@ -85,7 +84,7 @@ def scenes(config: SegmentRun, digits: Any, seed: int, number: int) -> dict[str,
 
 
 def summarize(loss: float, metrics: Any, pixels: float) -> dict[str, float]:
-  """Pixels named rightly, and intersection over union."""
+  """Returns the share of pixels that are classified rightly, and the mean IoU of the classes."""
   return {
     "mean_iou": mean_iou(metrics["intersection"], metrics["union"]),
     "pixels": metrics["correct"] / pixels,
@@ -93,7 +92,10 @@ def summarize(loss: float, metrics: Any, pixels: float) -> dict[str, float]:
 
 
 def baseline(held_out: list[dict[str, np.ndarray]]) -> Baseline:
-  """Names every pixel background: of that its share, of every digit that occurs 0."""
+  """Returns the result of calling every pixel background.
+
+  Its IoU is the background's share of the pixels for that class, and 0 for each digit that occurs.
+  """
   label = np.concatenate([batch["label"] for batch in held_out])
   share = float(np.mean(label == BACKGROUND))
   metrics = {"mean_iou": share / len(np.unique(label)), "pixels": share}

@@ -32,7 +32,7 @@ MEASURED = 8  # batches of one validation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeechRun(TaskConfig):
-  """The flags."""
+  """The flags: those of every run, of the utterances and of the model."""
 
   channels: int = same(16, "channels C of the convolutions")
   width: int = same(96, "width D of the recurrent layers, each way")
@@ -42,7 +42,7 @@ class SpeechRun(TaskConfig):
 
 
 def build(config: SpeechRun) -> Task:
-  """The clips, the network and the best constant answer."""
+  """Builds the task: the clips, the network and the best constant answer."""
   data = load_spoken_digits(CLIPS)
   model = DeepSpeechConfig(
     bands=BANDS,
@@ -67,7 +67,13 @@ def build(config: SpeechRun) -> Task:
 
 
 def best_constant(labels: Any) -> float:
-  """Character error rate of the one or two digits that are least wrong for all utterances."""
+  """Returns the character error rate of the one answer that is least wrong for all utterances.
+
+  Answers of one and of two digits are tried.
+
+  Args:
+    labels: int [n, longest], digits plus one of each utterance; 0 fills up.
+  """
   digits = range(1, DIGITS + 1)
   answers = [*itertools.product(digits, repeat=1), *itertools.product(digits, repeat=2)]
   answers = [answer + (0,) * (2 - len(answer)) for answer in answers]

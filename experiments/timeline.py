@@ -1,4 +1,4 @@
-"""What did every device do when, and does the simulator foretell it?
+"""Measures what every device of a pipelined step does when, and compares the simulator's plan.
 
     ./launch/local.sh experiments/timeline.py --schedule=1f1b --stages=2 --microbatches=8
     ./launch/local.sh experiments/timeline.py --one_thread --schedule=zb-h1 --stages=2
@@ -12,7 +12,7 @@ https://ui.perfetto.dev.
 Expected, with --one_thread (a process for each device, each bound to a processor of its own):
 predicted ticks 0.95 to 1 of the measured ones. Without, forced CPU devices share the machine's
 threads, so that an action is the faster the fewer devices work beside it, and a plan from mean
-durations may be off by a tenth; docs/timeline.md has figures of both.
+durations may be off by a tenth; docs/speed.md has figures of both.
 """
 
 from __future__ import annotations
@@ -86,7 +86,11 @@ def run() -> Measured:
   mesh = jaxpipe.make_mesh(f"stage:{_DEVICES.value}")
   params = stack.init(jax.random.key(0), batch, schedule, mesh)
   return measure(
-    *(stack, schedule, mesh, params, batch),
+    stack,
+    schedule,
+    mesh,
+    params,
+    batch,
     steps=_STEPS.value,
     slack=_SLACK.value,
     unroll=_UNROLL.value,
@@ -95,7 +99,7 @@ def run() -> Measured:
 
 
 def table(m: Measured) -> str:
-  """Durations by stage, and the step: what was planned beside what was measured."""
+  """Formats durations by stage, and the step: what was planned beside what was measured."""
   schedule = m.timeline.schedule
   kinds = {action.kind for row in schedule.order for step in row for action in step.parts}
   durations, ticks = m.costs.durations(schedule.stages), m.timeline.makespan
@@ -122,12 +126,13 @@ def table(m: Measured) -> str:
 
 
 def line(name: str, predicted: float, measured: float) -> str:
+  """Formats a row of the table; times in seconds, printed in ms."""
   cells = f"{1e3 * predicted:12.2f}{1e3 * measured:12.2f}{predicted / measured:8.3f}"
   return f"{name:30}{cells}"
 
 
 def write(measured: Measured, folder: pathlib.Path) -> None:
-  """The picture and the trace."""
+  """Writes the picture and the trace."""
   folder.mkdir(parents=True, exist_ok=True)
   timelines = {
     "planned, from the mean durations": scaled(measured.planned(), 1e3),

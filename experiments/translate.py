@@ -35,7 +35,7 @@ NAMES = ",".join(standard for standard in STANDARDS if standard != "iso3166-2")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TranslateRun(TaskConfig):
-  """The flags."""
+  """The flags: those of every run, of the names, the model and the search."""
 
   languages: str = same(",".join(LANGUAGES), "to translate into, such as de,fr,sr@latin")
   standards: str = same(NAMES, f"whose names are translated, of {','.join(STANDARDS)}")
@@ -57,7 +57,7 @@ class TranslateRun(TaskConfig):
 
 
 def prepare(config: TranslateRun) -> TranslationData:
-  """The names that the flags ask for."""
+  """Prepares the names that the flags ask for."""
   return prepare_translation(
     config.languages.split(","),
     standards=config.standards.split(","),
@@ -68,7 +68,7 @@ def prepare(config: TranslateRun) -> TranslationData:
 
 
 def model(config: TranslateRun, data: TranslationData) -> TranslationConfig:
-  """The model that the flags ask for."""
+  """Returns the configuration of the model that the flags ask for."""
   layers, hidden, heads = parse_shape(config.shape)
   return TranslationConfig(
     vocabulary_size=data.vocabulary.size,
@@ -83,7 +83,7 @@ def model(config: TranslateRun, data: TranslationData) -> TranslationConfig:
 
 
 def validation_batches(pairs: Pairs, most: int, size: int) -> Iterable[Batch]:
-  """At most so many names of each language, always the same."""
+  """Returns batches of at most `most` names of each language, always the same ones."""
   chosen = [pairs.of(language)[:most] for language in pairs.languages]
   return [pairs.batch(which) for which in in_batches(np.concatenate(chosen), size)]
 
@@ -91,7 +91,10 @@ def validation_batches(pairs: Pairs, most: int, size: int) -> Iterable[Batch]:
 def translate_test(
   config: TranslateRun, data: TranslationData, translate: Translator, params: Any
 ) -> str:
-  """Scores of every language, with the English left as it is beside them, and some examples."""
+  """Translates test names; formats scores of every language, and some examples.
+
+  Below each language stand the scores of the English names, as if they were translations.
+  """
   lines = ["test names, translated, and below each language the English left as it is"]
   for language in data.test.languages:
     which = data.test.of(language)[: config.test_names]

@@ -12,7 +12,7 @@ for ((i = 0; i < processes; i++)); do
     "${command[@]}"
     continue
   fi
-  # What others than the first have to say, they say on standard error.
+  # Only the first prints to standard output; errors of the others are seen all the same.
   if ((i)); then exec 8>/dev/null; else exec 8>&1; fi
   "${command[@]}" </dev/null >&8 8>&- &
   pids+=($!)

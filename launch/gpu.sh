@@ -29,7 +29,7 @@ script=${1-}
 
 export JAXPIPE_VENV=${JAXPIPE_VENV:-$repository/.venv-cuda}
 python=$JAXPIPE_VENV/bin/python
-install=(-m pip install -q --disable-pip-version-check)
+install=(-m pip install)
 if [[ $dry_run ]]; then
   echo "source launch/setup.sh   # makes $JAXPIPE_VENV"
   echo "$python ${install[*]} 'jax[cuda12]'"
@@ -41,7 +41,8 @@ source "$repository/launch/setup.sh"
 if [[ ! ${JAXPIPE_NO_SETUP-} ]] && ! "$python" -c 'import jax_cuda12_plugin' 2>/dev/null; then
   # The plugin of the very jax that is there.
   version=$("$python" -c 'import importlib.metadata as m; print(m.version("jax"))')
-  "$python" "${install[@]}" "jax[cuda12]==$version"
+  say "CUDA and cuDNN for jax $version, many large packages"
+  "$python" "$repository/launch/pip_install.py" 0 "jax[cuda12]==$version"
 fi
 [[ $script ]] || exit 0
 export JAX_PLATFORMS=cuda PYTHONUNBUFFERED=1

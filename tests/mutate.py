@@ -49,9 +49,9 @@ class Fault:
 FAULTS = [
   Fault(
     "wrong slot",
-    "pipeline/table/lower.py",
-    "= slot[ring, send.target, (send.stage, send.microbatch)]",
-    "= (slot[ring, send.target, (send.stage, send.microbatch)] + 1) % slots[ring]",
+    "pipeline/table/transfers.py",
+    "= slots.number[one.ring, one.target, value]",
+    "= (slots.number[one.ring, one.target, value] + 1) % slots.count[one.ring]",
   ),
   Fault(
     "wrong microbatch key",
@@ -62,8 +62,8 @@ FAULTS = [
   Fault(
     "missing replica sum",
     "parallel/replicas.py",
-    "mine = mine.at[jnp.asarray(one.source)[here]].add(sent)",
-    "mine = mine.at[jnp.asarray(one.source)[here]].add(0 * sent)",
+    "own = own.at[jnp.asarray(one.source)[here]].add(sent)",
+    "own = own.at[jnp.asarray(one.source)[here]].add(0 * sent)",
   ),
   Fault(
     "dropped W",
@@ -74,8 +74,8 @@ FAULTS = [
   Fault(
     "stale buffer",
     "pipeline/device/device.py",
-    "gradients = rings.store(gradients, float_leaves(here), slot)",
-    "gradients = rings.store(state.gradients, float_leaves(here), slot)",
+    "gradients = rings.store(gradients, float_leaves(arrived), slot)",
+    "gradients = rings.store(carry.gradients, float_leaves(arrived), slot)",
   ),
   Fault(
     "swapped chunk",
@@ -91,15 +91,15 @@ FAULTS = [
   ),
   Fault(
     "off-by-one route",
-    "pipeline/table/lower.py",
-    "[r].add((send.source, send.target))",
-    "[r].add((send.source, (send.target + 1) % P))",
+    "pipeline/table/transfers.py",
+    ".add((one.source, one.target))",
+    ".add((one.source, (one.target + 1) % P))",
   ),
   Fault(
     "mask of other positions",
     "models/transformer/decoder.py",
-    "context.dropout(y_BTD, rate, positions=mine)",
-    "context.dropout(y_BTD, rate, positions=at_T[: len(mine)])",
+    "context.dropout(y_BTD, rate, positions=outside_T)",
+    "context.dropout(y_BTD, rate, positions=at_T[: len(outside_T)])",
     ON_MESHES,
   ),
   Fault(
@@ -132,9 +132,9 @@ FAULTS = [
   ),
   Fault(
     "borrowed gradient lost",
-    "stack/packed.py",
-    "rows[name] = write_span(rows[name], old + whole, offset, chunk)",
-    "rows[name] = write_span(rows[name], old + 0 * whole, offset, chunk)",
+    "stack/shared_leaves.py",
+    "rows[name] = write_span(rows[name], old + whole, home.offset, chunk)",
+    "rows[name] = write_span(rows[name], old + 0 * whole, home.offset, chunk)",
     OF_STAGES,
   ),
   Fault(
@@ -148,27 +148,27 @@ FAULTS = [
     "statistics of the last microbatch",
     "pipeline/device/switched_stages.py",
     "new = old + new if is_float(leaf) else jnp.maximum(old, new)",
-    "new = new * self.local.program.schedule.microbatches",
+    "new = new * self.context.program.schedule.microbatches",
     OF_STAGES,
   ),
   Fault(
     "key of a stage",
     "stack/network.py",
-    'inputs = {**inputs, "layer": layer_number(module)}\n    return',
-    'inputs = {**inputs, "layer": 0}\n    return',
+    'LayerInputs = {**inputs, "layer": layer_number(name)}',
+    'LayerInputs = {**inputs, "layer": 0}',
     OF_STAGES,
   ),
   Fault(
     "gradient of the loss",
-    "pipeline/device/switched_stages.py",
+    "pipeline/device/boundaries.py",
     "jnp.ones((), loss.dtype)",
     "2 * jnp.ones((), loss.dtype)",
     OF_STAGES,
   ),
   Fault(
     "loss not counted",
-    "pipeline/device/whole_ends.py",
-    "return count(totals, *self.local.stack.apply_head({}, result, {}))",
+    "pipeline/device/inner_ends.py",
+    "return count(totals, *self.result.unpack(packed))",
     "return totals",
     OF_STAGES,
   ),

@@ -1,4 +1,4 @@
-"""Writes docs/curves.md and its picture: loss curves of pipelines over those of one device.
+"""Writes a section of docs/exactness.md and its picture: losses of pipelines and of one device.
 
     .venv/bin/python docs/make/curves.py
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from section import DOCS, write_section
 
 import jaxpipe
 from experiments import image_amoebanet, translate
@@ -33,7 +34,6 @@ from jaxpipe.models.vision.pictures import CONVOLUTIONS
 from jaxpipe.training.command.task_run import build_run
 from jaxpipe.training.plan.optimizer import decay_mask, make_optimizer, placed_mask
 
-DOCS = pathlib.Path(__file__).parents[1]
 DEVICES, MICROBATCHES = (2, 4, 8), 8
 # Experiment, its name, steps, and the schedule of each number of devices.
 RUNS = (
@@ -45,7 +45,7 @@ Curve = np.ndarray
 
 
 def config(module: Any, steps: int, devices: int, schedule: str) -> Any:
-  """The experiment's own, but for where and how long."""
+  """Returns the experiment's own configuration with other steps, devices and schedule."""
   return dataclasses.replace(
     module.DEFAULTS,
     steps=steps,
@@ -57,7 +57,15 @@ def config(module: Any, steps: int, devices: int, schedule: str) -> Any:
 
 
 def curve(value_and_grad: Any, optimizer: Any, params: Any, state: Any, run: Any) -> Curve:
-  """Losses, step by step."""
+  """Trains for all steps of the run and returns the losses, float64 [steps].
+
+  Args:
+    value_and_grad: (params, batch, key, *state) -> ((loss, metrics, *state), grads).
+    optimizer: an optax transformation.
+    params: the first parameters, as `value_and_grad` takes them.
+    state: the first model state in a list, which is empty where the model has none.
+    run: its `config.steps` and `task.batches`.
+  """
 
   @jax.jit
   def step(params, moments, state, batch, key):
@@ -74,7 +82,7 @@ def curve(value_and_grad: Any, optimizer: Any, params: Any, state: Any, run: Any
 
 
 def curves(module: Any, steps: int, schedules: tuple[str, ...]) -> list[Curve]:
-  """One device's, and those of 2, 4 and 8."""
+  """Returns the losses of one device, then those of the pipelines over `DEVICES`."""
   found = []
   for devices, schedule in zip((1, *DEVICES), ("gpipe", *schedules), strict=True):
     run = build_run(config(module, steps, devices, schedule), module.build)
@@ -91,7 +99,7 @@ def curves(module: Any, steps: int, schedules: tuple[str, ...]) -> list[Curve]:
 
 
 def double(steps: int) -> float:
-  """AmoebaNet in float64 over 4 devices: the largest difference of a loss, over the loss."""
+  """Returns the largest relative difference of a loss: AmoebaNet, float64, 4 devices against 1."""
   run = build_run(config(image_amoebanet, steps, 4, "1f1b"), image_amoebanet.build)
   types = dict(dtype=jnp.float64, param_dtype=jnp.float64)
   matmul = dict(image_channels=1, stem_cells=0, convolution=CONVOLUTIONS["matmul"])
@@ -110,7 +118,7 @@ def double(steps: int) -> float:
 
 
 def gap(a: Curve, b: Curve) -> str:
-  """Largest difference over the larger of the losses, early, and of the means at the end."""
+  """Returns four cells of the table: `early`, both losses at the end, and their difference."""
   early = np.max(np.abs(a - b)[:EARLY] / a[:EARLY])
   last = len(a) // 10
   late = abs(a[-last:].mean() - b[-last:].mean()) / a[-last:].mean()
@@ -118,7 +126,7 @@ def gap(a: Curve, b: Curve) -> str:
 
 
 def main() -> None:
-  """Trains, draws, writes."""
+  """Trains both tasks, draws their losses and writes the section."""
   figure, axes = plt.subplots(1, len(RUNS), figsize=(10, 3.6), layout="constrained")
   lines = []
   for axis, (module, name, steps, schedules) in zip(axes, RUNS, strict=True):
@@ -133,13 +141,13 @@ def main() -> None:
   with jax.enable_x64(True):
     exact = double(EARLY)
   print(exact, flush=True)
-  (DOCS / "curves.md").write_text(page(lines, exact))
+  write_section("exactness.md", "curves.py", section(lines, exact))
 
 
-def page(lines: list[str], exact: float) -> str:
-  """The text around the table."""
+def section(lines: list[str], exact: float) -> str:
+  """Returns the section, from the table's rows and the largest difference in float64."""
   table = "\n".join(lines)
-  return f"""# Loss curves
+  return f"""## Loss curves
 
 GPipe's two tasks from the same weights on the same batches: by `jax.grad` on one device, with
 microbatches summed in order and nothing of the pipeline, and by the pipeline over 2, 4 and 8 CPU
@@ -157,8 +165,6 @@ norm have gradients that are rounding alone. In float64 the largest difference o
 | task | devices | schedule | early | one device, at the end | pipeline, at the end | difference |
 |---|---|---|---|---|---|---|
 {table}
-
-In float64 all gradients of a step are those of one device within 1e-12: [exactness](exactness.md).
 """
 
 

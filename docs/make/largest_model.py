@@ -1,4 +1,4 @@
-"""Writes docs/largest-model.md: the largest networks that fit on 1, 2, 4 and 8 devices.
+"""Writes a section of docs/memory.md: the largest networks that fit on 1, 2, 4 and 8 devices.
 
     .venv/bin/python docs/make/largest_model.py
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import optax
+from section import write_section
 
 import jaxpipe
 from jaxpipe.models.transformer.decoder import TransformerConfig, transformer
@@ -28,21 +28,20 @@ from jaxpipe.models.vision.amoebanet import amoebanet
 from jaxpipe.models.vision.amoebanet_cells import AmoebaNetConfig
 from jaxpipe.stack.stack import LayerStack
 
-OUT = pathlib.Path(__file__).parents[1] / "largest-model.md"
 DEVICES, MICROBATCHES = (1, 2, 4, 8), 32
 FILTERS = 512
 GB = 1e9
 
 
-class Network(NamedTuple):
-  """A family of networks that grows.
+class Growing(NamedTuple):
+  """A family of networks that grow layer by layer.
 
   Attributes:
     make: number of layers -> stack.
     step: layers that are added at a time, times the number of devices where `even`.
     even: whether every stage has as many layers.
-    batch: shapes of a batch.
-    limit: bytes of a device.
+    batch: name -> shape and dtype of an entry of the batch, all microbatches together.
+    limit: bytes that a device has.
   """
 
   make: Callable[[int], LayerStack]
@@ -53,7 +52,13 @@ class Network(NamedTuple):
 
 
 class Size(NamedTuple):
-  """A network that fits."""
+  """How large a network is.
+
+  Attributes:
+    layers: normal cells of AmoebaNet, or layers of the Transformer.
+    parameters: number of trained values.
+    bytes: what `jaxpipe.memory_report` says that each device holds.
+  """
 
   layers: int
   parameters: int
@@ -61,12 +66,12 @@ class Size(NamedTuple):
 
 
 def amoebanet_of(layers: int) -> LayerStack:
-  """AmoebaNet-D (layers, FILTERS) for ImageNet."""
+  """Returns AmoebaNet-D (layers, FILTERS) for ImageNet."""
   return amoebanet(AmoebaNetConfig(layers=layers, filters=FILTERS, classes=1000))
 
 
 def transformer_of(layers: int) -> LayerStack:
-  """GPipe's Transformer-L."""
+  """Returns GPipe's Transformer-L with so many layers."""
   return transformer(
     TransformerConfig(
       vocabulary_size=32_000,
@@ -85,7 +90,7 @@ def _shapes(rows: int, **dims: tuple[tuple[int, ...], Any]) -> dict[str, jax.Sha
 
 
 NETWORKS = {
-  "AmoebaNet": Network(
+  "AmoebaNet": Growing(
     amoebanet_of,
     3,
     False,
@@ -97,7 +102,7 @@ NETWORKS = {
     ),
     8 * GB,
   ),
-  "Transformer": Network(
+  "Transformer": Growing(
     transformer_of,
     1,
     True,
@@ -122,8 +127,11 @@ PAPER: dict[str, dict[int, tuple[str, float]]] = {
 }
 
 
-def measure(network: Network, layers: int, devices: int) -> Size:
-  """What a device needs for a step of GPipe's schedule, of which F keeps a stage's input alone."""
+def measure(network: Growing, layers: int, devices: int) -> Size:
+  """Returns the size of a network of so many layers in a step of GPipe's schedule.
+
+  F keeps a stage's input alone, as in the paper.
+  """
   schedule = jaxpipe.make_schedule("gpipe", devices=devices, microbatches=MICROBATCHES)
   mesh = jaxpipe.make_mesh(f"stage:{devices}", devices=jax.devices()[:devices])
   stack = network.make(layers)
@@ -143,8 +151,8 @@ def measure(network: Network, layers: int, devices: int) -> Size:
   return size
 
 
-def largest(network: Network, devices: int) -> Size:
-  """The most layers that fit: from what two sizes need, then one step after another."""
+def largest(network: Growing, devices: int) -> Size:
+  """Returns the largest size that fits: guessed from two sizes, then found step by step."""
   step = network.step * (devices if network.even else 1)
 
   @functools.cache
@@ -161,7 +169,7 @@ def largest(network: Network, devices: int) -> Size:
 
 
 def table(name: str, found: dict[int, Size]) -> str:
-  """The sizes beside the paper's."""
+  """Returns the table of a network: sizes by number of devices, beside the paper's."""
   unit = found[1].parameters
   paper = PAPER[name]
   lines = [
@@ -181,17 +189,17 @@ def table(name: str, found: dict[int, Size]) -> str:
 
 
 def main() -> None:
-  """Searches, and writes the page."""
+  """Searches, and writes the section."""
   found = {
     name: {devices: largest(network, devices) for devices in DEVICES}
     for name, network in NETWORKS.items()
   }
-  OUT.write_text(page(found))
+  write_section("memory.md", "largest_model.py", section(found))
 
 
-def page(found: dict[str, dict[int, Size]]) -> str:
-  """The text around the tables."""
-  return f"""# The largest model that fits
+def section(found: dict[str, dict[int, Size]]) -> str:
+  """Returns the section: the text around both tables."""
+  return f"""## The largest model that fits
 
 How large a network grows until a device is full, by `jaxpipe.memory_report`, before anything is
 compiled: GPipe's Table 1 ([arXiv:1811.06965](https://arxiv.org/abs/1811.06965)) for both of its
@@ -199,7 +207,7 @@ networks. GPipe's schedule with {MICROBATCHES} microbatches, only the input of a
 RMSProp with momentum: 12 bytes a parameter as in the paper, and 4 for the sum of its gradients.
 Written by `.venv/bin/python docs/make/largest_model.py`, jax {jax.__version__}.
 
-## AmoebaNet-D (L, {FILTERS})
+### AmoebaNet-D (L, {FILTERS})
 
 Normal cells are added, three at a time; 8 GB a device, 128 pictures of 224x224, as in the paper,
 whose shapes (L, D) grow in both numbers. Stages are cut so that the largest has the fewest
@@ -207,7 +215,7 @@ parameters.
 
 {table("AmoebaNet", found["AmoebaNet"])}
 
-## Transformer-L
+### Transformer-L
 
 Layers of width 2,048 and 8,192 hidden units are added, as many to each stage; 16 GB a device, 32
 rows of 1,024 tokens out of 32,000, as in the paper. Every device holds both ends.
@@ -216,8 +224,9 @@ rows of 1,024 tokens out of 32,000, as in the paper. Every device holds both end
 
 Parameters grow less than the devices do, as in the paper: AmoebaNet's cells differ, and the ends of
 the Transformer are on every device; per layer it is linear (14, 28, 56, 112). The paper measured
-what trains. Here it is predicted: [how well](memory.md). For layers that are not alike the report
-is too low ([by up to 37 % at small sizes on CPU](unlike.md)), so that sizes are optimistic.
+what trains. Here it is predicted: [how well](#predicted-and-compiled). For layers that are not
+alike the report is too low ([by so much at small sizes on CPU](partition.md#bytes)), so that these
+sizes are optimistic.
 """
 
 

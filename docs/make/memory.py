@@ -1,13 +1,15 @@
-"""Writes docs/memory.md and its picture: what a step holds, predicted and compiled.
+"""Writes a section of docs/memory.md and its picture: what a step holds, predicted and compiled.
 
-.venv/bin/python docs/make/memory.py
+    .venv/bin/python docs/make/memory.py
+
+Compiles a step of every registered schedule for three numbers of microbatches and three residual
+policies.
 """
 
 from __future__ import annotations
 
 import os
-import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,27 +17,34 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from section import DOCS, write_section
 
 import jaxpipe
 from jaxpipe.models.transformer.decoder import TransformerConfig, transformer
 from jaxpipe.schedules import schedule_names
 
-DOCS = pathlib.Path(__file__).parents[1]
 P, MICROBATCHES, POLICIES = 4, (8, 16, 32), ("dots", "all", "full")
 MIB = 2**20
 
 
 class Seen(NamedTuple):
-  """One compiled step."""
+  """What one step holds, by the report before compiling and by the compiler.
+
+  Attributes:
+    rings: MiB of rings and pools that the report predicts.
+    temporary: MiB of temporaries that the compiled step allocates.
+    error: the whole report over the compiler's arguments, results and temporaries, minus 1.
+    report: the report itself.
+  """
 
   rings: float
   temporary: float
   error: float
-  report: Any
+  report: jaxpipe.MemoryReport
 
 
 def measure(name: str, M: int, residuals: str) -> Seen:
-  """Predicted rings and compiled temporaries in MiB, and the whole report's error."""
+  """Compiles a step of a schedule under a residual policy, beside what is predicted of it."""
   model = TransformerConfig(vocabulary_size=64, layers=16, width=64, heads=4, kv_heads=4)
   stack, mesh = transformer(model), jaxpipe.make_mesh(f"stage:{P}")
   schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M)
@@ -51,13 +60,18 @@ def measure(name: str, M: int, residuals: str) -> Seen:
 
 
 def main() -> None:
-  """Measures all, draws, and writes the page."""
+  """Measures all, draws, and writes the section."""
   seen = {
     (name, policy): [measure(name, M, policy) for M in MICROBATCHES]
     for policy in POLICIES
     for name in schedule_names()
   }
   draw(seen)
+  write_section("memory.md", "memory.py", section(seen))
+
+
+def section(seen: dict[tuple[str, str], list[Seen]]) -> str:
+  """Returns the section from (schedule, policy) -> what was seen for each of `MICROBATCHES`."""
   head = " | ".join(f"M={M}" for M in MICROBATCHES)
   tables = "\n\n".join(
     f"`{policy}`:\n\n| schedule | {head} | whole report over compiler |\n"
@@ -72,32 +86,30 @@ def main() -> None:
   )
   example = seen["zb-h1", "dots"][1].report
   worst = max(abs(one.error) for several in seen.values() for one in several)
-  (DOCS / "memory.md").write_text(f"""# Memory
-
-`jaxpipe.memory_report` says before anything is compiled what each device will hold, by kind. Rings
-and pools are as long as the schedule's lifetimes make them, so that memory is the schedule's:
+  return f"""## Predicted and compiled
 
 ![rings predicted and temporaries compiled](images/memory.png)
 
 Predicted rings / compiled temporary bytes, in MiB, for a transformer of 16 layers, width 64, rows
 of 64 tokens, two rows a microbatch, P={P}, one loop over all ticks, jax {jax.__version__} on CPU,
-by `.venv/bin/python docs/make/memory.py`. What lies between is the inside of one action, and
-the same for every M. The last column compares the whole report at M={MICROBATCHES[1]} with the
+by `.venv/bin/python docs/make/memory.py`. The difference is what one action needs inside, which
+is the same for every M. The last column compares the whole report at M={MICROBATCHES[1]} with the
 compiler's arguments, results and temporaries; the worst of all cases here is {worst:.1%}.
 
 {tables}
 
 ## What zero bubble costs
 
-What W waits for over what F keeps, and the rings of ZB-H1 over those of 1F1B at M=16:
+Bytes that wait from I to W over bytes that F keeps, and the rings of ZB-H1 over those of 1F1B at
+M=16:
 
-| residuals | W waits for | ZB-H1 / 1F1B |
+| residuals | waits for W | ZB-H1 / 1F1B |
 |---|---|---|
 {units}
 
-A policy that keeps little makes zero bubble dear: what F did not keep for W must wait from I to W
-all the same. Under `all`, it takes over the room of what I has consumed, and costs nothing. To plan
-a schedule within a limit in these units:
+Zero bubble is dear under a policy that keeps little: values that F did not keep must wait from I
+to W all the same. Under `all` they take the cells of values that I has consumed, and cost next to
+nothing. To plan a schedule within a limit in these units:
 
 ```python
 units = jaxpipe.memory_report(stack, schedule, mesh, batch).units
@@ -106,22 +118,22 @@ jaxpipe.make_schedule("zb-auto", devices=4, microbatches=16, memory=units, memor
 
 ## A report
 
-ZB-H1, `dots`, M=16:
+What `print(jaxpipe.memory_report(...))` shows for ZB-H1, `dots`, M=16:
 
 ```
 {example}
 ```
-""")
+"""
 
 
 def row(name: str, several: list[Seen]) -> str:
-  """One schedule's line."""
+  """Returns a schedule's row of the table of a policy."""
   cells = " | ".join(f"{one.rings:.2f} / {one.temporary:.2f}" for one in several)
   return f"| {name} | {cells} | {several[1].error:+.1%} |"
 
 
 def draw(seen: dict[tuple[str, str], list[Seen]]) -> None:
-  """Bars of the compiler's bytes, and a mark where the rings and a constant predict them."""
+  """Draws the compiler's temporaries as bars, with a mark where the predicted rings end."""
   names = schedule_names()
   figure, axes = plt.subplots(
     1, len(POLICIES), figsize=(11, 4.6), layout="constrained", sharey=True

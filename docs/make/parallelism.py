@@ -2,8 +2,8 @@
 
     .venv/bin/python docs/make/parallelism.py [MESH ...]
 
-Compiles one training step of a small transformer for each way to make eight of stages, data and
-tensor parallelism, and counts in the compiled program, beside what papers' formulas say
+Compiles one training step of a small transformer for every stage x data x tensor mesh of eight
+devices, and counts FLOPs and bytes in the compiled program, beside what papers' formulas say
 (`jaxpipe.parallel.formulas`). Given meshes, such as stage:4,data:2, it prints their rows and writes
 nothing.
 """
@@ -30,8 +30,9 @@ from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
 from jaxpipe.models.transformer.decoder import transformer
 from jaxpipe.parallel import formulas
 from jaxpipe.parallel.placing import shardings
+from jaxpipe.pipeline.compiled.hlo import module_of
 from jaxpipe.pipeline.compiled.matmuls import flops_of_actions, flops_of_step
-from jaxpipe.pipeline.compiled.traffic import Traffic, module_of, traffic
+from jaxpipe.pipeline.compiled.traffic import Traffic, traffic
 
 PAGE = pathlib.Path(__file__).parents[1] / "parallelism.md"
 DEVICES, M, ROWS, LENGTH = 8, 8, 64, 32
@@ -41,7 +42,7 @@ MODEL = TransformerConfig(
 ITEM = 4  # bytes of a float32
 Rows = list[tuple[str, ...]]
 
-TEXT = """# What every way to cut a step computes and sends
+TEXT = """# What a step computes and sends on every mesh
 
 Counted in compiled programs: one training step of a transformer of {layers} layers, width {width},
 {ROWS} rows of {LENGTH} tokens, 1F1B with M={M}, float32, `residuals="all"`, `unroll="ends"`, on
@@ -49,37 +50,39 @@ eight forced host devices, jax {jax}. Written by `.venv/bin/python docs/make/par
 
 ## FLOPs of a device
 
-Of matrix products, in millions, of the device that has most: what one run of each action
-multiplies, times the actions that the schedule gives the device. *Ideal* is the model's own count
-(PaLM, arXiv 2204.02311, appendix B) over the devices that share the work: all of them for the
-layers, those of the last stage for the head.
+FLOPs of matrix products, in millions, of the device that has the most: what one run of each
+action multiplies, times the number of such actions that the schedule gives the device. *Ideal* is
+the model's own count (PaLM, arXiv 2204.02311, appendix B) divided by the devices that share the
+work: all of them for the layers, those of the last stage for the head.
 
 {flops}
 
 ## Bytes that a device sends
 
-In kB a step, of the device that sends most, a collective counted as a ring, beside the formula:
+In kB a step, of the device that sends the most, beside the formula. A collective is counted as a
+ring. b, s and h are rows, positions and width of a microbatch.
 
-- *activations*: b s h of a boundary, microbatch and direction (Narayanan et al., arXiv 2104.04473);
+- *activations*: b s h for each boundary, microbatch and direction (Narayanan et al., arXiv
+  2104.04473);
 - *in layers*: four all-reduces of b s h over `tensor` for each layer and microbatch (Megatron-LM,
   arXiv 1909.08053);
-- *gradients*: in float32, once a step: an all-reduce of each parameter's piece over the axes that
-  do not cut it; the loss goes with them.
+- *gradients*: once a step in float32, an all-reduce of each parameter's piece over the axes that do
+  not cut it; the loss is summed with them.
 
 {bytes}
 
 ## What a layer keeps
 
-Elements that F keeps of one layer and microbatch for its backward, over b s h: by residual policy,
-without and with positions cut over `tensor` (`positions_cut`). Without, a part that every device
-keeps whole, and a part over t; with, all of it over t, as Korthikanti et al. (arXiv 2205.05198)
-count for GPT's layer (10 + 24/t against 34/t bytes). `selective` leaves out what has the size of
-attention's scores; `dots` keeps products with weights, and computes norms and activation functions
-again.
+Elements that F keeps of one layer and microbatch for its backward, over b s h, for t devices
+along `tensor`: by residual policy, without and with positions cut over `tensor`
+(`positions_cut`). Without, every device keeps one part whole and a t-th of the other; with, a
+t-th of all or nearly all of it, as Korthikanti et al. (arXiv 2205.05198) count for GPT's layer
+(10 + 24/t against 34/t bytes). `selective` leaves out values of the size of attention's scores;
+`dots` keeps products with weights, and computes norms and activation functions again.
 
 {kept}
 
-## One of them whole
+## One mesh in full
 
 {example}, by action:
 
@@ -91,13 +94,14 @@ again.
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """What one compiled step does.
+  """What one compiled step computes and sends.
 
   Attributes:
-    mesh: sizes of its axes.
-    layers, head: FLOPs of the device that has most, by action and stage.
-    sent: what devices send.
-    gradients: bytes that summing them takes, by formula.
+    mesh: axis -> number of devices along it.
+    layers: FLOPs of matrix products in layers, on the device that has the most.
+    head: the same of the head.
+    sent: the collectives of the step, with bytes and the actions they belong to.
+    gradients: bytes that a device sends to sum gradients, by formula.
   """
 
   mesh: dict[str, int]
@@ -108,7 +112,7 @@ class Seen:
 
 
 def meshes() -> Iterator[str]:
-  """Every way to make eight of three factors."""
+  """Yields every stage x data x tensor mesh of `DEVICES` devices, as `make_mesh` reads it."""
   sizes = [n for n in range(1, DEVICES + 1) if DEVICES % n == 0]
   for stage in reversed(sizes):
     for data in reversed(sizes):
@@ -117,7 +121,7 @@ def meshes() -> Iterator[str]:
 
 
 def measure(text: str) -> Seen:
-  """Compiles a step for a mesh, and reads it."""
+  """Compiles a step for a mesh, and reads the compiled program."""
   mesh, stack = jaxpipe.make_mesh(text), transformer(MODEL)
   schedule = jaxpipe.make_schedule("1f1b", devices=mesh.shape["stage"], microbatches=M)
   tokens = np.zeros((ROWS, LENGTH), np.int32)
@@ -140,13 +144,13 @@ def measure(text: str) -> Seen:
 
 
 def sum_bytes(place: NamedSharding, leaf: Any) -> float:
-  """Bytes that summing one parameter's gradient takes: of its piece, over the axes not in it."""
+  """Returns the bytes that a device sends to sum its piece of one parameter's gradient."""
   piece = math.prod(place.shard_shape(leaf.shape))
   return formulas.data(piece, place.mesh.size * piece // math.prod(leaf.shape))
 
 
 def flops_row(seen: Seen) -> tuple[str, ...]:
-  """Counted, ideal and their ratio, for the layers and for the head."""
+  """Returns cells of the first table: counted, ideal and ratio, of the layers, then of the head."""
   P, shards = seen.mesh["stage"], math.prod(seen.mesh.values()) // seen.mesh["stage"]
   head = 6 * MODEL.vocabulary_size * MODEL.width
   tokens = ROWS * LENGTH
@@ -155,7 +159,7 @@ def flops_row(seen: Seen) -> tuple[str, ...]:
 
 
 def bytes_rows(seen: Seen) -> Iterator[tuple[str, ...]]:
-  """What is sent, counted, by formula and their ratio."""
+  """Yields rows of the second table: what is sent, counted, by formula, and their ratio."""
   P, d, t = (seen.mesh[axis] for axis in ("stage", "data", "tensor"))
   shape = (ROWS // M // d, LENGTH, MODEL.width)
   hops = max((s > 0) + (s < P - 1) for s in range(P)) * M
@@ -173,7 +177,7 @@ def bytes_rows(seen: Seen) -> Iterator[tuple[str, ...]]:
 
 
 def _what(row: Any) -> str:
-  """To which of the formulas a row of the traffic belongs."""
+  """Returns the formula's name to which a row of the traffic belongs."""
   if row.path:
     return "in layers" if row.path[-1] in "FBIWR" else "at the ends"
   return "activations" if row.kind == "collective-permute" else "gradients"
@@ -185,7 +189,7 @@ def _against(found: float, expected: float, unit: float) -> tuple[str, str, str]
 
 
 def tables(seen: dict[str, Seen]) -> tuple[str, str]:
-  """Both tables, as the page has them."""
+  """Returns the tables of FLOPs and of bytes."""
   flops: Rows = [("mesh", *("layers", "ideal", "ratio"), *("head", "ideal", "ratio"))]
   flops += [(name, *flops_row(one)) for name, one in seen.items()]
   sent: Rows = [("mesh", "what", "program", "formula", "ratio")]
@@ -199,7 +203,7 @@ def _table(rows: Rows) -> str:
 
 
 def kept_table() -> str:
-  """Elements that F keeps, over b s h, by policy, t and whether positions are cut."""
+  """Returns the table of elements that F keeps, over b s h, by policy, t and `positions_cut`."""
   rows: Rows = [("residuals", "positions cut", "t = 1", "t = 2", "t = 4", "as")]
   tokens = np.zeros((8, LENGTH), np.int32)
   batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(tokens.shape, np.float32)}
@@ -224,7 +228,7 @@ def kept_table() -> str:
 
 
 def main() -> None:
-  """Compiles all, and writes the page, or some, and prints them."""
+  """Compiles all meshes and writes the page; of meshes that are given prints the rows alone."""
   chosen = sys.argv[1:] or list(meshes())
   seen = {name: measure(name) for name in chosen}
   flops, sent = tables(seen)

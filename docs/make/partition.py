@@ -1,6 +1,6 @@
-"""Writes docs/partition.md: what cutting layers by the simulated step gains, and what it takes.
+"""Writes a section of docs/partition.md: what cutting layers by the simulated step gains.
 
-.venv/bin/python docs/make/partition.py
+    .venv/bin/python docs/make/partition.py
 
 Takes about a minute on one core.
 """
@@ -15,12 +15,13 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
+from section import write_section
+
 from jaxpipe.schedules import simulate
 from jaxpipe.schedules.partition import LayerCost, Plan, balanced, best, by_variance
 from jaxpipe.schedules.partition.frozen import best_filled
 from jaxpipe.schedules.partition.opposite import opposite
 
-PAGE = pathlib.Path(__file__).parents[1] / "partition.md"
 SEEDS = 3
 # name, P, M, V, L
 SHAPES = (
@@ -36,7 +37,7 @@ SHAPES = (
 
 
 def uneven(seed: int, count: int) -> list[LayerCost]:
-  """Layers of independent times, forwards from 50 to 400."""
+  """Returns layers of independent times, forwards from 50 to 400."""
   draw = random.Random(seed)
   layers = []
   for i in range(count):
@@ -51,14 +52,14 @@ def uneven(seed: int, count: int) -> list[LayerCost]:
 
 
 def language_model() -> list[LayerCost]:
-  """An embedding, 48 equal blocks and a head as heavy as four of them, which must stay last."""
+  """Returns an embedding, 48 equal blocks, and a head that takes as long as four of them."""
   blocks = [LayerCost(f"block {i}", 100, 105, 95, 120, 34, 2) for i in range(48)]
   ends = (LayerCost("embed", 2, 0, 20, 500, 2, 2), LayerCost("head", 400, 400, 400, 500, 60, 0))
   return [ends[0], *blocks, ends[1]]
 
 
 def conv_net() -> list[LayerCost]:
-  """Early layers hold activations, late ones parameters, as in image classifiers."""
+  """Returns layers as in image classifiers: early ones hold activations, late ones parameters."""
   layers = []
   for i in range(32):
     depth, time_ = i // 8, 160 - 20 * (i // 8) + 30 * (i % 8 == 0)
@@ -69,14 +70,18 @@ def conv_net() -> list[LayerCost]:
 
 
 def backbone(seed: int, count: int) -> list[LayerCost]:
-  """A denoiser: layers of uneven time, F, I and W alike."""
+  """Returns the layers of a denoiser: of uneven time, F, I and W of one layer alike."""
   draw = random.Random(seed)
   times = [draw.randint(30, 120) for _ in range(count)]
   return [LayerCost(f"block {i}", t, t, t, 10, 5, 3) for i, t in enumerate(times)]
 
 
 def encoders(work: float) -> list[LayerCost]:
-  """A text encoder of 24 small layers and an image encoder of 9 long ones, `work` together."""
+  """Returns a text encoder of 24 short layers and an image encoder of 9 long ones.
+
+  Args:
+    work: time of all of them together.
+  """
   shares = [10] * 24 + [120, 200, 260, 260, 200, 160, 120, 60, 60]
   return [
     LayerCost(f"frozen {i}", round(share * work / sum(shares))) for i, share in enumerate(shares)
@@ -84,13 +89,13 @@ def encoders(work: float) -> list[LayerCost]:
 
 
 def other_makespan(plan: Plan, rule) -> float:
-  """What the partition of a rule takes under the same schedule."""
+  """Returns the makespan of the partition that a rule makes, under the plan's schedule."""
   schedule = plan.timeline.schedule
   return simulate(schedule, rule(plan.partition.layers, schedule.stages).costs(plan.hop)).makespan
 
 
 def search_table() -> str:
-  """One row per shape: gains, proofs and time."""
+  """Returns the table of gains, proofs and times, a row for each of `SHAPES`."""
   rows = [
     "| schedule | P | M | V | L | saved of `uniform` | of `balanced` | of `by_variance` | proven |"
     " largest gap | CPU seconds |",
@@ -116,7 +121,7 @@ def search_table() -> str:
 
 
 def memory_table() -> str:
-  """The conv net under ever lower limits."""
+  """Returns the table of the convolutional network under ever lower limits."""
   rows = ["| limit | sizes | makespan | most held | |", "|---|---|---|---|---|"]
   layers = conv_net()
   free = best(layers, "1f1b", devices=4, microbatches=16)
@@ -137,7 +142,7 @@ def memory_table() -> str:
 
 
 def frozen_table() -> str:
-  """A denoiser with frozen encoders worth two fifths of it."""
+  """Returns the table of a denoiser whose bubbles frozen encoders fill."""
   rows = [
     "| P | M | schedule | its bubble | filled | step | encoders first | saved |",
     "|---|---|---|---|---|---|---|---|",
@@ -151,13 +156,13 @@ def frozen_table() -> str:
       rows.append(
         f"| {P} | {M} | {plan.timeline.schedule.name} | {plan.timeline.bubble:.1%} |"
         f" {filled.bubble:.1%} (any filling {filled.least_bubble:.1%}) | {filled.makespan:,.0f} |"
-        f" {filled.apart:,.0f} | {filled.gain:.1%} |"
+        f" {filled.separate:,.0f} | {filled.gain:.1%} |"
       )
   return "\n".join(rows)
 
 
 def opposite_table() -> str:
-  """Two denoisers through the same devices."""
+  """Returns the table of two denoisers that run through the same devices."""
   rows = [
     "| P | M each | order | step | bubble | proven | one after the other, 1f1b | zb-h1 |",
     "|---|---|---|---|---|---|---|---|",
@@ -178,11 +183,9 @@ def opposite_table() -> str:
 
 
 TEXT = """\
-# Cutting layers into stages
-
-`jaxpipe.schedules.partition` cuts a list of layers into the stages of a schedule. It knows no JAX
-and no model: a layer is a `LayerCost`, the times of its F, I and W for one microbatch, and the
-bytes of its parameters, of the activations that it keeps and of what it hands on.
+`jaxpipe.schedules.partition` divides a list of layers into the stages of a schedule. It knows no
+JAX and no model: a layer is a `LayerCost`, which has the times of its F, I and W for one
+microbatch, and the bytes of its parameters, of the activations that it keeps and of its output.
 
 ```python
 from jaxpipe.schedules.partition import LayerCost, balanced, best
@@ -197,9 +200,9 @@ print(plan.report())
 
 ## Rules
 
-`cut(layers, stages, method)` knows them by name; all are exact, by dynamic programming.
+`cut(layers, stages, method)` divides layers by a rule; all are exact, by dynamic programming.
 
-| method | what is least |
+| method | what it minimises |
 |---|---|
 | `uniform` | nothing: the first L mod S stages have one layer more |
 | `balanced` | the largest stage time; of such cuts, the variance |
@@ -215,27 +218,30 @@ print(plan.report())
   waits, so it is the largest of many linear functions of the stages' times,
   `max over paths of sum over stages of f F + i I + w W + hops`. For 1F1B and one stage per device
   the path that device d decides is `F, I and W of all stages + (M-1) (F + I + W) of stage d`.
-- *Memory.* A device holds its stages' parameters and, at its own list's worst moment, the
-  activations of `n` microbatches of each: linear as well. `memory_limit` bounds it.
+- *Memory.* A device holds its stages' parameters and, at the worst moment of its list, the
+  activations of `n` microbatches of each stage: linear as well. `memory_limit` bounds it.
 - *Links.* A hop takes `hop`, and with `bandwidth` also the time of the partition's widest boundary.
 
-Best-first branch and bound over where stages begin. A beginning's bound is its largest path, each
-with the least that the stages to come can add to it, by dynamic programming; means of paths count
-as paths. Partitions looked at add the path that decided them. Stages that no partition below the
-best one can contain are struck out. When the lowest bound reaches the best value it is `proven`;
-when `effort` is spent first, `gap` says how much shorter a step might still be. Effort is counted,
-not timed, so all processes of a job find the same partition.
+The search is best-first branch and bound over the layers with which stages begin. The lower bound
+of the first stages is the largest path through them, with the least that the stages to come can
+add to it, by dynamic programming; means of paths count as paths. Every partition that is
+simulated adds the path that decided it. Stages that no better partition can contain are left out.
+When the lowest bound reaches the best value, the partition is `proven`; when `effort` is spent
+first, `gap` says how much shorter a step might still be. Effort is counted, not timed, so all
+processes of a job find the same partition.
 
-Schedules that plan around the costs (zb-auto, the V family, hanayo, ...) are planned anew for each
-partition, under bounds that hold for every order; that is slow, so each counts as 100. Passing a
-`Schedule` keeps its order.
+Schedules that are planned around the costs (zb-auto, the V family, hanayo, ...) are planned anew
+for each partition, under bounds that hold for every order; that is slow, so each counts as 100. A
+`Schedule` that is passed in place of a name keeps its order.
 
-{seeds} models a row; forwards from 50 to 400, I 0.8 to 1.3 and W 0.6 to 1.1 of that, hop 3:
+{seeds} models a row, with forwards from 50 to 400, I 0.8 to 1.3 and W 0.6 to 1.1 of that, and a
+hop of 3:
 
 {search}
 
-Equal to every partition there is on 500 random cases, thirteen schedules, V up to 4, hops, limits
-and fewer layers than stages: `./launch/test.sh tests/schedules/partition --whole-grid`.
+On 500 random cases (thirteen schedules, V up to 4, hops, limits, fewer layers than stages) what
+`best` finds is as good as the best of all partitions: `./launch/test.sh tests/schedules/partition
+--whole-grid`.
 
 A language model of 48 equal blocks, an embedding and a head that takes as long as four blocks, 1F1B
 on 8 devices, 32 microbatches:
@@ -254,21 +260,23 @@ under ever lower limits:
 `frozen.fill(plan, encoders)` puts the encoders' work for the next step into a plan's bubbles
 (DiffusionPipe: Tian et al., 2024), microbatch by microbatch and, where a layer is longer than a
 bubble, piece by piece; `best_filled` does so for several plans and takes the shortest. What fits
-nowhere stands at the end. Simulated only: the step does not run encoders. A backbone of 28 uneven
-layers and 33 frozen ones that take two fifths of its time, each piece 2 longer than its share:
+nowhere stands at the end. This is simulated only: no step runs the encoders. A backbone of 28
+uneven layers and 33 frozen ones that take two fifths of its time, each piece 2 longer than its
+share:
 
 {frozen}
 
-"Any filling" is what frozen work in that amount must leave idle. "Encoders first" runs them before
-the backbone on all devices at once, without a bubble.
+*Any filling*: the least share that stays idle, however that much frozen work is placed. *Encoders
+first*: a step that runs the encoders before the backbone, on all devices at once, without a
+bubble.
 
 ## Two backbones in opposite directions
 
-`opposite.opposite(first, second, ...)` cuts the two models of a cascade over the same devices, one
-running from the first device on and the other from the last. A bidirectional schedule's second
-replica becomes the second model: stage P + s is its stage s, and `paths` says which microbatch
-visits which. Both cuts are found together. Simulated, checked and drawn like any schedule; a step
-with two models and two losses is not built.
+`opposite.opposite(first, second, ...)` divides the two models of a cascade over the same devices:
+one runs from the first device to the last, the other from the last to the first. The second
+replica of a bidirectional schedule becomes the second model: stage P + s is its stage s, and
+`paths` says which stages a microbatch visits. Both partitions are found together. The schedule is
+checked, simulated and drawn like any other; a step with two models and two losses is not built.
 
 {opposite}
 
@@ -277,7 +285,7 @@ Reproduce with `.venv/bin/python docs/make/partition.py` (it took {seconds:.0f} 
 
 
 def main() -> None:
-  """Measures and writes the page."""
+  """Measures, and writes the section."""
   begin = time.process_time()
   text = TEXT.format(
     seeds=SEEDS,
@@ -288,7 +296,7 @@ def main() -> None:
     opposite=opposite_table(),
     seconds=time.process_time() - begin,
   )
-  PAGE.write_text(text)
+  write_section("partition.md", "partition.py", text)
   print(text)
 
 

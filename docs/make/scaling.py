@@ -1,6 +1,6 @@
-"""Measures how long schedules take to build, check and simulate; draws docs/images/scaling.png.
+"""Writes docs/scaling.md and its picture: time to build, check and simulate schedules.
 
-  .venv/bin/python docs/make/scaling.py
+    .venv/bin/python docs/make/scaling.py
 
 P=64, V=4 (or a family's own number), M from 32 to 1,024. Takes about five minutes.
 """
@@ -24,7 +24,7 @@ SEARCHES = {"zb-auto"}
 
 
 def measure(name: str, microbatches: int) -> tuple[int, float]:
-  """Number of actions, and CPU seconds to build, check and simulate."""
+  """Returns the number of actions, and the CPU seconds to build, check and simulate."""
   family = FAMILIES[name]
   chunks = 4 if family.any_chunks else family.chunks
   gc.collect()
@@ -36,7 +36,7 @@ def measure(name: str, microbatches: int) -> tuple[int, float]:
 
 
 def main() -> None:
-  """Measures, draws, and writes the table."""
+  """Measures, draws, and writes the page."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -46,7 +46,7 @@ def main() -> None:
   lines = [
     "# Time to build, check and simulate",
     "",
-    "P=64, V=4 where a family takes any number, CPU seconds of one core; searches are left out.",
+    "P=64, V=4 where a family takes any number, CPU seconds of one core; no searches.",
     "Written by `.venv/bin/python docs/make/scaling.py`.",
     "",
     "![time against size](images/scaling.png)",

@@ -1,9 +1,9 @@
 """Writes docs/schedules.md and its pictures from the library.
 
-  .venv/bin/python docs/make/schedules.py
+    .venv/bin/python docs/make/schedules.py
 
-Takes about a minute. Everything on the page that can be computed is; the rest stands in the
-registry, beside the schedules.
+Takes about a minute. All that can be computed is computed; the rest of the page stands in the
+registry (`jaxpipe/schedules/registry.py`), beside the schedules.
 """
 
 import inspect
@@ -35,8 +35,20 @@ and checked, simulated and drawn by one library that does not need JAX.
 P devices, M microbatches, V chunks per device; F forward, I gradient of the input, W gradient of
 the weights, B both. Two bubbles: over the *makespan*, which a jitted step pays, and over the
 *span* of the longest single device, which zero-bubble papers print. Peaks count chunks held at
-once by a device, each a V-th of its part of the model (a mirrored device holds V/2 chunks of each
-of two replicas).
+once by a device, each a V-th of its part of the model (where every stage has two replicas, a device
+holds V/2 chunks of each).
+
+A chunk counts from its F until its W or B, whatever its bytes. Schedules with I and W may hold more
+bytes a chunk than those with B, for between I and W they also keep what W reads; how much that is
+depends on what F keeps (`residuals`). At P=4 V-Half holds 6 half-size chunks where 1F1B holds 8,
+and needs almost as many bytes under the default policy:
+[bytes of every schedule](memory.md#predicted-and-compiled),
+[what zero bubble costs](memory.md#what-zero-bubble-costs).
+
+The executor runs every schedule of this page, also with recomputation (R) and with vocabulary
+passes (S and T, one barrier). An overlapped pair (DualPipe) is two ticks there, one after the
+other. Frozen layers in the bubbles (`--fillers`, Y) and optimizer actions (`--post_validation`, U)
+are built, checked, simulated and drawn only: the executor refuses a schedule that has them.
 
 ## All at once
 
@@ -64,12 +76,13 @@ SECTION = """\
 
 
 def page() -> str:
-  """The whole text."""
-  head = HEAD.format(flags=FLAGS, table=_table())
-  return "\n".join([head, *(_section(name, family) for name, family in FAMILIES.items())])
+  """Returns the whole text of the page."""
+  head = HEAD.format(flags=FLAGS, table=table())
+  return "\n".join([head, *(section(name, family) for name, family in FAMILIES.items())])
 
 
-def _table() -> str:
+def table() -> str:
+  """Returns the table that compares all schedules at P=4, M=8."""
   from jaxpipe.schedules import Costs
 
   lines = [
@@ -78,11 +91,12 @@ def _table() -> str:
   ]
   for entry in compare(**SIZES, costs=Costs(12, 12, 12)):
     if entry.timeline is not None:
-      lines.append(_row(entry.label, entry.timeline))
+      lines.append(row(entry.label, entry.timeline))
   return "\n".join(lines)
 
 
-def _row(label: str, timeline: Timeline) -> str:
+def row(label: str, timeline: Timeline) -> str:
+  """Returns a schedule's row of that table."""
   return (
     f"| {label} | {timeline.schedule.chunks} | {timeline.makespan:g} | {timeline.bubble:.1%} |"
     f" {timeline.span_bubble:.1%} | {max(timeline.peak_activations)} |"
@@ -90,7 +104,8 @@ def _row(label: str, timeline: Timeline) -> str:
   )
 
 
-def _section(name: str, family: Family) -> str:
+def section(name: str, family: Family) -> str:
+  """Returns the section of one schedule."""
   module = inspect.getmodule(family.build)
   assert module is not None and module.__doc__ is not None
   source = module.__doc__.split("\n\n")[0].replace("\n", " ")
@@ -115,7 +130,7 @@ def _section(name: str, family: Family) -> str:
 
 
 def draw() -> None:
-  """One picture per schedule."""
+  """Draws one picture for every schedule."""
   PICTURES.mkdir(parents=True, exist_ok=True)
   for name in FAMILIES:
     draw_figure(simulate(make_schedule(name, **SIZES)), PICTURES / f"{name}.png")

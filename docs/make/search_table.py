@@ -1,9 +1,9 @@
 """Writes docs/search.md: what searching gains over the best named schedule that fits.
 
-  .venv/bin/python docs/make/search_table.py
+    .venv/bin/python docs/make/search_table.py
 
-Takes about three minutes on one core. OR-tools (`pip install jaxpipe[search]`) must be installed:
-small instances go to the solver.
+Takes about five minutes on one core. OR-tools (`pip install jaxpipe[search]`) must be installed:
+small instances go to its constraint solver.
 """
 
 import collections
@@ -16,8 +16,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from jaxpipe.schedules import Costs, Placement, schedule_names
 from jaxpipe.schedules.peaks import peaks
-from jaxpipe.schedules.planning.problem import Problem, pose
 from jaxpipe.schedules.search import named_schedules, search
+from jaxpipe.schedules.solver.problem import Problem, pose
 
 INSTANCES = 200
 PAGE = pathlib.Path(__file__).parents[1] / "search.md"
@@ -25,10 +25,10 @@ PAGE = pathlib.Path(__file__).parents[1] / "search.md"
 TEXT = """\
 # Searching for a schedule
 
-`jaxpipe.schedules.search.search` looks for the best schedule of given per-stage times under
-per-device memory limits. What it returns is never worse than any named schedule of the same
-placement that fits; `lower_bound` says how much better any other could be, and `optimal` whether
-none is.
+`jaxpipe.schedules.search.search` looks for the shortest schedule for given times of every stage
+under the memory limits of every device. What it returns is never worse than a named schedule of
+the same placement that fits. No schedule is shorter than its `lower_bound`, and `optimal` says
+that none is shorter than what was found.
 
 ```python
 from jaxpipe.schedules import Costs
@@ -43,23 +43,23 @@ found = search(
 found.schedule, found.value, found.lower_bound, found.optimal
 ```
 
-Steps: the named schedules in every cut of their backward, and list schedules by {policies}
-policies; local search along critical paths round the best six; a constraint solver where F, I and W
-number 120 or fewer together (P=4, V=2, M=5). Effort is counted and chance is seeded, so all
-processes of a job find the same schedule.
+The search has three steps: the named schedules with every kind of backward (fused, split,
+deferred), and list schedules by {policies} policies; a local search along critical paths around the
+best six; and a constraint solver where there are at most 120 actions F, I and W (P=4, V=2, M=5).
+Effort is counted and random numbers are seeded, so all processes of a job find the same schedule.
 
 ## What it gains
 
 {count} instances, numbered by their seed. Each draws P from 2 to 8, M from 2 to 32, V=1 (two in
-three) or V=2 on a loop or a V; for every stage times from 4 to 12 for F and I and from 2 to 12 for
-W, what F holds from 2 to 6, and how much of that I frees; the hop from 0 to 3. Three in four have
-limits, by device: one to two times what the thriftiest named schedule holds there, so that one
-always fits (no limit where no name has the placement).
+three) or V=2 on a loop or a V; for every stage times from 4 to 12 for F and I and from 2 to 12
+for W, the memory that F takes from 2 to 6, and how much of it I frees; the hop from 0 to 3. Three
+in four have a limit for each device: one to two times what the named schedule that needs least
+holds there, so that one always fits (no limit where no named schedule has the placement).
 
-Names: {names}.
+Schedules that had a name when this was measured: {names}.
 
-Gain: 1 - makespan found / makespan of the best named schedule that fits. Gap: makespan found /
-lower bound - 1, over those instances that were not proven optimal.
+*Gain*: 1 - makespan found / makespan of the best named schedule that fits. *Gap*: makespan found /
+lower bound - 1, of the instances that were not proven optimal.
 
 {table}
 
@@ -69,7 +69,7 @@ Worse than a named schedule: {worse}. Reproduce with `.venv/bin/python docs/make
 
 
 def draw_problem(seed: int) -> dict[str, object]:
-  """The arguments of `search` for one instance, but for sizes that the placement tells."""
+  """Returns the arguments of `search` for one instance; sizes follow from its placement."""
   draw = random.Random(seed)
   P, M, V = draw.randint(2, 8), draw.randint(2, 32), draw.choice([1, 1, 2])
   S = P * V
@@ -93,7 +93,7 @@ def draw_problem(seed: int) -> dict[str, object]:
 
 
 def measure(seed: int) -> tuple[int, float | None, float, bool, float]:
-  """P, the best named makespan, the one found, whether it is optimal, and the bound."""
+  """Searches; returns P, the best named makespan, the one found, whether optimal, and the bound."""
   instance = draw_problem(seed)
   place = instance["placement"]
   problem: Problem = pose(**instance, objective="makespan")
@@ -105,7 +105,7 @@ def measure(seed: int) -> tuple[int, float | None, float, bool, float]:
 
 
 def table(results: list[tuple[int, float | None, float, bool, float]]) -> str:
-  """One row per P, and one for all."""
+  """Returns the page's table: a row for each P, and one for all."""
   groups = collections.defaultdict(list)
   for result in results:
     groups[str(result[0])].append(result)
@@ -126,7 +126,7 @@ def table(results: list[tuple[int, float | None, float, bool, float]]) -> str:
 
 def main() -> None:
   """Runs all instances and writes the page."""
-  from jaxpipe.schedules.planning.greedy import POLICIES
+  from jaxpipe.schedules.solver.greedy import POLICIES
 
   begin = time.monotonic()
   results = []

@@ -3,10 +3,10 @@
     .venv/bin/pip install -e '.[tpu]'
     .venv/bin/python docs/make/tpu.py [NAME ...]
 
-Runs experiments/compile_tpu.py once a row, about half a minute each, `auto` and the last two some
-minutes, at most 8 GB of memory, and puts what it reports into a table. Given names, it runs those
-rows alone, and leaves the others as they stand on the page, if they are of the same versions and
-commands.
+Runs experiments/compile_tpu.py once for each row and puts what it reports into a table. A row takes
+about a minute, `auto` and the last two some minutes, and at most 8 GB of memory. Given names, it
+runs those rows alone, and leaves the others as they stand on the page, if they are of the same
+versions and commands.
 """
 
 import importlib.metadata
@@ -45,8 +45,8 @@ ROWS = {
 
 TEXT = """# Training steps compiled for TPUs
 
-No TPU was used: libtpu compiles the very training step for a topology on a machine that has only
-CPUs (`experiments/compile_tpu.py`), and the figures are read from the compiled program. jax {jax},
+No TPU was used and no step was run: on a machine with CPUs only, libtpu compiles the training step
+for a topology (`experiments/compile_tpu.py`), and figures are read from its program. jax {jax},
 libtpu {libtpu}. Written by `.venv/bin/python docs/make/tpu.py`.
 
 {table}
@@ -54,21 +54,22 @@ libtpu {libtpu}. Written by `.venv/bin/python docs/make/tpu.py`.
 - GB of one device. *Predicted* is what `jaxpipe.memory_report` says before compiling; *compiler* is
   what the compiled program holds altogether; the chip has {chip}. Predictions are for one loop: in
   straight lines (`auto`) the compiler keeps more values of several ticks at a time.
-- *Ring copies* inside a loop or branch must be 0; *moves* are small rings that the compiler takes
-  into vector memory and back.
-- *Transfers*: asynchronous of all, and how many of them inside a conditional.
-- *Hidden*: estimated cycles of what runs between the start and the end of a transfer, the least of
-  all transfers, on a device that does the dearest of it. `--slack=1` sends what the tick before
+- *Ring copies*: copies of whole rings inside a loop or branch, which must be 0. *Moves*: small
+  rings that the compiler takes into vector memory and back.
+- *Transfers*: how many are asynchronous, of all, and how many of all are inside a conditional.
+- *Hidden*: estimated cycles of what runs between the start and the end of a transfer, on a device
+  that has the most to do there; the least of all transfers. `--slack=1` sends what the tick before
   made, beside this tick's action; in a straight line the least is that of a tick without work.
-- *F*, *B*, *I*, *W*: million cycles of one action of one stage, and *step* and *MFU* what they
+- *F*, *B*, *I*, *W*: million cycles of one action of one stage. *Step* and *MFU* are what they
   imply, by the compiler's estimates alone: the clock is the documented peak over the documented
-  matrix units, devices wait for their neighbours every tick, and a transfer takes no time. Branches
-  that belong to no action are not in them. Known only where all ticks are turns of one loop. No
-  step was measured.
+  matrix units, devices wait for their neighbours every tick, and a transfer takes no time.
+  Branches that belong to no action are not in them. They are known only where all ticks are turns
+  of one loop.
 
-The last two rows lie over 1,024 chips: a model of Megatron-LM's largest shape over stage:64, data:2
-and tensor:8, with positions cut over `tensor`; and one of DeepSeek-V3's shape (experts in all of 64
-layers, grouped heads in place of its latent attention) over stage:16, fsdp:2 and expert:32.
+The last two rows are compiled for 1,024 chips: a model of Megatron-LM's largest shape over
+stage:64, data:2 and tensor:8, with positions cut over `tensor`; and one of DeepSeek-V3's shape
+(experts in all of 64 layers, grouped heads in place of its latent attention) over stage:16,
+fsdp:2 and expert:32.
 
 The rows:
 
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 def old_rows(versions: dict[str, str]) -> dict[str, tuple[str, ...]]:
-  """The rows of the page as it stands, by name."""
+  """Returns the rows that are on the page, by name; none where it is of other versions."""
   page = OUT.read_text() if OUT.exists() else ""
   if "jax {jax},\nlibtpu {libtpu}.".format(**versions) not in page:
     return {}
@@ -108,12 +109,12 @@ def old_rows(versions: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def command(name: str) -> str:
-  """A row's flags, as the page shows them."""
+  """Returns the line of the page that shows a row's flags."""
   return f"    {name:16} {' '.join(ROWS[name].split())}\n"
 
 
 def compile_row(flags: str) -> dict[str, Any]:
-  """The report of one command."""
+  """Compiles a step with such flags and returns the command's report."""
   script = str(ROOT / "experiments" / "compile_tpu.py")
   command = [sys.executable, script, *flags.split(), "--format=json"]
   report: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=-1).stdout)
@@ -121,7 +122,7 @@ def compile_row(flags: str) -> dict[str, Any]:
 
 
 def cells(name: str, report: dict[str, Any]) -> tuple[str, ...]:
-  """One row of the table."""
+  """Returns the cells of a row, in the order of `HEAD`."""
   memory, permutes = report["memory"], report["permutes"]
   moves = sum(copy["moved"] for copy in report["ring_copies"])
   inside = sum(permute["conditional"] is not None for permute in permutes)

@@ -1,9 +1,8 @@
-"""Compares one model for all languages with models of its size for one language each.
+"""Writes docs/translate.md: one model for all languages against models for one language each.
 
-  .venv/bin/python docs/make/translate.py
+    .venv/bin/python docs/make/translate.py
 
-Trains 3 + 9 models on one device, and writes docs/translate.md. What is compared, and by which
-rules, the page says.
+Trains 3 + 9 models of one size on one device. The page says what is compared, and by which rules.
 """
 
 import dataclasses
@@ -69,29 +68,29 @@ def train(config: TranslateRun, data: TranslationData) -> tuple[Translator, Any]
 
 
 def small_of(data: TranslationData) -> list[str]:
-  """Those of `SMALL` that there are."""
+  """Returns those of `SMALL` that the data have."""
   return [language for language in SMALL if language in data.train.languages]
 
 
 def score(translator: Translator, params: Any, pairs: Pairs, *languages: str) -> dict[str, float]:
-  """What the model makes of the names of some languages, greedily."""
+  """Translates the names of some languages greedily and returns their scores, by name of score."""
   which = np.concatenate([pairs.of(language) for language in languages])
   return bleu_scores(translator(params, pairs, which), [pairs.texts[i][1] for i in which])
 
 
 def show(scores: dict[str, float]) -> str:
-  """A line."""
+  """Returns scores as a line for the log."""
   return " ".join(f"{name} {value:.1f}" for name, value in scores.items())
 
 
 def copied(data: TranslationData, language: str) -> dict[str, float]:
-  """The English left as it is."""
+  """Returns the scores of the English source itself, taken for the translation."""
   english, wanted = zip(*(data.test.texts[i] for i in data.test.of(language)), strict=True)
   return bleu_scores(english, wanted)
 
 
 def measure(seed: int, languages: str, steps: int) -> dict[str, dict[str, float]]:
-  """Language -> scores of the test names, by one model trained on some languages."""
+  """Trains one model on some languages; returns language -> scores of its test names."""
   config = dataclasses.replace(DEFAULTS, seed=seed, languages=languages, steps=steps)
   data = prepare(config)
   print(f"{languages}, seed {seed}", flush=True)
@@ -103,13 +102,13 @@ def measure(seed: int, languages: str, steps: int) -> dict[str, dict[str, float]
 
 
 def cell(runs: list[dict[str, float]], key: str) -> str:
-  """Mean and each."""
+  """Returns a cell of the table: the mean of a score over runs, and the score of each."""
   values = [run[key] for run in runs]
   return f"{np.mean(values):.1f} ({' '.join(f'{value:.1f}' for value in values)})"
 
 
 def rules(data: TranslationData) -> str:
-  """What is compared, and how."""
+  """Returns the text above the table: what is compared, and how."""
   languages, counts = data.train.languages, data.train.counts
   shares = language_shares(counts.tolist(), DEFAULTS.temperature)
   names = ", ".join(f"{one} {n:,}" for one, n in zip(languages, counts, strict=True))
@@ -143,7 +142,7 @@ characters is what is compared.
 
 
 def page(together: list[dict], alone: dict[str, list[dict]]) -> str:
-  """The page."""
+  """Returns the whole page, from the runs of the one model and of each language's own."""
   data = prepare(DEFAULTS)
   lines = [rules(data), f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
   for one in SMALL:
@@ -159,7 +158,7 @@ def page(together: list[dict], alone: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-  """Trains, measures, writes."""
+  """Trains all models, and writes the page."""
   # Models of other seeds are the same programs.
   use_compilation_cache(cache_folder("", "programs"))
   together, alone = [], {one: [] for one in SMALL}

@@ -1,4 +1,4 @@
-"""Writes docs/unlike.md: what it costs that layers are not alike.
+"""Writes a section of docs/partition.md: what it costs that layers are not alike.
 
     .venv/bin/python docs/make/unlike.py
 
@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import jax
 import numpy as np
+from section import write_section
 
 import jaxpipe
 from experiments import diffusion, gnn, image_amoebanet, segment, speech, translate
@@ -30,7 +31,6 @@ from jaxpipe.models.vision.pictures import CONVOLUTIONS
 from jaxpipe.schedules.partition import best
 from jaxpipe.stack.stack import LayerStack
 
-PAGE = pathlib.Path(__file__).parents[1] / "unlike.md"
 P, M, ROUNDS = 4, 8, 9
 EXPERIMENTS = (image_amoebanet, segment, translate, diffusion, gnn, speech)
 SIZES = (3, 6, 12)  # normal cells of AmoebaNet
@@ -40,7 +40,14 @@ Tree = Any
 
 
 class Packing(NamedTuple):
-  """A network over P devices: its partition, what packing costs, memory report over compiler."""
+  """What a network over P devices holds because its stages are packed.
+
+  Attributes:
+    name: the experiment's.
+    sizes: layers of each stage, [P].
+    report: bytes held and needed, by kind and device.
+    error: the memory report over the compiler's bytes, minus 1.
+  """
 
   name: str
   sizes: tuple[int, ...]
@@ -49,7 +56,7 @@ class Packing(NamedTuple):
 
 
 def packing(module: Any) -> Packing:
-  """Of an experiment at its defaults, cut for P devices by counted FLOPs."""
+  """Measures an experiment at its defaults, cut over P devices by counted FLOPs."""
   task = module.build(module.DEFAULTS)
   batch = task.batches(0)
   schedule = jaxpipe.make_schedule("1f1b", devices=P, microbatches=M if module is not gnn else 4)
@@ -65,14 +72,14 @@ def packing(module: Any) -> Packing:
 
 
 def arguments(stack: LayerStack, batch: Tree, *where: Any) -> tuple[Any, ...]:
-  """What a step takes."""
+  """Returns the arguments of a step, placed for a schedule and mesh where those are given."""
   key = jax.random.key(0)
   state = (stack.init_state(key, batch, *where),) if stack.has_state else ()
   return stack.init(key, batch, *where), batch, key, *state
 
 
 def network(cells: int) -> tuple[LayerStack, Tree]:
-  """AmoebaNet-D (cells, 16) and a batch of 128 pictures of 8x8."""
+  """Returns AmoebaNet-D (cells, 16) and a batch of 128 pictures of 8x8."""
   config = AmoebaNetConfig(
     layers=cells,
     filters=16,
@@ -88,7 +95,7 @@ def network(cells: int) -> tuple[LayerStack, Tree]:
 
 
 def partition(cells: int) -> str:
-  """A row: the partition of AmoebaNet (cells, 16), beside the even one."""
+  """Returns a row of the table: the best partition of AmoebaNet-D (cells, 16)."""
   stack, batch = network(cells)
   schedule = jaxpipe.make_schedule("1f1b", devices=P, microbatches=M)
   shapes = jax.tree.map(
@@ -108,12 +115,12 @@ def partition(cells: int) -> str:
 
 
 def show(sizes: tuple[int, ...]) -> str:
-  """Layers of each stage."""
+  """Returns the numbers of layers of the stages as the tables show them."""
   return ", ".join(map(str, sizes))
 
 
 def seconds() -> dict[str, list[float]]:
-  """User CPU seconds of a step of AmoebaNet, by way, in interleaved rounds."""
+  """Measures user CPU seconds of a step of AmoebaNet: way of computing it -> each round's."""
   stack, batch = network(TIMED)
   schedule = jaxpipe.make_schedule("1f1b", devices=P, microbatches=M)
   mesh = jaxpipe.make_mesh(f"stage:{P}")
@@ -138,7 +145,7 @@ def seconds() -> dict[str, list[float]]:
 
 
 def time_row(found: dict[str, list[float]], name: str) -> str:
-  """Seconds, and the pipeline's over these, round by round."""
+  """Returns the last cells of a way's row: its seconds, and the pipeline's over them."""
   each = found[name]
   ratios = [a / b for a, b in zip(found["pipeline"], each, strict=True)]
   return (
@@ -148,14 +155,15 @@ def time_row(found: dict[str, list[float]], name: str) -> str:
 
 
 def main() -> None:
-  """Measures, and writes the page."""
+  """Measures, and writes the section."""
   times = seconds()
   cuts = [partition(cells) for cells in SIZES]
-  PAGE.write_text(page(times, cuts, [packing(module) for module in EXPERIMENTS]))
+  packings = [packing(module) for module in EXPERIMENTS]
+  write_section("partition.md", "unlike.py", section(times, cuts, packings))
 
 
 def waste(one: Packing) -> str:
-  """A row of the table of kinds."""
+  """Returns a network's row of the table of kinds."""
   kinds = " | ".join(f"{one.report.waste[kind]:.2f}" for kind in one.report.held)
   held = sum(one.report.held.values()) / KIB
   return (
@@ -164,26 +172,27 @@ def waste(one: Packing) -> str:
   )
 
 
-def page(times: dict[str, list[float]], cuts: list[str], packings: list[Packing]) -> str:
-  """The text around the tables."""
+def section(times: dict[str, list[float]], cuts: list[str], packings: list[Packing]) -> str:
+  """Returns the section: the text around its three tables."""
   kinds = list(packings[0].report.held)
   rows = "\n".join(map(waste, packings))
   lines = "\n".join(cuts)
-  return f"""# Layers that are not alike
+  return f"""## Layers that are not alike
 
 Stages that are not alike run as one program: each device switches to its own stage's function,
-and what stages hold and send lies in arrays of one shape. That costs bytes, and the code of all
-stages. Written by `.venv/bin/python docs/make/unlike.py` on two x86 cores, jax
-{jax.__version__}; P={P}, 1F1B, M={M}, only a stage's input kept (the default).
+and what stages hold and send lies in arrays of one shape, padded to the largest stage. That costs
+bytes, and the program has the code of all stages. Written by `.venv/bin/python
+docs/make/unlike.py` on two x86 cores, jax {jax.__version__}; P={P}, 1F1B, M={M}, only a stage's
+input kept (the default).
 
-## Bytes
+### Bytes
 
-Every experiment at its own sizes (`gnn.py` with M=4), cut by the simulated step at counted FLOPs.
-*Over the hungriest*: what a device holds over what the hungriest device would need of its own
-stages unpacked. By kind: what all devices hold over what all need. *Report*:
-`jaxpipe.memory_report` over the compiler's arguments, results and temporaries.
+Every experiment at its own sizes (`gnn.py` with M=4), divided by the simulated step at counted
+FLOPs. *Over the fullest*: what a device holds over what the device that needs most would need for
+its own stages, unpacked. By kind: what all devices hold over what all need. *Report*:
+`jaxpipe.memory_report` over the compiler's arguments, results and temporaries, minus 1.
 
-| experiment | layers of the stages | KiB held | over the hungriest | {" | ".join(kinds)} | report |
+| experiment | layers of the stages | KiB held | over the fullest | {" | ".join(kinds)} | report |
 |---|---|---|---|{"---|" * len(kinds)}---|
 {rows}
 
@@ -193,15 +202,15 @@ AmoebaNet's:
 {packings[0].report}
 ```
 
-## Partitions of AmoebaNet-D
+### Partitions of AmoebaNet-D
 
-128 pictures of 8x8. *Saved*: of the simulated step with layers in even numbers.
+128 pictures of 8x8. *Saved*: share of the simulated step of an even partition.
 
 | (L, D) | layers | parameters | stages | saved | proven best | largest / mean | held, as above |
 |---|---|---|---|---|---|---|---|
 {lines}
 
-## CPU seconds
+### CPU seconds
 
 User CPU seconds of a step of AmoebaNet-D ({TIMED}, 16), {ROUNDS} interleaved rounds in one
 process. The pipeline computes each stage's forward twice, as GPipe does.

@@ -1,7 +1,9 @@
-"""Text to batches: everything that a training run reads, without JAX.
+"""The data of training runs, from files to NumPy arrays, without JAX.
 
-Read in this order: `tokenizer` (text to ids), `bins` (ids on disk), `text` (files to bins, cached),
-`batches` and `evaluation` (bins to arrays).
+`text/` makes token batches of text files, for language models; the names below are its public ones.
+`experiments/` reads the data sets of the other experiments. Read `text/` in this order:
+`tokenizer.py` (text to ids), `bins.py` (ids on disk), `text.py` (files to bins, cached),
+`batches.py` and `evaluation.py` (bins to arrays).
 """
 
 from jaxpipe.data.errors import DataError

@@ -1,4 +1,4 @@
-"""The one error type of this folder, apart so that every module can raise it without a cycle."""
+"""The one error type of `jaxpipe.data`, which all of its modules may import."""
 
 
 class DataError(ValueError):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, because training jobs are killed at any moment."""
+"""Writes files that are there whole or not at all, since training jobs are killed at any moment."""
 
 import contextlib
 import os
@@ -17,6 +17,9 @@ def atomic_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
 
   Args:
     path: the final name; its folder is created.
+
+  Yields:
+    The file, open for writing bytes.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   # In the same folder, because os.replace is atomic only within one file system.

@@ -1,9 +1,10 @@
-"""A deep graph network whose layers are pipelined and whose graph is cut into chunks: GNNPipe.
+"""GNNPipe: a deep graph network whose layers are pipelined and whose graph is cut into chunks.
 
-Layers lie on the stages; a microbatch is a chunk, a stretch of the nodes. A layer needs what its
-neighbours hold, and those in other chunks are not there: it reads their *historical embeddings*,
-what this layer saw of them a step ago, as constants. So nothing is sent but chunks from stage to
-stage, V D numbers a stage boundary, where cutting the graph over the devices sends V D a layer.
+Layers lie on the stages; a microbatch is a chunk, that is some of the nodes. A layer sums over each
+node's neighbours, and those in other chunks are not in the microbatch. In their place it reads
+their *historical embeddings*: constants, namely the normed inputs that this layer had for these
+nodes a step ago. So nothing is sent but chunks from stage to stage, V D numbers at each stage
+boundary, where cutting the graph over the devices would send V D numbers for each layer.
 
     chunk        history of this layer [V, D]        table that the neighbours are looked up in
     rows 2, 3    a step old, no gradient
@@ -12,13 +13,13 @@ stage, V D numbers a stage boundary, where cutting the graph over the devices se
 
 With one chunk every row is current: exactly the full graph.
 
-GNNPipe reads a chunk that went through this layer earlier in the same step as it is now; here all
-other chunks are a step old. That makes a step a function of the step before alone, the same under
-every schedule, and no order of the chunks is better than another, so none need be shuffled.
+In GNNPipe a chunk that went through this layer earlier in the same step is current; here all other
+chunks are a step old. That makes a step a function of the step before alone, the same under every
+schedule, and no order of the chunks is better than another, so none need be shuffled.
 
-Each chunk replaces its own rows and returns a whole history, of which the step takes the mean over
-the K chunks. So a chunk returns old + K (new - old) on its rows and old elsewhere: the mean is new
-everywhere.
+The history is model state, and the step's new state is the mean over what its K microbatches
+return. Each chunk replaces its own rows, so it returns old + K (new - old) on its rows and old
+elsewhere: the mean is new everywhere.
 
 Dims: B rows (nodes of a chunk), V nodes of the whole graph, K = V / B chunks, G neighbours at most,
 F features, D width.
@@ -49,13 +50,13 @@ class GnnConfig:
   """Shape and arithmetic of the model.
 
   Attributes:
-    nodes: V, with those that fill the last chunk up.
-    features: F.
-    classes: number of classes.
+    nodes: V, number of nodes, including those that fill up the last chunk.
+    features: F, number of features of a node.
+    classes: number of classes that a node may have.
     layers: number of layers.
-    width: D.
-    dropout: rate, of what a layer adds.
-    dtype: of parameters, history and arithmetic.
+    width: D, width of a node's embedding.
+    dropout: dropout rate of what a layer adds, in [0, 1).
+    dtype: dtype of parameters, history and arithmetic.
   """
 
   nodes: int
@@ -67,20 +68,20 @@ class GnnConfig:
   dtype: Any = jnp.float32
 
   def linear(self, wide: int, narrow: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A dense layer."""
+    """Returns a dense layer from `wide` to `narrow` elements, in the configuration's dtype."""
     return nnx.Linear(wide, narrow, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs)
 
   def norm(self, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A norm over the channels of a node."""
+    """Returns a norm over the D channels of a node."""
     return nnx.LayerNorm(self.width, dtype=self.dtype, param_dtype=self.dtype, rngs=rngs)
 
 
 class History(nnx.BatchStat):
-  """What a layer saw of every node a step ago, [V, D]."""
+  """Model state of a layer: its normed input for every node a step ago, [V, D]."""
 
 
 class Embed(nnx.Module):
-  """`batch["features"]` [B, F] -> h [B, D]."""
+  """A linear map and a ReLU: `batch["features"]` [B, F] -> h [B, D]."""
 
   def __init__(self, config: GnnConfig, rngs: nnx.Rngs):
     self.project = config.linear(config.features, config.width, rngs)
@@ -90,7 +91,11 @@ class Embed(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """Adds to each node a function of itself and of the weighted sum over its neighbours."""
+  """Adds to each node a function of itself and of the weighted sum over its neighbours.
+
+  Reads `node` int [B], the numbers of the chunk's nodes, `neighbours` int [B, G] and `strengths`
+  float [B, G], the numbers and the weights of each node's neighbours, weight 0 for padding.
+  """
 
   def __init__(self, config: GnnConfig, rngs: nnx.Rngs):
     self.rate = config.dropout
@@ -104,10 +109,20 @@ class Layer(nnx.Module):
     return h_BD + context.dropout(nnx.relu(self.mix(both_B2D)), self.rate)
 
   def gather(self, own_BD: jax.Array, context: Context) -> jax.Array:
-    """The weighted sum over every node's neighbours, [B, D]; notes `own_BD` for the next step."""
+    """Returns the weighted sum over each node's neighbours, and in training updates the history.
+
+    Args:
+      own_BD: normed embeddings of the chunk's nodes.
+      context: gives the chunk's nodes, their neighbours, and whether it is training.
+
+    Returns:
+      [B, D].
+    """
     past_VD, node_B = jax.lax.stop_gradient(self.history[...]), context.batch["node"]
+    # Nodes of this chunk are current and have a gradient; all others are constants.
     table_VD = past_VD.at[node_B].set(own_BD)
     if context.training:
+      # So that the mean over the chunks' histories is the new one (see the module's docstring).
       chunks = len(past_VD) // len(own_BD)
       change_BD = jax.lax.stop_gradient(own_BD) - past_VD[node_B]
       self.history[...] = past_VD.at[node_B].add(chunks * change_BD)
@@ -116,7 +131,10 @@ class Layer(nnx.Module):
 
 
 class Head(nnx.Module):
-  """Cross-entropy of the nodes' classes, weighted by `batch["weights"]`."""
+  """Cross-entropy (nats) of the nodes' classes, summed with weights; metrics `correct`.
+
+  Reads `labels` int [B] and `weights` float [B], 0 for nodes that are not trained on.
+  """
 
   def __init__(self, config: GnnConfig, rngs: nnx.Rngs):
     self.norm = config.norm(rngs)
@@ -131,7 +149,10 @@ class Head(nnx.Module):
 
 
 def gnn(config: GnnConfig) -> LayerStack:
-  """The stack; `Graph.rows` of `jaxpipe.data` makes a batch, whose microbatches are its chunks."""
+  """Returns the model as a stack, for batches whose microbatches are the chunks of one graph.
+
+  `jaxpipe.data.experiments.graph.Graph.rows` makes such a batch.
+  """
   layer = functools.partial(Layer, config)
   return LayerStack(
     embed=functools.partial(Embed, config),

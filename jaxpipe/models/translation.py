@@ -1,27 +1,28 @@
 """An encoder-decoder Transformer as one stack: encoder layers, then decoder layers.
 
-What travels from layer to layer is a pair, so that a pipeline can cut it anywhere:
+A pair of arrays travels from layer to layer, so that a pipeline can cut the stack anywhere:
 
     embed     source, tokens -> (encoded, decoded)
     encoder   encoded -> encoded; decoded passes by
     decoder   decoded, which looks at encoded -> decoded; encoded passes by
     head      decoded -> loss
 
-Layers normalize what they read (pre-norm, also what a decoder layer reads of the encoder), and the
-head multiplies by the embedding's own table. Shapes are named as GPipe does, T(L, H, A): L encoder
-and L decoder layers, H hidden units of each MLP, A attention heads.
+Layers normalise their inputs (pre-norm; a decoder layer also normalises what it reads of the
+encoder), and the head multiplies by the embedding's own table. Shapes are named as GPipe does,
+T(L, H, A): L encoder and L decoder layers, H hidden units of each MLP, A attention heads.
 
 References:
   Vaswani et al., Attention Is All You Need, arXiv:1706.03762: the model, its positions, label
   smoothing. Huang et al., GPipe, arXiv:1811.06965, section 5: T(L, H, A), one model for all pairs.
 
 Dims: B batch rows, S source positions, T target positions, D model width, N heads, H head width,
-V vocabulary; Q and K positions that ask and that answer.
+V vocabulary; Q positions of the queries, K positions of the keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpipe.models.tables import make_table, table_logits
 from jaxpipe.stack.context import Context
 from jaxpipe.stack.stack import LayerStack
 
@@ -39,20 +41,21 @@ class TranslationConfig:
   """Shape and arithmetic of the model.
 
   Attributes:
-    vocabulary_size: V.
-    layers: L, of the encoder, and as many of the decoder.
-    width: D.
+    vocabulary_size: V, number of tokens of the vocabulary that source and target share.
+    layers: L, number of layers of the encoder, and as many of the decoder.
+    width: D, width of the residual streams; even, for positions are pairs of sine and cosine.
     hidden: hidden units of each MLP.
-    heads: N.
-    head_width: H; 0 takes D / N.
-    dropout: rate of what attention and MLP add.
-    label_smoothing: share of the target's probability that is spread over the vocabulary.
-    pad: id of padding in `batch["source"]`, which nobody sees.
-    dtype: of the arithmetic; losses and softmaxes are float32 at least.
-    param_dtype: of the parameters.
+    heads: N, number of attention heads.
+    head_width: H, width of a head; 0 takes D / N.
+    dropout: dropout rate of what attention and MLP add to the streams, in [0, 1).
+    label_smoothing: share of the target's probability that is spread over the vocabulary, in
+      [0, 1).
+    pad: id of padding in `batch["source"]`; no position attends to it.
+    dtype: dtype of the arithmetic; losses and softmaxes are float32 at least.
+    param_dtype: dtype of the parameters.
 
   Raises:
-    ValueError: shapes that do not divide, or rates outside [0, 1).
+    ValueError: sizes below 1, shapes that do not divide, or rates outside [0, 1).
   """
 
   vocabulary_size: int
@@ -85,7 +88,10 @@ class TranslationConfig:
 
 
 def parse_shape(shape: str) -> tuple[int, int, int]:
-  """Reads GPipe's notation of a shape: layers of each side, hidden units, heads.
+  """Reads GPipe's notation of a shape.
+
+  Returns:
+    Layers of the encoder (and of the decoder), hidden units of each MLP, attention heads.
 
   >>> parse_shape("T(64, 16384, 32)")
   (64, 16384, 32)
@@ -101,14 +107,19 @@ def parse_shape(shape: str) -> tuple[int, int, int]:
 
 
 class Streams(NamedTuple):
-  """What layers pass on: encoded [B, S, D], and decoded [B, T, D]."""
+  """The pair that layers pass on.
+
+  Attributes:
+    encoded: [B, S, D], the encoder's residual stream; complete after the last encoder layer.
+    decoded: [B, T, D], the decoder's residual stream.
+  """
 
   encoded: jax.Array
   decoded: jax.Array
 
 
 class Embed(nnx.Module):
-  """`batch["source"]` int [B, S] and `batch["tokens"]` int [B, T] -> both streams."""
+  """The embedding: `batch["source"]` int [B, S] and `batch["tokens"]` int [B, T] -> streams."""
 
   def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
     self.config = config
@@ -118,14 +129,14 @@ class Embed(nnx.Module):
     return Streams(self.look_up(batch["source"]), self.look_up(batch["tokens"]))
 
   def look_up(self, ids_BT: jax.Array) -> jax.Array:
-    """Rows of the table and positions, both of unit scale, [B, T, D]."""
+    """Returns rows of the table plus positions, both of unit scale: int [B, T] -> [B, T, D]."""
     config = self.config
     x_BTD = jnp.take(self.table[...], ids_BT, axis=0).astype(config.dtype) * config.width**0.5
     return x_BTD + positions(ids_BT.shape[1], config.width, x_BTD.dtype)[None]
 
 
 class EncoderLayer(nnx.Module):
-  """Attention within the source, then an MLP, each added to its input."""
+  """Attention within the source, then an MLP, each added to the encoder's stream."""
 
   def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
     self.config = config
@@ -142,7 +153,10 @@ class EncoderLayer(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-  """Causal attention within the target, attention to the source, an MLP, each added."""
+  """Causal attention within the target, attention to the source, and an MLP.
+
+  Each is added to the decoder's stream.
+  """
 
   def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
     self.config = config
@@ -154,7 +168,7 @@ class DecoderLayer(nnx.Module):
   def __call__(self, x: Streams, context: Context) -> Streams:
     drop, h = self.config.dropout, x.decoded
     normal = self.attention_norm(h)
-    # Padding stands behind all else, where a causal mask hides it.
+    # No mask for padding of the target: it stands behind all else, where a causal mask hides it.
     h = h + context.dropout(self.attention(normal, normal, causal_mask(h.shape[1])), drop)
     seen_B1QK = source_mask(context.batch["source"], self.config.pad)
     encoded = self.encoded_norm(x.encoded)
@@ -164,10 +178,11 @@ class DecoderLayer(nnx.Module):
 
 
 class Head(nnx.Module):
-  """Streams -> summed label-smoothed cross-entropy (nats), number of targets, metrics.
+  """The head: streams -> summed label-smoothed cross-entropy (nats), sum of weights, metrics.
 
   Reads `batch["targets"]` int [B, T] and `batch["weights"]` float [B, T], 0 where there is padding.
-  Metrics: `correct`, targets that had the largest logit; `nats`, the cross-entropy not smoothed.
+  Metrics, both times the weights: `correct`, 1 for each target that had the largest logit; `nats`,
+  the cross-entropy without smoothing.
   """
 
   def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
@@ -188,14 +203,11 @@ class Head(nnx.Module):
 
   def logits(self, x: Streams) -> jax.Array:
     """Returns logits [B, T, V], float32 at least."""
-    table_VD = self.table[...].astype(self.config.dtype)
-    wide = jnp.promote_types(self.config.dtype, jnp.float32)
-    h_BTD = self.norm(x.decoded)
-    return jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=wide)
+    return table_logits(self.table[...].astype(self.config.dtype), self.norm(x.decoded))
 
 
 class Attention(nnx.Module):
-  """Multi-head attention of one sequence to another, or to itself."""
+  """Multi-head attention of one sequence to another, or to itself (Vaswani et al., section 3.2)."""
 
   def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
     self.heads, inner = config.heads, config.heads * config.head_width
@@ -204,16 +216,25 @@ class Attention(nnx.Module):
     self.value = _linear(config, config.width, inner, rngs)
     self.out = _linear(config, inner, config.width, rngs, _out_scale(config))
 
-  def __call__(self, asks_BQD: jax.Array, answers_BKD: jax.Array, seen: jax.Array) -> jax.Array:
-    """Returns [B, Q, D]; `seen` is bool, broadcast over [B, N, Q, K]: False hides."""
-    query, key, value = self.query(asks_BQD), self.key(answers_BKD), self.value(answers_BKD)
+  def __call__(self, x_BQD: jax.Array, memory_BKD: jax.Array, seen: jax.Array) -> jax.Array:
+    """Returns what each position of x takes from the positions of `memory_BKD`.
+
+    Args:
+      x_BQD: positions that queries are made of.
+      memory_BKD: positions that keys and values are made of.
+      seen: bool, broadcast over [B, N, Q, K]; False hides a key from a query.
+
+    Returns:
+      [B, Q, D].
+    """
+    query, key, value = self.query(x_BQD), self.key(memory_BKD), self.value(memory_BKD)
     query, key, value = (x.reshape(*x.shape[:2], self.heads, -1) for x in (query, key, value))
     mixed_BQNH = attend(query, key, value, seen)
     return self.out(mixed_BQNH.reshape(*mixed_BQNH.shape[:2], -1))
 
 
 class Mlp(nnx.Module):
-  """Two matrices and a ReLU between."""
+  """Two matrices with a ReLU between them: [B, T, D] -> [B, T, D]."""
 
   def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
     self.up = _linear(config, config.width, config.hidden, rngs)
@@ -226,11 +247,12 @@ class Mlp(nnx.Module):
 def attend(
   query_BQNH: jax.Array, key_BKNH: jax.Array, value_BKNH: jax.Array, seen: jax.Array
 ) -> jax.Array:
-  """Softmax attention; hidden positions weigh exactly 0. Softmaxes in float32 at least.
+  """Softmax attention with scores and softmaxes in float32 at least.
 
   Args:
-    query_BQNH, key_BKNH, value_BKNH: of one dtype.
-    seen: bool, broadcast over [B, N, Q, K]; a query that sees nothing gets the mean of all values.
+    query_BQNH, key_BKNH, value_BKNH: queries, keys and values, of one dtype.
+    seen: bool, broadcast over [B, N, Q, K]. Hidden keys weigh exactly 0; a query that sees none
+      gets the mean of all values.
 
   Returns:
     [B, Q, N, H] in the query's dtype.
@@ -244,17 +266,23 @@ def attend(
 
 
 def source_mask(source_BS: jax.Array, pad: int) -> jax.Array:
-  """What of the source may be seen: bool [B, 1, 1, S]."""
+  """Returns where the source has tokens: int [B, S] -> bool [B, 1, 1, S], False at padding."""
   return (source_BS != pad)[:, None, None, :]
 
 
 def causal_mask(T: int) -> jax.Array:
-  """What of the target may be seen: itself and what stands before, bool [1, 1, T, T]."""
+  """Returns which target positions see which: bool [1, 1, T, T], no later ones."""
   return jnp.tril(jnp.ones((T, T), bool))[None, None]
 
 
 def positions(T: int, D: int, dtype: Any) -> jax.Array:
-  """Sines and cosines of t / 10,000^(2i/D), [T, D] (Vaswani et al., section 3.5)."""
+  """Returns sines and cosines of t / 10,000^(2i/D), [T, D] (Vaswani et al., section 3.5).
+
+  Args:
+    T: number of positions.
+    D: width, even; sines are in the first half and cosines in the second.
+    dtype: of the result; angles are computed in float32 at least.
+  """
   wide = jnp.promote_types(dtype, jnp.float32)
   frequency_h = 10_000.0 ** (-jnp.arange(0, D, 2, dtype=wide) / D)
   angle_Th = jnp.arange(T, dtype=wide)[:, None] * frequency_h[None]
@@ -265,38 +293,44 @@ def translation(config: TranslationConfig, partition: Sequence[int] | None = Non
   """Returns the model as a stack that the pipeline can cut: L encoder layers, L decoder layers.
 
   Args:
-    config: its shape.
-    partition: layers of each stage; default, as even as can be.
+    config: shape of the model.
+    partition: number of layers of each stage, encoder layers first; default, as even as can be.
   """
-  encoder = lambda rngs: EncoderLayer(config, rngs)  # noqa: E731 - one object a kind
-  decoder = lambda rngs: DecoderLayer(config, rngs)  # noqa: E731
+  encoder = functools.partial(EncoderLayer, config)
+  decoder = functools.partial(DecoderLayer, config)
   return LayerStack(
-    embed=lambda rngs: Embed(config, rngs),
+    embed=functools.partial(Embed, config),
     layers=[encoder] * config.layers + [decoder] * config.layers,
-    head=lambda rngs: Head(config, rngs),
+    head=functools.partial(Head, config),
     tied={"head/table": "embed/table"},
     partition=partition,
   )
 
 
 def _table(config: TranslationConfig, rngs: nnx.Rngs) -> nnx.Param:
+  """The table [V, D] that embedding and head share."""
   # As output weights of unit-scale features it gives logits of unit scale; the embedding scales up.
-  shape = (config.vocabulary_size, config.width)
-  return nnx.Param(config.width**-0.5 * jax.random.normal(rngs.params(), shape, config.param_dtype))
+  rows, width = config.vocabulary_size, config.width
+  return make_table(rows, width, width**-0.5, rngs, config.param_dtype)
 
 
 def _norm(config: TranslationConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  """A norm over the D elements of a position."""
   return nnx.RMSNorm(config.width, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
 
 
 def _out_scale(config: TranslationConfig) -> float:
-  """Keeps the residual streams' scale at any depth: 2 or 3 parts of each of L layers add to one."""
+  """Variance scale of the matrices that end a branch.
+
+  It keeps the residual streams' scale at any depth, for each of L layers adds 2 or 3 branches.
+  """
   return 1 / (3 * config.layers)
 
 
 def _linear(
   config: TranslationConfig, fan_in: int, out: int, rngs: nnx.Rngs, scale: float = 1.0
 ) -> nnx.Linear:
+  """A matrix [fan_in, out] without bias, of variance `scale` / `fan_in`."""
   return nnx.Linear(
     fan_in,
     out,

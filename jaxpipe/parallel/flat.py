@@ -1,8 +1,18 @@
-"""Leaves of any shapes laid end to end, one buffer for each dtype.
+"""Lays the leaves of a tree end to end in one flat buffer for each dtype.
 
-Stages of unlike layers have parameters, inputs and outputs of unlike shapes; one SPMD program wants
-arrays of one shape. Each stage lays its own leaves out in buffers as wide as the widest stage's.
-Where a leaf begins is known when the program is traced, so that reading one is a slice.
+Stages of unlike layers have parameters, inputs and outputs of unlike shapes, and one SPMD program
+wants arrays of one shape. Each stage therefore lays its own leaves out in buffers as wide as the
+widest stage's. Buffers of parameters are rows of an array [S, width], sharded over `stage`. For two
+stages with float32 leaves, offsets in elements:
+
+    row 0   | kernel [40, 30]  | gap | bias [30] | zeros up to the width of the array         |
+            0               1200  1280        1310                                         3328
+
+    row 1   | kernel [64, 48]                         | bias [48] | gap | scale [48]  |  gap  |
+            0                                      3072        3120  3200          3248    3328
+
+Where a leaf begins is known when the program is traced, so that reading one is a slice and a
+reshape.
 """
 
 from __future__ import annotations
@@ -17,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Tree = Any
+# Dtype, by name -> array whose last dim is the buffer's width.
 Buffers = Mapping[str, jax.Array]
 
 # Elements at whose multiples a leaf begins: a TPU's tile, and its row for what is smaller than one.
@@ -25,14 +36,14 @@ TILE, ROW = 1024, 128
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-  """Where each leaf of a tree lies.
+  """Where each leaf of one tree lies in the buffer of its dtype.
 
   Attributes:
-    structure: of the tree.
-    leaves: their shapes and dtypes.
-    offsets: where each begins in its dtype's buffer, in elements.
-    used: dtype -> elements of all leaves.
-    widths: dtype -> elements of the buffer, a multiple of `ROW`.
+    structure: the tree's structure, as `jax.tree.structure` gives it.
+    leaves: shape and dtype of each leaf, in the order of `jax.tree.leaves`.
+    offsets: for each leaf, the element of its dtype's buffer at which it begins.
+    used: name of a dtype -> elements of all leaves of that dtype, without gaps.
+    widths: name of a dtype -> elements of the buffer with its gaps, a multiple of `ROW`.
   """
 
   structure: Any
@@ -43,7 +54,10 @@ class Flat:
 
   @classmethod
   def of(cls, tree: Tree) -> Flat:
-    """Lays out a tree of arrays or shapes: large leaves first, so that small ones share tiles."""
+    """Lays out a tree of arrays or of shapes.
+
+    Large leaves come first, each at a multiple of `TILE`; small ones share the tiles behind them.
+    """
     leaves, structure = jax.tree.flatten(tree)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     offsets = [0] * len(shapes)
@@ -57,34 +71,60 @@ class Flat:
     return cls(structure, tuple(shapes), tuple(offsets), used, widths)
 
   def pack(self, tree: Tree, widths: Mapping[str, int]) -> dict[str, jax.Array]:
-    """The leaves as buffers of the given widths, zero where no leaf lies.
+    """Writes the leaves of a tree into new buffers, zero where no leaf lies.
 
     Args:
-      tree: arrays of the tree's shapes; their dtypes may be wider than its own.
-      widths: name of a dtype -> elements; these dtypes, all of which the result has.
+      tree: arrays of this layout's structure and shapes. Their dtypes may be wider than its own, as
+        an optimizer's moments are: a buffer keeps the name of the layout's dtype and has the
+        leaves' own.
+      widths: name of a dtype -> elements of its buffer, no fewer than in `self.widths`. The result
+        has these dtypes and no others.
+
+    Returns:
+      Name of a dtype -> [width].
     """
     return self.pack_leaves(jax.tree.leaves(tree), widths)
 
   def pack_leaves(self, leaves: Sequence[Any], widths: Mapping[str, int]) -> dict[str, jax.Array]:
-    """The same of its leaves; those of other dtypes are not read."""
+    """Writes leaves into new buffers, given in the order of `self.leaves`.
+
+    Args:
+      leaves: one for each of `self.leaves`. Those whose dtype `widths` lacks are not read.
+      widths: name of a dtype -> elements of its buffer.
+
+    Returns:
+      Name of a dtype -> [width].
+    """
     return {name: self._joined(name, leaves, width) for name, width in widths.items()}
 
   def _joined(self, name: str, given: Sequence[Any], width: int) -> jax.Array:
-    mine = [i for i, leaf in enumerate(self.leaves) if str(leaf.dtype) == name]
-    dtype = given[mine[0]].dtype if mine else jnp.dtype(name)
+    """The buffer of one dtype: its leaves in the order of their offsets, zeros between them."""
+    members = [i for i, leaf in enumerate(self.leaves) if str(leaf.dtype) == name]
+    dtype = given[members[0]].dtype if members else jnp.dtype(name)
     parts, at = [], 0
-    for i in sorted(mine, key=lambda i: self.offsets[i]):
+    for i in sorted(members, key=lambda i: self.offsets[i]):
       parts += [jnp.zeros(self.offsets[i] - at, dtype), given[i].reshape(-1)]
       at = self.offsets[i] + self.leaves[i].size
     parts.append(jnp.zeros(width - at, dtype))
+    # Leaves and gaps may have no elements; `concatenate` takes at least one array.
     return jnp.concatenate([part for part in parts if part.size] or [jnp.zeros(0, dtype)])
 
   def unpack(self, buffers: Buffers, *index: Any) -> Tree:
-    """The tree, from buffers [*index, width]."""
+    """Reads the tree back from buffers.
+
+    Args:
+      buffers: name of a dtype -> [*dims, width].
+      index: an int or int32 [] for each of the leading dims, such as the number of a row.
+    """
     return jax.tree.unflatten(self.structure, self.read(buffers, *index))
 
   def read(self, buffers: Buffers, *index: Any) -> list[jax.Array]:
-    """The leaves, from buffers [*index, width]."""
+    """Reads the leaves back from buffers, in the order of `self.leaves`.
+
+    Args:
+      buffers: name of a dtype -> [*dims, width].
+      index: an int or int32 [] for each of the leading dims, such as the number of a row.
+    """
     return [
       read_span(buffers[str(leaf.dtype)], leaf.shape, offset, *index)
       for leaf, offset in zip(self.leaves, self.offsets, strict=True)
@@ -92,24 +132,45 @@ class Flat:
 
 
 def read_span(buffer: jax.Array, shape: Sequence[int], offset: Any, *index: Any) -> jax.Array:
-  """The array of this shape that begins at `offset` of `buffer[*index]`."""
+  """Reads one array out of a buffer.
+
+  Args:
+    buffer: [*dims, width].
+    shape: of the array that is read.
+    offset: element of the last dim at which it begins, an int or int32 [].
+    index: an int or int32 [] for each of the leading dims.
+
+  Returns:
+    An array of that shape, in the buffer's dtype.
+  """
   size = math.prod(shape)
   starts = _starts(index, offset)
   return lax.dynamic_slice(buffer, starts, (*(1 for _ in index), size)).reshape(tuple(shape))
 
 
 def write_span(buffer: jax.Array, value: jax.Array, offset: Any, *index: Any) -> jax.Array:
-  """`buffer` with an array written there, in place where XLA can."""
+  """Writes one array into a buffer.
+
+  Args:
+    buffer: [*dims, width].
+    value: array of any shape, cast to the buffer's dtype.
+    offset: element of the last dim at which it is to begin, an int or int32 [].
+    index: an int or int32 [] for each of the leading dims.
+
+  Returns:
+    The buffer with the value in it, updated in place where XLA can.
+  """
   flat = value.astype(buffer.dtype).reshape(*(1 for _ in index), -1)
   return lax.dynamic_update_slice(buffer, flat, _starts(index, offset))
 
 
 def _starts(index: Sequence[Any], offset: Any) -> list[jax.Array]:
+  """Start indices of a slice; all of one dtype, which `lax` demands."""
   return [jnp.asarray(i, jnp.int32) for i in (*index, offset)]
 
 
 def widest(flats: Iterable[Flat]) -> dict[str, int]:
-  """Widths of buffers that hold any of them."""
+  """Returns widths of buffers that hold any of several layouts: name of a dtype -> elements."""
   widths: dict[str, int] = {}
   for flat in flats:
     for name, width in flat.widths.items():
@@ -118,5 +179,5 @@ def widest(flats: Iterable[Flat]) -> dict[str, int]:
 
 
 def round_up(n: int, unit: int) -> int:
-  """The least multiple of `unit` that is not below `n`."""
+  """Returns the least multiple of `unit` that is not below `n`."""
   return -(-n // unit) * unit

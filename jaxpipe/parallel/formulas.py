@@ -1,7 +1,9 @@
-"""What papers say that a way of cutting a network sends and keeps, to hold a program against.
+"""Published formulas for the bytes that a cut network sends and keeps, to check programs against.
 
-Everything is in bytes of one device, for one microbatch and one layer where nothing else is said;
-what a collective sends is that of a ring. Letters, as in the papers:
+`docs/make/parallelism.py` and `tests/parallel/test_communication.py` count collectives in compiled
+programs and compare their bytes with these. All results are bytes of one device, for one microbatch
+and one layer where nothing else is said; what a collective sends is that of a ring. Letters, as in
+the papers:
 
     b  rows of a microbatch on this device     a  attention heads
     s  positions of a row                      t  devices along `tensor`
@@ -31,7 +33,7 @@ RINGS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
 
 
 def ring(kind: str, array: float, group: int) -> float:
-  """Bytes that a device sends in a collective over a ring.
+  """Returns the bytes that a device sends in a collective over a ring.
 
   Args:
     kind: a key of `RINGS`.
@@ -42,9 +44,12 @@ def ring(kind: str, array: float, group: int) -> float:
 
 
 def tensor(b: int, s: int, h: int, t: int, itemsize: int = 2) -> float:
-  """Forward and backward of a layer cut by Megatron: four all-reduces of x.
+  """Returns the bytes of a layer cut by Megatron, forward and backward: four all-reduces of x.
 
-  One after attention and one after the MLP; in the backward, one before each.
+  One follows attention and one the MLP; in the backward pass, one precedes each.
+
+  Args:
+    b, s, h, t, itemsize: see the module.
   """
   return 4 * ring("all-reduce", b * s * h * itemsize, t)
 
@@ -52,21 +57,21 @@ def tensor(b: int, s: int, h: int, t: int, itemsize: int = 2) -> float:
 def tensor_sequence(
   b: int, s: int, h: int, t: int, itemsize: int = 2, *, repeated: int = 0
 ) -> float:
-  """The same where norms and dropout are cut by positions over `tensor`.
+  """Returns the bytes of a layer cut by Megatron whose norms and dropout are cut by positions.
 
   Four all-gathers and four reduce-scatters of x: together as much as four all-reduces.
 
   Args:
     b, s, h, t, itemsize: see the module.
-    repeated: gathers of the forward that the backward does again, for not having kept the gathered
-      x; 2 in the paper, before attention and before the MLP.
+    repeated: number of the forward's gathers that the backward does again because the gathered x
+      was not kept; 2 in the paper, before attention and before the MLP.
   """
   x = b * s * h * itemsize
   return (4 + repeated) * ring("all-gather", x, t) + 4 * ring("reduce-scatter", x, t)
 
 
 def ring_attention(b: int, s: int, kv: int, c: int, itemsize: int = 2) -> float:
-  """Forward: keys and values of s / c positions pass by all c - 1 other devices.
+  """Returns the bytes of ring attention's forward: keys and values visit all other devices.
 
   Args:
     b, s, c, itemsize: see the module.
@@ -76,7 +81,9 @@ def ring_attention(b: int, s: int, kv: int, c: int, itemsize: int = 2) -> float:
 
 
 def ulysses(b: int, s: int, h: int, c: int, itemsize: int = 2, *, kv: int | None = None) -> float:
-  """Forward: four all-to-alls, of queries, keys, values and of what attention makes of them.
+  """Returns the bytes of Ulysses' forward: four all-to-alls.
+
+  They are of queries, keys, values and of what attention makes of them.
 
   Args:
     b, s, h, c, itemsize: see the module.
@@ -89,46 +96,57 @@ def ulysses(b: int, s: int, h: int, c: int, itemsize: int = 2, *, kv: int | None
 def fsdp(
   parameters: int, devices: int, *, gathers: int, scatters: int, itemsize: int = 2, sums: int = 4
 ) -> float:
-  """Weights gathered before they are used, and their gradients scattered.
+  """Returns the bytes of gathering weights before they are used and scattering their gradients.
 
   Args:
-    parameters: that all devices hold together.
-    devices: along `fsdp`.
+    parameters: number of elements that all devices hold together.
+    devices: devices along `fsdp`.
     gathers, scatters: how often each is done: 2 and 1 for every microbatch in ZeRO-3, where the
       weights are dropped between forward and backward.
-    itemsize, sums: bytes of an element of a weight, and of a gradient.
+    itemsize: bytes of an element of a weight.
+    sums: bytes of an element of a gradient sum.
   """
   gathered = gathers * ring("all-gather", parameters * itemsize, devices)
   return gathered + scatters * ring("reduce-scatter", parameters * sums, devices)
 
 
 def data(parameters: int, devices: int, itemsize: int = 4) -> float:
-  """Gradients added over the copies of `parameters`, once a step."""
+  """Returns the bytes of adding gradients over data-parallel copies, once a step.
+
+  Args:
+    parameters: number of elements of one copy.
+    devices: number of copies.
+    itemsize: bytes of an element of a gradient.
+  """
   return ring("all-reduce", parameters * itemsize, devices)
 
 
 def experts(slots: int, h: int, devices: int, itemsize: int = 2) -> float:
-  """Forward and backward of a layer of experts: two all-to-alls each.
+  """Returns the bytes of a layer of experts: two all-to-alls forward and two backward.
 
   Args:
     slots: rows that this device sends, all experts together: capacity times experts.
     h, itemsize: see the module.
-    devices: along `expert`.
+    devices: devices along `expert`.
   """
   return 4 * ring("all-to-all", slots * h * itemsize, devices)
 
 
 def hop(b: int, s: int, h: int, itemsize: int = 2) -> int:
-  """From stage to stage, in one direction: x, or its gradient."""
+  """Returns the bytes sent from stage to stage in one direction: x, or its gradient.
+
+  Args:
+    b, s, h, itemsize: see the module.
+  """
   return b * s * h * itemsize
 
 
 def kept(
   b: int, s: int, h: int, a: int, t: int = 1, *, sequence: bool = False, scores: bool = True
 ) -> float:
-  """What a layer keeps from its forward for its backward, with two bytes an element.
+  """Returns the bytes that a layer keeps from its forward for its backward, two for an element.
 
-  One of GPT's: an MLP of 4 h, dropout with masks of one byte.
+  The layer is GPT's: an MLP of 4 h, dropout with masks of one byte.
 
       sbh (34 + 5as/h)              t = 1
       sbh (10 + 24/t + 5as/(ht))    tensor

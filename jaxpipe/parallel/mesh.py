@@ -1,14 +1,18 @@
-"""The device mesh and the names of its axes.
+"""The device mesh and its six axes: what each of them cuts, and what devices along it exchange.
 
-    stage      layers; neighbours exchange one activation a tick
-    data       rows of the batch; gradients are added once a step
-    fsdp       rows of the batch, and each parameter in as many pieces
-    expert     rows of the batch, and experts
-    sequence   positions of a row
-    tensor     heads, hidden units, the vocabulary
+    axis       devices along it hold different ...     and send
+    stage      stages of the model                     activations to the neighbour, each tick
+    data       rows of a microbatch                    gradients (summed), once a step
+    fsdp       rows; pieces of every parameter         weights (all-gather) and gradients
+                                                       (reduce-scatter), once a step, or where the
+                                                       schedule has an action for it
+    expert     rows; experts of a layer                tokens to their experts and back, each layer
+    sequence   positions of a row                      keys and values in attention, each layer
+    tensor     heads, hidden units, the vocabulary     partial sums, several times a layer
 
-From the outside in: `stage` exchanges the least and can lie on the slowest network, `tensor` waits
-for its peers several times a layer. Every mesh has all six, most of them of one device.
+The order is from the outside in. `stage` sends the least and may lie on the slowest network;
+devices along `tensor` wait for each other most often and should be neighbours. Every mesh has all
+six axes, most of them of one device.
 """
 
 from __future__ import annotations
@@ -48,9 +52,15 @@ def parse_mesh(text: str, devices: int | None = None) -> dict[str, int]:
       all devices that the others leave.
     devices: how many there are; only for -1.
 
+  Returns:
+    Axis -> number of devices along it, 1 for those that the text leaves out.
+
   Raises:
     MeshError: an unknown axis, an axis twice, a size below 1, more than one -1, or devices that the
       other sizes do not divide.
+
+  >>> parse_mesh("data:-1,stage:4", devices=8)["data"]
+  2
   """
   sizes: dict[str, int] = {}
   for item in filter(None, text.split(",")):
@@ -59,6 +69,7 @@ def parse_mesh(text: str, devices: int | None = None) -> dict[str, int]:
       raise MeshError(f"mesh {text!r}: no axis {name!r}; the axes are {', '.join(AXES)}")
     if name in sizes:
       raise MeshError(f"mesh {text!r}: axis {name!r} stands twice")
+    # `isdecimal` alone also holds for digits of other scripts.
     if size != "-1" and (not (size.isascii() and size.isdecimal()) or int(size) < 1):
       raise MeshError(
         f"mesh {text!r}: {name}:{size} is not a size; write {name}:N with N at least 1"
@@ -71,7 +82,7 @@ def parse_mesh(text: str, devices: int | None = None) -> dict[str, int]:
 
 
 def _inferred(text: str, sizes: dict[str, int], devices: int | None) -> dict[str, int]:
-  """The sizes, with a number in place of -1."""
+  """Replaces a size of -1 by the number of devices that the other sizes leave."""
   free = [name for name, size in sizes.items() if size == -1]
   if not free:
     return sizes
@@ -104,6 +115,9 @@ def make_mesh(
     slow: axis that lies across hosts or slices, `stage` or `data`: devices of one host (of one
       slice, on TPU) then stand together along all others. None takes the devices in order.
 
+  Returns:
+    A mesh whose axes are all of type `Auto`, as the executor's `shard_map` takes it.
+
   Raises:
     MeshError: see `parse_mesh`; fewer devices than the mesh needs, or hosts that do not divide the
       slow axis.
@@ -123,19 +137,20 @@ def make_mesh(
 
 
 def row_shards(mesh: Mesh) -> int:
-  """Devices of a mesh that hold different rows of a microbatch."""
+  """Returns the number of data shards: devices that hold different rows of a microbatch."""
   return math.prod(dict(mesh.shape).get(axis, 1) for axis in ROWS)
 
 
 def _grid(
   shape: tuple[int, ...], devices: Sequence[Any], text: str, slow: str | None
 ) -> np.ndarray:
-  """The devices as an array, those of one host or slice together."""
+  """The devices as an array of the mesh's shape, those of one host or slice side by side."""
   if slow is None:
     return _near(shape, devices)
   if slow not in SLOW:
     raise MeshError(f"axis {slow!r} cannot lie on the slow network; use {' or '.join(SLOW)}")
-  # Hosts of one TPU slice share its fast network.
+  # Hosts of one TPU slice share its fast network, so that a slice counts as one there, and a host
+  # everywhere else.
   sliced = getattr(devices[0], "slice_index", None) is not None
   sizes = collections.Counter(d.slice_index if sliced else d.process_index for d in devices)
   if len(members := sorted(set(sizes.values()))) > 1:
@@ -146,6 +161,8 @@ def _grid(
       f"mesh {text}: {groups} hosts or slices do not divide {slow}:{shape[axis]}; use"
       f" {slow}:{-(-shape[axis] // groups) * groups}, or another slow axis"
     )
+  # A hybrid mesh is a small mesh for each host, times a mesh of hosts: here hosts differ along the
+  # slow axis alone.
   outer = [groups if i == axis else 1 for i in range(len(shape))]
   return mesh_utils.create_hybrid_device_mesh(
     [n // m for n, m in zip(shape, outer, strict=True)],

@@ -1,4 +1,4 @@
-"""Rules for any transformer, from the names and shapes of its parameters.
+"""Writes rules for any transformer, from the names and shapes of its parameters.
 
 Two rules give Megatron's layout for most of them (Redco: Tan et al., arXiv:2310.16355):
 
@@ -7,8 +7,15 @@ Two rules give Megatron's layout for most of them (Redco: Tan et al., arXiv:2310
     the rest    matrices that widen are cut along their outputs, matrices that come back to the
                 model's width along their inputs
 
-A bias is cut as the outputs of its matrix are. Vectors of the model's width (norms) are whole,
-tables are cut along the vocabulary.
+In the words of `rules`, with kernels as Flax stores them, [in, out]:
+
+    [embed, heads] -> [heads, embed]      query, key, value -> projection out
+    [embed, mlp]   -> [mlp, embed]        up, gate -> down
+    [vocabulary, embed]                   tables
+
+Between the two matrices of a pair nothing is sent, and one sum follows the second (Megatron-LM,
+arXiv:1909.08053). A bias is cut as the outputs of its matrix are. Vectors of the model's width
+(norms) are whole, tables are cut along the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +30,8 @@ from jaxpipe.parallel.rules import Names, Rules, describe
 
 Tree = Any
 
-# As the parameters of GPT, Llama, T5, BERT and Qwen are called.
+# Modules by the names that GPT, Llama, T5, BERT and Qwen give them: attention's first matrices and
+# the last matrix of any branch.
 _IN = re.compile(
   r"(^|.*[/_.])(q|k|v|qkv|wq|wk|wv|query|key|value|c_attn|[qkv]_proj|query_key_value)"
 )
@@ -33,6 +41,7 @@ _WIDENS = re.compile(
   r"(^|.*[/_.])(up|gate|w1|w3|wi|wi_[01]|fc1|c_fc|up_proj|gate_proj|intermediate)"
 )
 _NARROWS = re.compile(r"(^|.*[/_.])(down|w2|fc2|c_proj|down_proj)")
+# Paths that have an attention among their folders.
 _ATTENTION = re.compile(r"(^|.*/)[^/]*(att|selfattention|encdecattention)[^/]*/.*", re.IGNORECASE)
 
 
@@ -47,6 +56,9 @@ def transformer_rules(
     width: D, of the residual stream.
     extra: rules that come first.
     options: `places`, `axes` and `check` of `Rules`.
+
+  Returns:
+    The extra rules, then one for the whole path of every parameter that they do not cover.
 
   Raises:
     ValueError: a matrix that neither rule covers.
@@ -64,6 +76,14 @@ def transformer_rules(
 def _names(
   path: str, shape: tuple[int, ...], width: int, leaves: Mapping[str, tuple[int, ...]]
 ) -> Names:
+  """Names of a parameter's dims.
+
+  Args:
+    path: of the parameter.
+    shape: its shape, without the dim of the layers.
+    width: D.
+    leaves: path -> shape of all parameters, with the dim of the layers.
+  """
   if len(shape) < 2:
     return _of_vector(path, shape, width, leaves)
   if not path.startswith("layers/"):
@@ -72,6 +92,7 @@ def _names(
     raise ValueError(
       f"parameter {path} {list(shape)}: no rule for {len(shape)} dims; name its dims in extra"
     )
+  # Names before shapes: with as many heads as make up the width, attention's matrices are square.
   module = path.rpartition("/")[0]
   if _IN.fullmatch(module):
     return ("embed", "heads")
@@ -98,7 +119,7 @@ def _is_attention(module: str) -> bool:
 def _of_vector(
   path: str, shape: tuple[int, ...], width: int, leaves: Mapping[str, tuple[int, ...]]
 ) -> Names:
-  """A bias is cut where the outputs of the matrix beside it are."""
+  """Names of a vector's dim: that of the outputs of the matrix beside it, if there is one."""
   module = path.rpartition("/")[0]
   beside = [
     p for p in leaves if p.rpartition("/")[0] == module and len(leaves[p]) > len(leaves[path])
@@ -109,6 +130,7 @@ def _of_vector(
 
 
 def _of_table(path: str, shape: tuple[int, ...], width: int) -> Names:
+  """Names of the dims of a matrix in the embedding or in the head."""
   names: list[str | None] = ["embed" if n == width else None for n in shape]
   # Positions have tables too, which are small and looked up whole.
   if len(shape) == 2 and not re.search(r"pos|wpe|type", path):

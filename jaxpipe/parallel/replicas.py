@@ -1,11 +1,17 @@
-"""Stages that live on several devices: who owns the weights, and how the others get them.
+"""Stages that live on several devices: which device owns the weights, and how the others get them.
 
-Pipelines that run in two directions at once hold every stage twice. Every stage has one owner,
-which stores its weights and updates them; before the first tick the owners send them to the other
-homes, and after the last the gradients come back and are added. That is the all-reduce of the
-papers (Chimera: Li and Hoefler, 2021, arXiv:2107.06925), cut in two round the step: the optimizer
-sees every weight once, norms and clipping are those of the unpipelined model, and its state is not
-stored twice.
+Pipelines that run in two directions at once hold every stage twice. Each stage has one *owner*,
+which stores its weights and updates them; the devices that hold it are its *homes*. Before the
+first tick the owners send weights to the other homes (`gather`), and after the last tick the
+gradients come back and are added (`reduce`):
+
+    placement `mirrored`, P = 2, V = 2       owned by   gather             reduce
+    device 0 holds stages 0, 1               0          stage 1 arrives    gradient of 1 leaves
+    device 1 holds stages 1, 0               1          stage 0 arrives    gradient of 0 leaves
+
+Together the two are the all-reduce of the papers (Chimera: Li and Hoefler, 2021, arXiv:2107.06925),
+a half of it before the step and a half after. The optimizer then sees every weight once: norms and
+clipping are those of the unpipelined model, and its state is not stored twice.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.parallel.protocol import PlacementLike
 
 Tree = Any
 
@@ -28,10 +35,14 @@ Tree = Any
 class Round:
   """One exchange in which every device sends at most one stage and receives at most one.
 
+  That is what one `ppermute` can do: no device may stand twice on either side of its pairs.
+
   Attributes:
-    pairs: (owner, other home).
-    source: int32 [P], place of the stage among those that the owner owns.
-    target: int32 [P], chunk that the receiver holds it as.
+    pairs: (owner, other home), one for each stage that is sent.
+    source: int32 [P], for each device that sends: which of the stages that it owns, counted in
+      chunk order. 0 for a device that sends nothing.
+    target: int32 [P], for each device that receives: the chunk as which it holds the stage. 0 for a
+      device that receives nothing.
   """
 
   pairs: tuple[tuple[int, int], ...]
@@ -39,22 +50,31 @@ class Round:
   target: np.ndarray
 
 
-def owned(placement: Any) -> tuple[tuple[int, ...], ...]:
-  """Returns the stages that each device owns, in chunk order; every stage has one owner.
+def owned(placement: PlacementLike) -> tuple[tuple[int, ...], ...]:
+  """Gives each stage one owner among its homes, and each device equally many stages to own.
+
+  Args:
+    placement: which device holds which stage.
+
+  Returns:
+    For each of P devices, the S / P stages that it owns, in the order of the chunks that hold them.
 
   Raises:
     ValueError: devices cannot own equally many, so that nothing could be stored evenly.
   """
   P, S = placement.devices, placement.stages
+  # The only home of a stage is its owner.
   if not placement.replicated:
     return tuple(tuple(row) for row in placement.table)
   each = S // P
   rows: list[list[int]] = [[] for _ in range(P)]
 
+  # Matching of stages to devices by augmenting paths.
   def give(stage: int, asked: set[int]) -> bool:
-    """Finds the stage an owner, moving stages that have one to other homes where that helps."""
+    """Finds an owner for the stage, moving stages that have one to other homes where that helps."""
     homes = [d for v in range(placement.chunks) for d in range(P) if placement.stage(d, v) == stage]
     for d in homes:
+      # A device that could not help once cannot help later in the same search.
       if d not in asked:
         asked.add(d)
         moved = next((s for s in rows[d] if len(rows[d]) == each and give(s, asked)), None)
@@ -65,23 +85,23 @@ def owned(placement: Any) -> tuple[tuple[int, ...], ...]:
           return True
     return False
 
-  # Chunk by chunk: of two mirrored pipelines, the first owns.
+  # Chunk by chunk, so that of two mirrored pipelines the first owns.
   order = [placement.stage(d, v) for v in range(placement.chunks) for d in range(P)]
   if S % P or not all([give(stage, set()) for stage in dict.fromkeys(order)]):
     raise ValueError(
       f"{S} stages with replicas cannot be owned evenly by {P} devices: {list(map(list, rows))};"
       " use placement='mirrored', or stages that live on one device each"
     )
-  # In the order of the chunks that hold them.
   return tuple(
     tuple(sorted(row, key=functools.partial(placement.chunk, d))) for d, row in enumerate(rows)
   )
 
 
-def rounds(placement: Any) -> tuple[Round, ...]:
-  """The exchanges that bring every stage from its owner to its other homes."""
+def rounds(placement: PlacementLike) -> tuple[Round, ...]:
+  """Returns the exchanges that bring every stage from its owner to its other homes, in order."""
   owners = owned(placement)
   owner = {stage: (d, i) for d, row in enumerate(owners) for i, stage in enumerate(row)}
+  # (owner, number among the owner's stages, other home, chunk there)
   missing = [
     (*owner[placement.stage(d, v)], d, v)
     for v in range(placement.chunks)
@@ -90,6 +110,7 @@ def rounds(placement: Any) -> tuple[Round, ...]:
   ]
   found = []
   while missing:
+    # Greedily: each round takes every edge whose two devices are still free in it.
     now: list[tuple[int, int, int, int]] = []
     for edge in missing:
       if all(edge[0] != other[0] and edge[2] != other[2] for other in now):
@@ -102,13 +123,13 @@ def rounds(placement: Any) -> tuple[Round, ...]:
   return tuple(found)
 
 
-def gather(tree: Tree, placement: Any, layers: int) -> Tree:
-  """Returns all layers that a device holds, given those that it owns.
+def gather(tree: Tree, placement: PlacementLike, layers: int) -> Tree:
+  """Returns all layers that a device holds, given those that it owns; inside `shard_map`.
 
   Args:
-    tree: leaves [owned stages * layers, ...], inside `shard_map`.
+    tree: leaves [owned stages * layers, ...], this device's own.
     placement: which device holds which stage.
-    layers: layers of a stage.
+    layers: number of layers of a stage.
 
   Returns:
     Leaves [V * layers, ...], in chunk order; `tree` itself where no stage has replicas.
@@ -116,43 +137,54 @@ def gather(tree: Tree, placement: Any, layers: int) -> Tree:
   if not placement.replicated:
     return tree
   here = lax.axis_index(STAGE)
-  own = _own_chunks(placement)[here]
+  own_chunks = _own_chunks(placement)[here]
 
-  def leaf(mine: jax.Array) -> jax.Array:
-    stages = mine.reshape(-1, layers, *mine.shape[1:])
-    held = jnp.zeros((placement.chunks, *stages.shape[1:]), mine.dtype)
-    held = held.at[own].set(stages)
+  def leaf(own: jax.Array) -> jax.Array:
+    stages = own.reshape(-1, layers, *own.shape[1:])
+    held = jnp.zeros((placement.chunks, *stages.shape[1:]), own.dtype)
+    held = held.at[own_chunks].set(stages)
+    # `ppermute` waits for all devices: this is for before the first tick, outside of any branch.
     for one in rounds(placement):
       sent = lax.ppermute(stages[jnp.asarray(one.source)[here]], STAGE, one.pairs)
       receives = jnp.asarray([d in {b for _, b in one.pairs} for d in range(placement.devices)])
       chunk = jnp.asarray(one.target)[here]
+      # A device outside of the pairs receives zeros: it must keep the chunk that it has.
       held = held.at[chunk].set(jnp.where(receives[here], sent, held[chunk]))
-    return held.reshape(-1, *mine.shape[1:])
+    return held.reshape(-1, *own.shape[1:])
 
   return jax.tree.map(leaf, tree)
 
 
-def reduce(tree: Tree, placement: Any, layers: int) -> Tree:
-  """Transpose of `gather`: adds the gradients of all homes of a stage, at its owner."""
+def reduce(tree: Tree, placement: PlacementLike, layers: int) -> Tree:
+  """Adds the gradients of all homes of a stage at its owner: the transpose of `gather`.
+
+  Args:
+    tree: leaves [V * layers, ...], gradients of all layers that this device holds.
+    placement: which device holds which stage.
+    layers: number of layers of a stage.
+
+  Returns:
+    Leaves [owned stages * layers, ...]; `tree` itself where no stage has replicas.
+  """
   if not placement.replicated:
     return tree
   here = lax.axis_index(STAGE)
-  own = _own_chunks(placement)[here]
+  own_chunks = _own_chunks(placement)[here]
 
   def leaf(held: jax.Array) -> jax.Array:
     stages = held.reshape(-1, layers, *held.shape[1:])
-    mine = stages[own]
+    own = stages[own_chunks]
     for one in rounds(placement):
       back = tuple((b, a) for a, b in one.pairs)
       sent = lax.ppermute(stages[jnp.asarray(one.target)[here]], STAGE, back)
-      # Who sent nothing before receives zeros now.
-      mine = mine.at[jnp.asarray(one.source)[here]].add(sent)
-    return mine.reshape(-1, *held.shape[1:])
+      # A device that sent no weights in this round receives zeros now, which may be added.
+      own = own.at[jnp.asarray(one.source)[here]].add(sent)
+    return own.reshape(-1, *held.shape[1:])
 
   return jax.tree.map(leaf, tree)
 
 
-def _own_chunks(placement: Any) -> jax.Array:
-  """Chunks that each device holds the stages as that it owns, int32 [P, owned]."""
+def _own_chunks(placement: PlacementLike) -> jax.Array:
+  """The chunks as which each device holds the stages that it owns, int32 [P, owned stages]."""
   rows = [[placement.chunk(d, s) for s in row] for d, row in enumerate(owned(placement))]
   return jnp.asarray(rows, jnp.int32)

@@ -1,12 +1,19 @@
-"""How a layer goes in and out of `tensor`: replicated outside of it, or cut by positions.
+"""How activations enter and leave the part of a layer whose matrices are cut over axis `tensor`.
 
-                      replicated (Megatron-LM, arXiv:1909.08053)   positions_cut (arXiv:2205.05198)
-    enter_tensor      nothing; backwards, a sum                    all-gather; backwards, a
-                                                                   reduce-scatter
-    leave_tensor      a sum; backwards, nothing                    reduce-scatter; backwards, an
-                                                                   all-gather
+Attention and MLP both begin with matrices that are cut along their outputs and end with one that is
+cut along its inputs, which leaves a part of a sum on each of t devices. Between two such parts,
+activations are either replicated over `tensor`, or cut by positions (`positions_cut`), which
+divides norms, dropout and what travels between stages by t as well:
+
+                    replicated                          positions_cut
+    enter_tensor    nothing; backwards a sum            all-gather; backwards a reduce-scatter
+    leave_tensor    a sum; backwards nothing            reduce-scatter; backwards an all-gather
 
 A ring's sum is a reduce-scatter and an all-gather, so both send the same bytes.
+
+References:
+  Replicated: Shoeybi et al., Megatron-LM, arXiv:1909.08053, whose f and g these are.
+  Cut by positions: Korthikanti et al., arXiv:2205.05198 (sequence parallelism).
 
 Dims: B rows, T positions, D width.
 """
@@ -21,17 +28,43 @@ from jaxpipe.parallel.mesh import TENSOR
 
 
 def enter_tensor(x_BTD: jax.Array, positions_cut: bool) -> jax.Array:
-  """X with all positions, for matrices that are cut along their outputs."""
+  """Returns x with all positions, for matrices that are cut along their outputs.
+
+  Args:
+    x_BTD: all T positions, the same on every device along `tensor`; or this device's T / t.
+    positions_cut: which of both.
+
+  Returns:
+    [B, T, D], the same on every device along `tensor`.
+  """
+  # A replicated x is used as it is. Backwards the cotangents of all devices must be added: that is
+  # the transpose of the sum in `leave_tensor`, because every value varies over `tensor` (`axes`).
   return axes.gather(x_BTD, TENSOR, 1) if positions_cut else x_BTD
 
 
 def leave_tensor(x_BTD: jax.Array, positions_cut: bool) -> jax.Array:
-  """The sum of what matrices cut along their inputs gave, whole or this device's positions."""
+  """Adds up what matrices that are cut along their inputs gave on all devices along `tensor`.
+
+  Args:
+    x_BTD: this device's part of the sum, for all T positions.
+    positions_cut: whether to keep this device's positions of the sum alone.
+
+  Returns:
+    The sum: [B, T, D] on every device, or [B, T / t, D].
+  """
   return axes.scatter(x_BTD, TENSOR, 1) if positions_cut else axes.total(x_BTD, TENSOR)
 
 
 def own_piece(at_T: jax.Array, positions_cut: bool) -> jax.Array:
-  """The positions that this device has outside of `tensor`, of all T inside it."""
+  """Returns those entries of an array by position that belong to this device outside of `tensor`.
+
+  Args:
+    at_T: [T], an entry for each position that a device has inside.
+    positions_cut: whether activations outside are cut over `tensor` by positions.
+
+  Returns:
+    [T / t] if they are, else `at_T` itself.
+  """
   if not positions_cut:
     return at_T
   n = len(at_T) // axes.size(TENSOR)

@@ -1,4 +1,12 @@
-"""What a step is given: a batch, cut into microbatches, and the state of a stack that has some."""
+"""Checks and prepares what a step is called with: the batch, as microbatches, and the model state.
+
+A batch has leaves `[B, ...]`. Microbatch m is the rows m*B/M ... (m+1)*B/M, and each of D data
+shards holds an equal slice of every microbatch:
+
+    rows            [B, ...]        0 ........................... B-1
+    microbatches    [M, B/M, ...]   m = 0      | m = 1      | ...
+    on one device   [M, B/M/D, ...] a D-th of each
+"""
 
 from __future__ import annotations
 
@@ -10,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.mesh import ROWS
+from jaxpipe.stack.protocol import LaidOutStack
 
 Tree = Any
 
@@ -17,36 +26,41 @@ Tree = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Microbatches:
-  """A batch that is cut already, so that it can be made where it will lie.
+  """A batch that is divided into microbatches already, so that each process can load its own rows.
 
-  Cutting `[B, ...]` inside the program moves rows between devices, and first of all asks for a
-  `[B, ...]` that lies somewhere: no process has all rows.
+  To divide `[B, ...]` inside the program moves rows between devices. It also needs a whole
+  `[B, ...]` to begin with, of which no process of several has all rows.
 
   Attributes:
-    leaves: arrays `[M, B/M, ...]`, sharded by `rows_spec`.
+    leaves: tree of arrays `[M, B/M, ...]`, sharded by `rows_spec`.
   """
 
   leaves: Tree
 
 
 def rows_spec(mesh: Mesh) -> Spec:
-  """How the leaves of `Microbatches` lie: `[M, B/M, ...]`, an equal slice of every microbatch."""
+  """Returns the partition spec of the leaves `[M, B/M, ...]` of `Microbatches`.
+
+  The second dim is cut over all mesh axes that rows lie over and that have more than one device, so
+  that each device holds an equal slice of every microbatch.
+  """
   shape = dict(mesh.shape)
   return Spec(None, tuple(axis for axis in ROWS if shape.get(axis, 1) > 1) or None)
 
 
 def check_rows(batch: Tree, M: int, shards: int = 1) -> int:
-  """Returns B / M, the rows of a microbatch over all data shards.
+  """Returns B / M, the number of rows of a microbatch over all data shards.
 
   Args:
     batch: arrays or their shapes, leaves `[B, ...]`.
-    M: microbatches.
-    shards: data shards, each of which holds an equal slice of every microbatch.
+    M: number of microbatches.
+    shards: number of data shards, each of which holds an equal slice of every microbatch.
 
   Raises:
-    ValueError: leaves without rows or with different numbers of them, or a B that does not divide.
+    ValueError: an empty batch, a scalar leaf, leaves with different numbers of rows, or a B that
+      `M * shards` does not divide.
   """
-  rows = {}
+  rows = {}  # number of rows -> a leaf that has so many, as the message names it
   for path, leaf in jax.tree.leaves_with_path(batch):
     if not leaf.shape:
       raise ValueError(f"batch{jax.tree_util.keystr(path)} is a scalar; every leaf is [B, ...]")
@@ -63,14 +77,15 @@ def check_rows(batch: Tree, M: int, shards: int = 1) -> int:
 
 
 def microbatches(batch: Tree, M: int, shards: int) -> Tree:
-  """Cuts every leaf `[B, ...]` into `[M, B/M, ...]`; what is cut already stays as it is.
+  """Returns the batch with leaves `[M, B/M, ...]`.
 
   Args:
-    batch: arrays, leaves `[B, ...]`; or `Microbatches`.
-    M, shards: as for `check_rows`.
+    batch: arrays, leaves `[B, ...]`; or `Microbatches`, whose leaves are returned as they are.
+    M: number of microbatches.
+    shards: number of data shards, each of which holds an equal slice of every microbatch.
 
   Raises:
-    ValueError: as `check_rows` does, or it was cut into another number of microbatches.
+    ValueError: as `check_rows` does, or `Microbatches` of another number.
   """
   if isinstance(batch, Microbatches):
     return _check_cut(batch.leaves, M, shards)
@@ -78,11 +93,16 @@ def microbatches(batch: Tree, M: int, shards: int) -> Tree:
   return jax.tree.map(lambda leaf: leaf.reshape(M, rows, *leaf.shape[1:]), batch)
 
 
-def given_state(stack: Any, state: Tree | None) -> Tree:
-  """The state that a step is called with, if the stack has any.
+def given_state(stack: LaidOutStack, state: Tree | None) -> Tree:
+  """Returns the model state that a step is called with, or an empty dict if the stack has none.
+
+  Args:
+    stack: of the step.
+    state: fourth argument of the step: a tree of the model state, or None.
 
   Raises:
-    ValueError: a stack with state is called without, or one without with.
+    ValueError: a stack with state is called without one, or a stack without state with one; or an
+      array, such as a key, is passed in the state's place.
   """
   if isinstance(state, jax.Array):
     raise ValueError("the state is an array, such as a key; call step(params, batch, key, state)")
@@ -98,12 +118,14 @@ def given_state(stack: Any, state: Tree | None) -> Tree:
 
 
 def _check_cut(leaves: Tree, M: int, shards: int) -> Tree:
+  """Returns the leaves of `Microbatches`, if they are M microbatches of equally many rows."""
   for path, leaf in jax.tree.leaves_with_path(leaves):
     if leaf.ndim < 2 or leaf.shape[0] != M:
       raise ValueError(
         f"microbatches{jax.tree_util.keystr(path)} is {leaf.shape}; the schedule has M={M}, and"
         " every leaf is [M, B/M, ...]"
       )
+  # Without the leading dim, each microbatch is a batch that is divided over the data shards alone.
   check_rows(
     jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), leaves), 1, shards
   )

@@ -1,4 +1,9 @@
-"""The oracle, on the user's own stack: how far is the pipeline from the unpipelined model?"""
+"""Compares the pipeline with the unpipelined model, on the user's own stack, leaf by leaf.
+
+`check` runs one step of both on the same parameters, batch and key, and reports how far apart each
+gradient leaf, the loss, the metrics and the model state are. The pipeline runs with `poison`: its
+buffers are full of NaN until an action writes them, so that no result may come from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,11 @@ from jaxpipe.pipeline.executor import pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.reference import reference_value_and_grad
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
 
-# What a report of too large errors says where they may be rounding's.
+# Added to a report of too large errors that are not in float64, where they may come from rounding.
 _ROUNDING = (
   "Where all else is equal, a leaf whose gradient is zero but for rounding (a bias before a norm)"
   " may be as far as this: with parameters and data in float64 the tolerance is 1e-12."
@@ -26,14 +32,17 @@ _ROUNDING = (
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """How far each gradient leaf of the pipeline is from the reference.
+  """How far one step of the pipeline is from one of the reference; printed, a line per leaf.
 
   Attributes:
-    errors: leaf path -> max|g - r| / max(max|r|, 1e-3 * the largest max|r| of any leaf).
+    errors: path of a gradient leaf, as `jax.tree_util.keystr` writes it -> its error, which for a
+      leaf g of the pipeline and r of the reference is max|g - r| divided by max|r|, or by a
+      thousandth of the largest max|r| of any leaf if that is more. NaN counts as infinite.
     loss_error: relative error of the loss.
-    metrics_error: largest relative error of a metric, 0 where there are none.
-    state_errors: leaf path -> error, by the same measure, of the state after the step.
-    tolerance: what `ok` compares with.
+    metrics_error: largest relative error of a metric; 0 where there are no metrics.
+    state_errors: path of a leaf of the model state after the step -> its error, by the measure of
+      `errors`; empty where the stack has no state.
+    tolerance: the largest error that `ok` allows.
   """
 
   errors: dict[str, float]
@@ -44,13 +53,13 @@ class Report:
 
   @property
   def worst(self) -> float:
-    """The largest error, those of loss and metrics included."""
+    """The largest error of all gradients, the state, the loss and the metrics."""
     states = self.state_errors.values()
     return max([*self.errors.values(), *states, self.loss_error, self.metrics_error])
 
   @property
   def ok(self) -> bool:
-    """Whether everything is within the tolerance."""
+    """Whether no error is larger than the tolerance."""
     return self.worst <= self.tolerance
 
   def __str__(self) -> str:
@@ -67,16 +76,20 @@ class Report:
 
 
 def leaf_errors(grads: Tree, reference: Tree) -> dict[str, float]:
-  """Error of every leaf by the measure of `Report.errors`.
+  """Returns the error of every leaf, by the measure of `Report.errors`.
 
-  Leaves whose gradient is zero by mathematics (a key bias) get the scale of the largest leaf:
-  against their own, rounding would look like failure.
+  Args:
+    grads: arrays of any tree.
+    reference: the arrays to compare with, in a tree of the same structure and shapes.
+
+  Returns:
+    Path of a leaf, as `jax.tree_util.keystr` writes it -> error, in the order of the tree.
   """
-  # Differences of flags and of unsigned numbers are no numbers.
-  as_float = lambda leaf: leaf if np.issubdtype(leaf.dtype, np.inexact) else leaf.astype(float)  # noqa: E731
-  got, want = jax.tree.map(as_float, jax.device_get((grads, reference)))
+  got, want = jax.tree.map(_as_float, jax.device_get((grads, reference)))
   pairs = list(zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True))
   largest = max((float(np.abs(r).max(initial=0)) for (_, r), _ in pairs), default=0.0)
+  # A gradient that is zero by mathematics, such as that of an attention key's bias, is rounding
+  # alone: measured against itself, it would look like a failure.
   floor = max(1e-3 * largest, np.finfo(np.float64).tiny)
   return {
     jax.tree_util.keystr(path): _no_nan(
@@ -86,19 +99,25 @@ def leaf_errors(grads: Tree, reference: Tree) -> dict[str, float]:
   }
 
 
+def _as_float(leaf: np.ndarray) -> np.ndarray:
+  """A leaf in floating point: bools have no difference, and that of unsigned integers may wrap."""
+  return leaf if np.issubdtype(leaf.dtype, np.inexact) else leaf.astype(float)
+
+
 def _no_nan(error: Any) -> float:
   """The error, infinite for NaN: Python's `max` and `<=` would pass over a NaN in silence."""
   return float("inf") if np.isnan(error) else float(error)
 
 
 def _relative(got: Any, want: Any) -> float:
+  """The largest relative error of any element of two arrays of one shape."""
   got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
   scale = np.maximum(np.abs(want), np.finfo(np.float64).tiny)
   return _no_nan(np.max(np.abs(got - want) / scale, initial=0))
 
 
 def check(
-  stack: Any,
+  stack: LayerStack,
   schedule: Schedule,
   mesh: Mesh,
   batch: Tree,
@@ -111,23 +130,37 @@ def check(
   unroll: str = "auto",
   tolerance: float | None = None,
 ) -> Report:
-  """Runs pipeline and reference on one batch and compares every gradient leaf.
+  """Runs one step of pipeline and reference on the same values and compares every leaf.
+
+  The reference holds the whole model, and its gradients, on one device.
 
   Args:
-    stack, schedule, mesh, residuals, slack, unroll: as for `pipeline_value_and_grad`.
-    batch: leaves `[B, ...]`, small enough that one device can hold the whole model.
-    params: canonical; default, `stack.init(key, batch)`.
-    state: canonical; default, `stack.init_state(key, batch)`, where the stack has any.
-    key: seeds dropout; default, key 0.
-    tolerance: default, by the coarsest parameter: 1e-12 for float64, 1e-5 for float32, else 1e-2.
+    stack: the network.
+    schedule: that the pipeline follows; its number of microbatches is also the reference's.
+    mesh: of the pipeline, with an axis `stage` of `schedule.devices`.
+    batch: arrays `[B, ...]`.
+    params: canonical tree; default, `stack.init(key, batch)`.
+    state: canonical tree of the model state; default, `stack.init_state(key, batch)`. Not read
+      where the stack has no state.
+    key: PRNG key of dropout, and of the defaults of `params` and `state`; default, key 0.
+    residuals: what F keeps in the pipeline; see `pipeline_value_and_grad`. The reference keeps
+      everything.
+    slack: ticks that a transfer may take beyond its own.
+    unroll: shape of the pipeline's program; see `pipeline_value_and_grad`.
+    tolerance: the largest error that `Report.ok` allows; default, by the least precise parameter:
+      1e-12 for float64, 1e-5 for float32, else 1e-2.
 
   Returns:
     A `Report`; print it for a line per leaf.
+
+  Raises:
+    ValueError: as `pipeline_value_and_grad` does.
   """
   key = jax.random.key(0) if key is None else key
   params = stack.init(key, batch) if params is None else params
   options: dict[str, Any] = dict(residuals=residuals, slack=slack, unroll=unroll)
   step = pipeline_value_and_grad(stack, schedule, mesh, **options, poison=True)
+  # Microbatches that skip stages skip their layers in the reference.
   paths = layer_paths(stack.depth, schedule) if schedule.paths else None
   reference = reference_value_and_grad(stack, schedule.microbatches, paths=paths)
   given: tuple[Tree, ...] = ()
@@ -138,6 +171,7 @@ def check(
   true_after: list[Tree]
   (loss, metrics, *after), grads = step(place(params, stack, schedule, mesh), batch, key, *placed)
   (true_loss, true_metrics, *true_after), true_grads = reference(params, batch, key, *given)
+  # A stack without state returns none from either.
   states = (unplace(after[0], stack, schedule), true_after[0]) if after else ({}, {})
   if tolerance is None:
     coarsest = min((leaf.dtype.itemsize for leaf in jax.tree.leaves(params)), default=4)

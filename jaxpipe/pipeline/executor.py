@@ -1,13 +1,19 @@
 """Executes any schedule over any stack, as one SPMD program.
 
-A schedule is lowered to a table of ticks (`program`), whose rows are walked, in loops and straight
-lines (`unroll`), inside one `shard_map`, manual over every mesh axis: each device (`device`) walks
-its own column. What was summed on the way is reduced over the mesh once, after the last tick.
+A schedule is lowered to a table of ticks (`table/`), whose rows are walked, in loops and straight
+lines, inside one `shard_map` that is manual over every mesh axis: each device walks its own column
+(`device/`). What was summed on the way is reduced over the mesh once, after the last tick.
+
+    params, state, batch, key
+      │  shard_map over all mesh axes
+      ├─ build     trace one layer or every stage, split it into F, R, I, W    (execution, device/)
+      ├─ start     allocate rings, pools and sums
+      ├─ walk      for each segment of ticks: scan, or straight line           (this file)
+      └─ reduce    loss, metrics, gradients, model state: once over the mesh   (this file)
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,34 +25,25 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel import axes, replicas
-from jaxpipe.parallel.mesh import FSDP, ROWS, STAGE, TENSOR, row_shards
-from jaxpipe.parallel.placing import (
-  check_mesh,
-  check_placed,
-  gather_fsdp,
-  layers_per_stage,
-  own_pieces,
-  param_specs,
-  scatter_fsdp,
-)
+from jaxpipe.parallel.mesh import STAGE, TENSOR
+from jaxpipe.parallel.placing import check_placed, gather_fsdp, own_pieces, scatter_fsdp
 from jaxpipe.parallel.rules import axes_of_entry
-from jaxpipe.pipeline.batch import given_state, microbatches, rows_spec
-from jaxpipe.pipeline.device.context import Carry, DeviceContext, Totals
+from jaxpipe.pipeline.batch import given_state
+from jaxpipe.pipeline.device.carry import Carry, Totals
 from jaxpipe.pipeline.device.device import Device
-from jaxpipe.pipeline.device.order import blocks
 from jaxpipe.pipeline.device.probe import Probe
-from jaxpipe.pipeline.layer.residuals import AUTO, Policy, Residuals, residual_policy
+from jaxpipe.pipeline.execution import Execution
+from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.layer.varying import vary
-from jaxpipe.pipeline.table.lower import lower
-from jaxpipe.pipeline.table.program import Program
-from jaxpipe.pipeline.table.unroll import Segment, cut
+from jaxpipe.pipeline.table.segment import Segment
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
 
 
 def pipeline_value_and_grad(
-  stack: Any,
+  stack: LayerStack,
   schedule: Schedule,
   mesh: Mesh,
   *,
@@ -94,205 +91,51 @@ def pipeline_value_and_grad(
       that do not divide, parameters that were not placed.
     ScheduleError: a schedule that is not legal, or an action kind that cannot be executed.
   """
-  stack = stack.laid_out(schedule)
-  policy = residual_policy(residuals, stack.uniform)
-  program = lower_on(schedule, mesh, policy, slack, head_apart=stack.uniform)
-  return _compile(Execution(stack, program, mesh, schedule, policy, poison, probe), unroll)
+  execution = Execution.of(
+    stack, schedule, mesh, residuals=residuals, slack=slack, poison=poison, probe=probe
+  )
+  return _compile(execution, unroll)
 
 
 def pipeline_forward(
-  stack: Any, schedule: Schedule, mesh: Mesh, *, poison: bool = False
+  stack: LayerStack, schedule: Schedule, mesh: Mesh, *, poison: bool = False
 ) -> Callable[..., tuple[jax.Array, Tree]]:
   """Returns the evaluation of a stack's loss over the same pipeline: forwards only, no dropout.
 
   Args:
-    stack, schedule, mesh, poison: as for `pipeline_value_and_grad`; of the schedule, only the
-      forwards run.
+    stack: a `LayerStack`.
+    schedule: any legal one, of which only the forwards run.
+    mesh: as for `pipeline_value_and_grad`.
+    poison: fill with NaN whatever no action has written; for tests.
 
   Returns:
-    `evaluate(params, batch) -> (loss, metrics)`, or `evaluate(params, batch, state)`, jitted, as
-    above; running statistics take the place of a microbatch's own. Forced CPU devices share
-    threads: wait for the result of one call before making many more, or XLA may run out of them.
-  """
-  stack = stack.laid_out(schedule)
-  program = lower(schedule.check().forward_only())
-  run = _compile(Execution(stack, program, mesh, schedule, None, poison), "none")
-  return lambda params, batch, state=None: run(params, batch, None, state)[0][:2]
-
-
-def lower_on(
-  schedule: Schedule, mesh: Mesh, policy: Residuals, slack: int, *, head_apart: bool = True
-) -> Program:
-  """The program of a schedule, on a mesh that may cut its weights."""
-  return lower(
-    schedule.check(),
-    keeps_input=policy.stage_input,
-    slack=slack,
-    gathers=dict(mesh.shape).get(FSDP, 1) > 1,
-    head_apart=head_apart,
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-  """What is to run, and where.
-
-  Attributes:
-    stack, mesh, poison, probe: as for `pipeline_value_and_grad`.
-    program: the schedule's, or that of its forwards.
-    schedule: the whole one, which says where the parameters lie.
-    policy: what F keeps; None where only forwards run.
+    `evaluate(params, batch) -> (loss, metrics)`, or of a stack with state
+    `evaluate(params, batch, state) -> (loss, metrics)`, jitted. Running statistics take the place
+    of a microbatch's own. Forced CPU devices share threads: wait for the result of one call before
+    making many more, or XLA may run out of them.
 
   Raises:
-    ValueError: the mesh is of another size, the layers do not fill the stages, devices cannot own
-      equally many of them, or the stack lacks what a vocabulary cut over the stages needs.
+    ValueError, ScheduleError: as for `pipeline_value_and_grad`.
   """
+  run = _compile(Execution.of_forwards(stack, schedule, mesh, poison=poison), "none")
 
-  stack: Any
-  program: Program
-  mesh: Mesh
-  schedule: Schedule
-  policy: Residuals | None
-  poison: bool = False
-  probe: Probe | None = None
+  def evaluate(params: Tree, batch: Tree, state: Tree | None = None) -> tuple[jax.Array, Tree]:
+    loss, metrics = run(params, batch, None, state)[0][:2]
+    return loss, metrics
 
-  def __post_init__(self) -> None:
-    check_mesh(self.schedule, self.mesh)
-    layers_per_stage(self.stack.depth, self.schedule)
-    replicas.owned(self.schedule.placement)
-    _ = self.specs  # raises where the parameters do not fit the mesh
-
-  @property
-  def axes(self) -> tuple[str, ...]:
-    """Names of the mesh axes."""
-    return tuple(self.mesh.axis_names)
-
-  @property
-  def shards(self) -> int:
-    """Devices that hold different rows of a microbatch."""
-    return row_shards(self.mesh)
-
-  @property
-  def layers(self) -> int:
-    """Layers of a stage."""
-    return layers_per_stage(self.stack.depth, self.schedule)
-
-  @functools.cached_property
-  def specs(self) -> Tree:
-    """Partition specs of the parameters."""
-    return param_specs(self.stack.param_shapes(), self.stack, self.schedule, self.mesh)
-
-  @functools.cached_property
-  def state_shapes(self) -> Tree:
-    """Shapes of the state; none where the stack has none."""
-    return self.stack.state_shapes() if self.stack.has_state else {}
-
-  @functools.cached_property
-  def state_specs(self) -> Tree:
-    """Partition specs of the state."""
-    return param_specs(self.state_shapes, self.stack, self.schedule, self.mesh)
-
-  def over_mesh(self, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
-    """`local(params, state, batch, key)` on every device, each with its own part of all."""
-    return jax.shard_map(
-      local,
-      mesh=self.mesh,
-      in_specs=(self.specs, self.state_specs, rows_spec(self.mesh), Spec()),
-      out_specs=out_specs,
-    )
-
-  def build(self, params: Tree, state: Tree, batch: Tree, key: Any) -> tuple[Device, Any]:
-    """The device that this is, and its table of cells; inside `over_mesh`."""
-    layers = replicas.gather(params["layers"], self.schedule.placement, self.layers)
-    layers = vary(layers, self.axes)
-    ends = {part: gather_fsdp(self.specs[part], params[part]) for part in ("embed", "head")}
-    ends = vary({**ends, "head": self.stack.head_params(ends)}, self.axes)
-    rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
-    rows += axes.index(ROWS) * len(rows)
-    batch, key, rows = vary((batch, key, rows), self.axes)
-    here = DeviceContext(
-      *(self.stack, self.program, self.axes, self.poison, blocks(self.mesh), self.probe),
-      *(ends, batch, key, rows, self.policy is not None, self._state_rows(state)),
-    )
-    return Device.build(here, layers, self.specs["layers"], self.layers, self.policy)
-
-  def _state_rows(self, state: Tree) -> Tree:
-    """Rows of the state of all stages that a device holds."""
-    if not state:
-      return {}
-    whole = gather_fsdp(self.state_specs, state)["layers"]["state"]
-    return vary(replicas.gather(whole, self.schedule.placement, self.layers), self.axes)
-
-  def run(
-    self, segments: Sequence[Segment], params: Tree, state: Tree, batch: Tree, key: Any
-  ) -> Any:
-    """Walks the table and sums up; inside `over_mesh`."""
-    device, cells = self.build(params, state, batch, key)
-    table = self._table(cells)
-    carry = device.start()
-    for segment in segments:
-      carry = _run(device, carry, segment, table)
-    loss, metrics, weight = _totals(carry, self.axes)
-    if not self.policy:
-      return (loss, metrics), {}
-    grads = self._reduce(carry.grads, weight)
-    if not state:
-      return (loss, metrics), grads
-    return (loss, metrics, self._next_state(state, device.stage.counted(carry.pools))), grads
-
-  def _next_state(self, state: Tree, counted: Tree) -> Tree:
-    """The state after the step: floats are the mean over microbatches and over shards of rows."""
-    others = tuple(axis for axis in self.axes if axis != STAGE)
-    times = self.schedule.microbatches * self.shards
-    mine = replicas.reduce(counted, self.schedule.placement, self.layers)
-
-    def whole(leaf: jax.Array) -> jax.Array:
-      if jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return lax.psum(leaf, others) / times
-      return lax.pmax(leaf, others)
-
-    rows = gather_fsdp(self.state_specs, state)["layers"]
-    new = self.stack.renewed(rows, jax.tree.map(whole, mine), lambda tree: vary(tree, {STAGE}))
-    inner = jax.tree.map(lambda spec: Spec(None, *spec[1:]), self.state_specs["layers"])
-    return {**state, "layers": own_pieces(inner, new)}
-
-  def _reduce(self, grads: Tree, weight: jax.Array) -> Tree:
-    """Sums gradients over the mesh, once, and divides by the whole weight, once."""
-    grads = scatter_fsdp(self.specs, self.stack.untie(grads))
-    summed = replicas.reduce(grads["layers"], self.schedule.placement, self.layers)
-
-    def reduce(spec: Spec, grad: jax.Array) -> jax.Array:
-      cut = {axis for entry in spec for axis in axes_of_entry(entry)}
-      over = tuple(axis for axis in self.axes if axis not in cut)
-      return (lax.psum(grad, over) if over else grad) / weight.astype(grad.dtype)
-
-    return jax.tree.map(reduce, self.specs, {**grads, "layers": summed})
-
-  def _table(self, cells: Any) -> dict[str, jax.Array]:
-    """This device's columns of the table."""
-    mine = lambda column: jnp.asarray(column)[:, lax.axis_index(STAGE)]  # noqa: E731
-    meetings = self.program.meetings
-    columns = {**self.program.table, **meetings.slots, **meetings.home, "cells": cells}
-    table = vary({name: mine(column) for name, column in columns.items()}, self.axes)
-    # All devices take the same side of a conditional round a meeting: its column does not vary.
-    whole = {name: jnp.asarray(column) for name, column in meetings.microbatches.items()}
-    return {**table, **whole}
+  return evaluate
 
 
 def _compile(execution: Execution, unroll: str) -> Callable[..., Any]:
-  if unroll == "auto" and not execution.stack.uniform:
-    unroll = "none"  # every tick of a straight line would hold the code of every stage
-  segments, trains = cut(execution.program, unroll), execution.policy is not None
+  """Returns the step: compiled at its first call, after its arguments have been checked."""
+  segments, trains = execution.segments(unroll), execution.policy is not None
   after = (execution.state_specs,) if trains and execution.stack.has_state else ()
-  sharded = execution.over_mesh(
-    functools.partial(execution.run, segments),
-    ((Spec(), Spec(), *after), execution.specs if trains else {}),
+  run = jax.jit(
+    execution.over_mesh(
+      functools.partial(_run, execution, segments),
+      ((Spec(), Spec(), *after), execution.specs if trains else {}),
+    )
   )
-
-  @jax.jit
-  def run(params: Tree, state: Tree, batch: Tree, key: jax.Array | None) -> Any:
-    cut = microbatches(batch, execution.schedule.microbatches, execution.shards)
-    return sharded(params, state, cut, key)
 
   def step(
     params: Tree, batch: Tree, key: jax.Array | None = None, state: Tree | None = None
@@ -304,49 +147,155 @@ def _compile(execution: Execution, unroll: str) -> Callable[..., Any]:
   return step
 
 
-def _run(device: Device, state: Carry, segment: Segment, table: dict[str, jax.Array]) -> Carry:
-  """Runs the ticks of one segment."""
-  bodies = segment.bodies(device.local.program.doing)
+def _run(
+  execution: Execution,
+  segments: Sequence[Segment],
+  params: Tree,
+  state: Tree,
+  batch: Tree,
+  key: Any,
+) -> Any:
+  """One device's step: walks the table, then reduces over the mesh; inside `shard_map`.
 
-  def body(state: Carry, rows: dict[str, jax.Array]) -> Carry:
+  Args:
+    execution: what runs where.
+    segments: its ticks, divided into loops and straight lines.
+    params, state, batch, key: this device's part; see `Execution.over_mesh`.
+
+  Returns:
+    `(loss, metrics), grads`, or with model state `(loss, metrics, state), grads`; `grads` is empty
+    where only forwards run.
+  """
+  device = execution.build(params, state, batch, key)
+  table = _own_columns(execution, device)
+  carry = device.start()
+  for segment in segments:
+    carry = _walk(device, carry, segment, table)
+  loss, metrics, weight = _reduce_totals(carry.totals, execution.axes)
+  if not execution.policy:
+    return (loss, metrics), {}
+  grads = _reduce_grads(execution, carry.grads, weight)
+  if not state:
+    return (loss, metrics), grads
+  counted = device.stage.counted(carry.pools)
+  return (loss, metrics, _next_state(execution, state, counted)), grads
+
+
+def _own_columns(execution: Execution, device: Device) -> dict[str, jax.Array]:
+  """This device's columns of the table, [ticks] each, and `cells`, [ticks, values]."""
+  program = execution.program
+
+  def own(column: Any) -> jax.Array:
+    return jnp.asarray(column)[:, lax.axis_index(STAGE)]
+
+  collectives = program.collectives
+  columns = {**program.table, **collectives.slots, **collectives.home, "cells": device.cells}
+  table = vary({name: own(column) for name, column in columns.items()}, execution.axes)
+  # All devices take the same side of a conditional round a collective: its column is not this
+  # device's own and does not vary, so that JAX lets the branch communicate.
+  whole = {name: jnp.asarray(column) for name, column in collectives.microbatches.items()}
+  return {**table, **whole}
+
+
+def _walk(device: Device, carry: Carry, segment: Segment, table: dict[str, jax.Array]) -> Carry:
+  """Runs the ticks of one segment: a scan over its repeats, whose body does one period of ticks."""
+  bodies = segment.bodies(device.context.program.doing)
+
+  def body(carry: Carry, rows: dict[str, jax.Array]) -> Carry:
     for i, doing in enumerate(bodies):
       row = {name: column[i] for name, column in rows.items()}
       tick = functools.partial(device.tick, row=row, doing=doing)
-      state = _once(tick, state) if segment.straight else tick(state)
-    return state
+      carry = _loop_once(tick, carry) if segment.straight else tick(carry)
+    return carry
 
-  def cut(column: jax.Array) -> jax.Array:
+  def of_segment(column: jax.Array) -> jax.Array:
     mine = column[segment.start : segment.stop]
     return mine.reshape(segment.repeats, segment.period, *column.shape[1:])
 
-  rows = {name: cut(column) for name, column in table.items()}
+  rows = {name: of_segment(column) for name, column in table.items()}
   if segment.repeats == 1:
-    return body(state, {name: column[0] for name, column in rows.items()})
-  return lax.scan(lambda state, rows: (body(state, rows), None), state, rows)[0]
+    return body(carry, {name: column[0] for name, column in rows.items()})
+  return lax.scan(lambda carry, rows: (body(carry, rows), None), carry, rows)[0]
 
 
-def _once(tick: Callable[[Carry], Carry], state: Carry) -> Carry:
-  """Returns `tick(state)`, from a loop that runs once, which the compiler cannot know.
+def _loop_once(tick: Callable[[Carry], Carry], carry: Carry) -> Carry:
+  """Returns `tick(carry)`, run by a loop of one turn whose length the compiler cannot know.
 
-  What a loop carries stays in place. In a straight line, nothing orders an action that reads a
-  buffer before the next one that writes it, and XLA copies the buffer whole.
+  A loop's carry stays in place. In a straight line nothing orders an action that reads a buffer
+  before the next one that writes it, and XLA copies the buffer whole.
   """
-  one = jnp.minimum(lax.axis_index(STAGE) + 1, 1)
-  return lax.fori_loop(0, one, lambda _, state: tick(state), state)
+  one = jnp.minimum(lax.axis_index(STAGE) + 1, 1)  # 1 on every device
+  return lax.fori_loop(0, one, lambda _, carry: tick(carry), carry)
 
 
-def _totals(state: Carry, over: tuple[str, ...]) -> tuple[jax.Array, Tree, jax.Array]:
-  """The mean loss, metrics, and the weight that sums are divided by.
+def _reduce_totals(totals: Totals, over: tuple[str, ...]) -> tuple[jax.Array, Tree, jax.Array]:
+  """Sums loss, weight and metrics over the mesh, once a step.
 
-  Devices along `tensor` finish the same microbatches, and each counts them: loss, weight and
-  gradients are all as many times too large, which a mean does not show. Metrics are sums.
+  Devices along `tensor` compute the same microbatches, and each counts them. Loss, weight and
+  gradients are then all as many times too large, which their ratio does not show; metrics are sums
+  and are divided here.
+
+  Args:
+    totals: this device's sums.
+    over: all mesh axes.
+
+  Returns:
+    The mean loss, the metrics, and the weight by which gradients are divided.
   """
-  totals = Totals(*lax.psum(tuple(state.totals), over))
+  summed = Totals(*lax.psum(tuple(totals), over))
   times = axes.size(TENSOR)
 
   def once(metric: jax.Array) -> jax.Array:
     whole = jnp.issubdtype(metric.dtype, jnp.integer)
     return metric // times if whole else metric / times
 
-  metrics = jax.tree.map(once, totals.metrics) if times > 1 else totals.metrics
-  return totals.loss / totals.weight, metrics, totals.weight
+  metrics = jax.tree.map(once, summed.metrics) if times > 1 else summed.metrics
+  return summed.loss / summed.weight, metrics, summed.weight
+
+
+def _reduce_grads(execution: Execution, grads: Tree, weight: jax.Array) -> Tree:
+  """Sums gradients over the mesh and divides them by the whole weight, each once a step.
+
+  In this order: tied leaves are added to their owner's, pieces along `fsdp` are reduced and
+  scattered, replicas of a stage are added, and the rest is summed over every axis that does not cut
+  the leaf.
+  """
+  grads = scatter_fsdp(execution.specs, execution.stack.untie(grads))
+  placement = execution.schedule.placement
+  layers = replicas.reduce(grads["layers"], placement, execution.layers)
+
+  def reduce(spec: Spec, grad: jax.Array) -> jax.Array:
+    cut = {axis for entry in spec for axis in axes_of_entry(entry)}
+    over = tuple(axis for axis in execution.axes if axis not in cut)
+    return (lax.psum(grad, over) if over else grad) / weight.astype(grad.dtype)
+
+  return jax.tree.map(reduce, execution.specs, {**grads, "layers": layers})
+
+
+def _next_state(execution: Execution, state: Tree, counted: Tree) -> Tree:
+  """The model state after the step.
+
+  Args:
+    execution: what runs where.
+    state: this device's part of the state before.
+    counted: sums over microbatches of what F has made of it, dtype -> [V, width].
+
+  Returns:
+    Floats are the mean of what all microbatches and shards of rows made, whole numbers the largest.
+  """
+  others = tuple(axis for axis in execution.axes if axis != STAGE)
+  times = execution.schedule.microbatches * execution.shards
+  mine = replicas.reduce(counted, execution.schedule.placement, execution.layers)
+
+  def whole(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+      return lax.psum(leaf, others) / times
+    return lax.pmax(leaf, others)
+
+  def over_stages(tree: Tree) -> Tree:
+    return vary(tree, {STAGE})
+
+  rows = gather_fsdp(execution.state_specs, state)["layers"]
+  new = execution.stack.renewed(rows, jax.tree.map(whole, mine), over_stages)
+  inner = jax.tree.map(lambda spec: Spec(None, *spec[1:]), execution.state_specs["layers"])
+  return {**state, "layers": own_pieces(inner, new)}

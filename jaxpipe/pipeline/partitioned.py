@@ -1,4 +1,8 @@
-"""Cuts a stack into stages, by what its layers cost."""
+"""Cuts a stack into stages by the cost of its layers, and so joins the stack to the partitioner.
+
+The partitioner (`jaxpipe.schedules.partition`) knows numbers alone. This module counts or times the
+stack's layers, asks it for the number of layers of each stage, and returns the stack with these.
+"""
 
 from __future__ import annotations
 
@@ -28,30 +32,39 @@ def partitioned(
   measured: bool = False,
   residuals: str | Policy = AUTO,
 ) -> tuple[LayerStack, Partition]:
-  """Returns the stack with a partition, and the partition, which prints as a table.
+  """Returns the stack with a partition, and the partition itself.
 
-  Layers that are alike run as a loop only where every stage has as many; else the stack is packed.
+  Layers that are alike run as a loop only if every stage has equally many of them. With any other
+  partition, the stack is packed: each stage is a function of its own over a flat row of parameters.
 
   Args:
     stack: whose layers are to be cut.
-    schedule: for whose stages; `best` looks for the shortest simulated step of its order.
+    schedule: says into how many stages; `best` looks for the shortest simulated step of its order.
     example_batch: a batch or its shapes, leaves `[B, ...]`.
-    method: `best`, `balanced` (least largest stage), `variance` (GPipe's), `parameters`, `uniform`,
-      `type:REGEX`, which counts layers whose class it matches, or numbers such as `3,2,4` or
-      `[3, 2, 4]`.
-    shards: devices over which the rows of a microbatch lie.
-    measured: whether to time each layer on this process's first device, not to count FLOPs.
-    residuals: as for `pipeline_value_and_grad`.
+    method: `best`, `balanced` (the most expensive stage as cheap as can be), `variance` (GPipe's),
+      `parameters`, `uniform`, `type:REGEX`, which counts layers whose class it matches, or the
+      number of layers of each stage, such as `3,2,4` or `[3, 2, 4]`.
+    shards: number of devices over which the rows of a microbatch lie.
+    measured: whether to time each layer on this process's first device instead of counting FLOPs.
+    residuals: what F keeps, which decides what a backward costs; as for `pipeline_value_and_grad`.
+
+  Returns:
+    The stack, unchanged if it is uniform and every stage gets equally many layers; and the
+    partition with the costs of the layers, which prints as a table.
 
   Raises:
     ValueError: an unknown method, or too few layers.
   """
   sizes = _numbers(method)
-  if sizes:  # refused before anything is counted
+  if sizes:
+    # Here and not only at the end: numbers that do not fit are refused before layers are timed.
     stack = dataclasses.replace(stack, partition=sizes)
-  M = schedule.microbatches * shards
-  rows = lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // M, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
-  microbatch = jax.tree.map(rows, example_batch)
+  slices = schedule.microbatches * shards
+
+  def rows_of_device(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((leaf.shape[0] // slices, *leaf.shape[1:]), leaf.dtype)
+
+  microbatch = jax.tree.map(rows_of_device, example_batch)
   costs = layer_costs(stack, microbatch, measured=measured, residuals=residuals)
   if sizes:
     found = Partition(layers=tuple(costs), sizes=sizes)
@@ -59,13 +72,14 @@ def partitioned(
     found = best(costs, schedule, empty=True).partition
   else:
     found = cut(costs, schedule.stages, str(method), empty=True)
-  if stack.uniform and len(set(found.sizes)) == 1:  # what it does anyway, in one loop
+  # A partition would pack the stack, which without one has equally many layers in a stage anyway.
+  if stack.uniform and len(set(found.sizes)) == 1:
     return stack, found
   return dataclasses.replace(stack, partition=found.sizes), found
 
 
 def _numbers(method: str | Sequence[int]) -> tuple[int, ...]:
-  """The sizes, where they are given."""
+  """Number of layers of each stage where `method` says it itself; empty for a name."""
   if not isinstance(method, str):
     return tuple(method)
   return tuple(map(int, method.split(","))) if re.fullmatch(r"\d+(,\d+)*", method) else ()

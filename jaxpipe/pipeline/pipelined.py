@@ -1,4 +1,12 @@
-"""A loss over a stack of layers, pipelined: for those who have a training loop of their own."""
+"""Pipelines a loss over a stack of layers, for users who have a training loop of their own.
+
+`pipeline` assembles a stack, a schedule and a mesh, checks that they fit one another, and returns a
+`Pipelined` with the functions that a training loop calls:
+
+    pipe = jaxpipe.pipeline(loss, modules, batch, mesh="stage:4", schedule="1f1b")
+    params = pipe.init(key, batch)
+    (loss, metrics), grads = pipe.value_and_grad(params, batch, key)
+"""
 
 from __future__ import annotations
 
@@ -19,6 +27,7 @@ from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.partitioned import partitioned
 from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.stack.forward import modules, run_layers
+from jaxpipe.stack.protocol import is_packed
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -26,11 +35,15 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Pipelined:
-  """A stack, a schedule and a mesh; every method takes and returns what lies on that mesh.
+  """A stack, a schedule and a mesh, with the functions that train and evaluate over them.
+
+  Trees that methods take and return are placed, as by `place`, unless the method says otherwise.
 
   Attributes:
-    stack, schedule, mesh: what runs, in which order, where.
-    options: of `pipeline_value_and_grad`.
+    stack: the network.
+    schedule: order of the actions, and which device has which stage.
+    mesh: the devices, with an axis `stage` of `schedule.devices`.
+    options: keyword arguments of `pipeline_value_and_grad`.
   """
 
   stack: LayerStack
@@ -39,63 +52,97 @@ class Pipelined:
   options: dict[str, Any]
 
   def __str__(self) -> str:
-    """What runs where, in a few lines."""
+    """Schedule, mesh and stages in a few lines; of a packed stack, the modules of each stage."""
     sizes = ",".join(f"{axis}:{n}" for axis, n in self.mesh.shape.items() if n > 1) or "one device"
     laid = self.stack.laid_out(self.schedule)
     lines = [
       f"{self.schedule.name} of {self.schedule.microbatches} microbatches over {sizes}"
-      f" ({self.schedule.stages} stages, {laid.depth if laid.uniform else self.stack.depth} layers)"
+      f" ({self.schedule.stages} stages, {self.stack.depth} layers)"
     ]
-    if not laid.uniform:
-      label = lambda name: f"{name} {self.stack.network.specs[name].label}"  # noqa: E731
-      lines += [f"stage {s}: {', '.join(map(label, names))}" for s, names in enumerate(laid.stages)]
+    if is_packed(laid):
+      specs = self.stack.network.specs
+      for s, names in enumerate(laid.stages):
+        lines.append(f"stage {s}: {', '.join(f'{name} {specs[name].label}' for name in names)}")
     return "\n".join(lines)
 
   def init(self, key: jax.Array, batch: Tree) -> Tree:
-    """Fresh parameters; each device makes its own."""
+    """Returns fresh parameters, of which each device makes its own.
+
+    Args:
+      key: PRNG key of the values.
+      batch: an example batch or its shapes, leaves `[B, ...]`.
+    """
     return self.stack.init(key, batch, self.schedule, self.mesh)
 
   def init_state(self, key: jax.Array, batch: Tree) -> Tree:
-    """The state that goes with them: statistics and frozen weights."""
+    """Returns fresh model state, such as running statistics and frozen weights.
+
+    Args:
+      key: PRNG key of the values; that of `init`, for weights that belong to its parameters.
+      batch: an example batch or its shapes, leaves `[B, ...]`.
+    """
     return self.stack.init_state(key, batch, self.schedule, self.mesh)
 
   @functools.cached_property
   def value_and_grad(self) -> Callable[..., Any]:
-    """See `pipeline_value_and_grad`; compiled at its first call."""
+    """A training step `(params, batch, key=None) -> ((loss, metrics), grads)`.
+
+    With model state, `(params, batch, key, state) -> ((loss, metrics, state), grads)`. The step is
+    compiled at its first call; `pipeline_value_and_grad` describes arguments and results.
+    """
     return pipeline_value_and_grad(self.stack, self.schedule, self.mesh, **self.options)
 
   @functools.cached_property
   def evaluate(self) -> Callable[..., Any]:
-    """See `pipeline_forward`."""
+    """An evaluation `(params, batch, state=None) -> (loss, metrics)`: forwards only, no dropout.
+
+    Running statistics take the place of the batch's own; see `pipeline_forward`.
+    """
     return pipeline_forward(self.stack, self.schedule, self.mesh)
 
   def place(self, tree: Tree) -> Tree:
-    """A canonical tree (parameters, moments, state) to its places."""
+    """Lays a canonical tree of parameters, moments or model state out over the devices."""
     return place(tree, self.stack, self.schedule, self.mesh) if jax.tree.leaves(tree) else tree
 
   def unplace(self, tree: Tree) -> Tree:
-    """Back to the canonical tree, a leaf for every variable of every module."""
+    """Returns the canonical tree of a placed one, with its layers in model order."""
     return unplace(tree, self.stack, self.schedule) if jax.tree.leaves(tree) else tree
 
   def check(self, batch: Tree) -> Report:
-    """Every gradient leaf of fresh parameters against the unpipelined model's; `jaxpipe.check`."""
+    """Compares every gradient leaf with the unpipelined model's, for fresh parameters.
+
+    Args:
+      batch: arrays, leaves `[B, ...]`. One device must hold the whole model.
+    """
     return check(self.stack, self.schedule, self.mesh, batch, **self.options)
 
   def predict(self, params: Tree, batch: Tree, state: Tree | None = None) -> Tree:
-    """What the last layer returns for a batch of any size, without dropout, by moving averages.
+    """Returns the output of the last layer in evaluation: no dropout, norms by moving averages.
 
-    All layers run on this process's first device, which must have room for them.
+    All layers run on this process's first device, which must have memory for all of them.
+
+    Args:
+      params: placed parameters.
+      batch: arrays, leaves `[B, ...]`, B of any size.
+      state: placed model state, where the stack has any.
 
     Raises:
       ValueError: the stack has state and none is given, or the other way round.
     """
     state = given_state(self.stack, state)
     trees = self.unplace(params), self.unplace(state) if state else {}, batch
-    return _predict(self.stack, *jax.device_put(trees, self.mesh.local_devices[0]))
+    return self._run_layers(*jax.device_put(trees, self.mesh.local_devices[0]))
+
+  # A property of this object, so that the stack and its programs go when the object goes: as a
+  # static argument of a function of the module, the stack would live as long as the process.
+  @functools.cached_property
+  def _run_layers(self) -> Callable[[Tree, Tree, Tree], Tree]:
+    """Compiled `(canonical params, canonical state, batch) -> output of the last layer`."""
+    return jax.jit(functools.partial(_predict, self.stack))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _predict(stack: LayerStack, params: Tree, state: Tree, batch: Tree) -> Tree:
+  """Runs the embedding and all layers as modules in evaluation mode, one after the other."""
   embed, *layers, _ = modules(stack, params, state)
   return run_layers(layers, embed(batch), batch)
 
@@ -116,21 +163,26 @@ def pipeline(
   """Pipelines a plain loss function over a stack of layers.
 
   Args:
-    loss: `loss(y, batch)`, a loss for every row, or `(loss_sum, weight, metrics)`; None where
-      `layers` is a `LayerStack`, which has its own.
-    layers: modules in a row, or a `LayerStack`; see `LayerStack.from_modules`.
-    batch: an example batch or its shapes.
-    mesh: as `make_mesh` takes it, or one that it has made.
+    loss: `loss(y, batch)`, where y is what the last module returns: a loss for every row, or
+      `(loss_sum, weight, metrics)`. None where `layers` is a `LayerStack`, which has its own.
+    layers: modules in a row, as `LayerStack.from_modules` takes them, or a `LayerStack`.
+    batch: an example batch or its shapes, leaves `[B, ...]`. Without one, which only a `LayerStack`
+      allows, rows that do not divide are first refused by the step.
+    mesh: a text such as `stage:4,data:2`, as `make_mesh` takes it, or a mesh that it has made.
     schedule: a name, or a schedule for the mesh's stages.
-    microbatches: M, where the schedule is named.
-    partition: how many layers each stage has, or a method of `partitioned`, such as `best`; by
+    microbatches: M, where the schedule is named; not read otherwise.
+    partition: the number of layers of each stage, or a method of `partitioned`, such as `best`; by
       default as even as can be.
-    inputs: see `LayerStack.from_modules`.
-    residuals: see `pipeline_value_and_grad`.
-    stack_options: of `LayerStack`: tied, trainable.
+    inputs: which entry of the batch goes into the first module, or a function of the batch.
+    residuals: what F keeps for the backward; see `pipeline_value_and_grad`.
+    stack_options: `tied` and `trainable` of `LayerStack`, where `layers` is none.
+
+  Returns:
+    The step, the evaluation and the placing of parameters, as one object.
 
   Raises:
-    ValueError: as each of these does; or rows that the microbatches do not divide.
+    ValueError: modules, mesh, schedule, partition or residuals that do not fit one another, each
+      with the numbers that differ; rows that the microbatches do not divide.
   """
   if isinstance(layers, LayerStack):
     if loss is not None or stack_options:
@@ -157,5 +209,6 @@ def pipeline(
     stack = dataclasses.replace(stack, partition=partition)
   options = {"residuals": residuals}
   made = Pipelined(stack=stack, schedule=schedule, mesh=mesh, options=options)
-  made.value_and_grad  # refuses what does not fit  # noqa: B018
+  # Building the step checks it: what does not fit is refused here, not at the first call.
+  _ = made.value_and_grad
   return made

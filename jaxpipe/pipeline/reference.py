@@ -1,7 +1,13 @@
-"""The oracle: the same loss and gradients without a pipeline, on one device, by `jax.grad`.
+"""Computes loss and gradients of a stack without a pipeline, on one device: the executor's oracle.
 
-Nothing here is shared with the executor but the stack's own functions: no split, no tick table, no
-rings. Microbatches are summed in the order 0 ... M-1.
+Tests and `check` compare the pipeline with this function. It shares with the executor the stack's
+own functions and the residual policies, and none of the machinery: layers are differentiated whole,
+by `jax.value_and_grad`, and there is no tick table and no ring buffer. Microbatches are summed in
+the order 0 ... M-1:
+
+    loss   sum of loss_sum over the microbatches, over sum of weight
+    grads  sum of the gradients of loss_sum, over sum of weight
+    state  floats: mean of what each microbatch makes of the old state; whole numbers: the largest
 """
 
 from __future__ import annotations
@@ -19,12 +25,14 @@ from jaxpipe.pipeline.batch import check_rows, given_state
 from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.residuals import Policy, Residuals, residual_policy
 from jaxpipe.pipeline.storage.rings import wide
+from jaxpipe.stack.context import LayerInputs, MicrobatchInputs
+from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
 
 
 def reference_value_and_grad(
-  stack: Any,
+  stack: LayerStack,
   microbatches: int,
   residuals: str | Policy = "all",
   paths: Sequence[Sequence[int]] | None = None,
@@ -32,26 +40,35 @@ def reference_value_and_grad(
   """Returns the unpipelined counterpart of `pipeline_value_and_grad`.
 
   Args:
-    stack: a `LayerStack`.
-    microbatches: M; dropout masks are keyed by microbatch, so it is part of the function.
-    residuals: as for the pipeline, one stage holding all layers; it changes memory and time, never
+    stack: the network.
+    microbatches: M. It is part of the function, since dropout masks are keyed by microbatch.
+    residuals: as for the pipeline, with all layers in one stage. It changes memory and time, never
       the result.
-    paths: for every microbatch, the layers that it passes, in order; default, all of them.
+    paths: for each microbatch, the numbers of the layers that it passes, in order; default, all
+      layers. Only for stacks whose layers are alike.
 
   Returns:
-    `reference(params, batch, key=None) -> ((loss, metrics), grads)`, or with `state`, jitted; all
-    trees canonical, everything else as for the pipeline.
+    `reference(params, batch, key=None) -> ((loss, metrics), grads)`, or of a stack with model state
+    `reference(params, batch, key, state) -> ((loss, metrics, state), grads)`, jitted. All trees are
+    canonical; shapes, dtypes and meaning are those of the pipeline's step.
 
   Raises:
     ValueError: an unknown policy, or paths of another number of microbatches; when it is called,
-      names that no layer bears.
+      checkpoint names that no layer has, rows that do not divide, a state that is missing.
   """
   policy = residual_policy(residuals)
   orders = _orders(stack.depth, microbatches, paths)
+  forward: Callable[..., Any]
   if stack.uniform:
-    loss_of = functools.partial(_loss_of_layers_alike, stack, policy, orders, paths is None)
+    forward = functools.partial(_run_layers_alike, stack, policy, orders, paths is None)
   else:
-    loss_of = functools.partial(_loss_of_modules, stack, policy)
+    forward = functools.partial(_run_modules, stack, policy)
+
+  def value_and_grad(keep: Policy | None) -> Callable[..., Any]:
+    def loss_sum(params: Tree, state: Tree, batch: Tree, m: jax.Array, key: Any) -> Any:
+      return forward(keep, params, state, _inputs(batch, m, key))
+
+    return jax.value_and_grad(loss_sum, has_aux=True)
 
   @jax.jit
   def reference(
@@ -59,15 +76,14 @@ def reference_value_and_grad(
   ) -> Any:
     old = given_state(stack, state)
     rows = check_rows(batch, microbatches)
-    cut = jax.tree.map(lambda leaf: leaf.reshape(microbatches, rows, *leaf.shape[1:]), batch)
-    first = jax.tree.map(lambda leaf: leaf[0], cut)
-
-    def value_and_grad(keep: Policy | None) -> Callable[..., Any]:
-      return jax.value_and_grad(functools.partial(loss_of, keep), has_aux=True)
-
+    divided = jax.tree.map(lambda leaf: leaf.reshape(microbatches, rows, *leaf.shape[1:]), batch)
+    first = jax.tree.map(lambda leaf: leaf[0], divided)
+    # Traced once for its shapes alone; on the way, the policy refuses checkpoint names to keep that
+    # no layer has.
     shapes = policy.traced(
       lambda keep: jax.eval_shape(value_and_grad(keep), params, old, first, jnp.int32(0), key)
     )
+    # Sums are at least as precise as float32, whatever the precision of what is added.
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
     (loss, (weight, metrics, states)), grads = start
     start = ((loss, (weight, metrics, jax.tree.map(_least, states))), grads)
@@ -78,18 +94,17 @@ def reference_value_and_grad(
         params, old, batch, m, key
       )
       ((losses, (weights, all_metrics, states)), all_grads) = sums
-      add = lambda a, b: jax.tree.map(lambda a, b: a + b.astype(a.dtype), a, b)  # noqa: E731
-      aux = (add(weights, weight), add(all_metrics, metrics), jax.tree.map(_count, states, new))
-      return ((add(losses, loss), aux), add(all_grads, grads)), None
+      aux = (_add(weights, weight), _add(all_metrics, metrics), jax.tree.map(_count, states, new))
+      return ((_add(losses, loss), aux), _add(all_grads, grads)), None
 
-    sums, _ = lax.scan(one, start, (jnp.arange(microbatches), cut))
+    sums, _ = lax.scan(one, start, (jnp.arange(microbatches), divided))
     (loss, (weight, metrics, counted)), grads = sums
+    # Divided once, after the sum: the weights of later microbatches are unknown to earlier ones.
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     if not old:
       return (loss / weight, metrics), grads
-    mean = lambda sums, old: (sums / microbatches if is_float(old) else sums).astype(old.dtype)  # noqa: E731
     new = jax.tree.map(
-      lambda changes, sums, old: mean(sums, old) if changes else old,
+      lambda changes, sums, old: _mean(sums, old, microbatches) if changes else old,
       stack.changing(),
       counted,
       old,
@@ -99,69 +114,107 @@ def reference_value_and_grad(
   return reference
 
 
+def _add(sums: Tree, new: Tree) -> Tree:
+  """Adds leaf by leaf, in the sums' own precision."""
+  return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new)
+
+
 def _least(zeros: jax.Array) -> jax.Array:
-  """What sums, or largest whole numbers, begin with."""
+  """The value that `_count` begins with: 0 for a sum, the least integer for a maximum."""
   return zeros if is_float(zeros) else jnp.full_like(zeros, jnp.iinfo(zeros.dtype).min)
 
 
 def _count(sums: jax.Array, new: jax.Array) -> jax.Array:
-  """Adds what a microbatch has made of the state; of whole numbers, the largest is kept."""
+  """Adds a leaf of the state after a microbatch to its sum; of integers, keeps the larger one."""
   new = new.astype(sums.dtype)
   return sums + new if is_float(new) else jnp.maximum(sums, new)
 
 
-def _loss_of_layers_alike(
-  stack: Any,
+def _mean(sums: jax.Array, old: jax.Array, microbatches: int) -> jax.Array:
+  """A leaf of the new state: the mean of M floats, or the largest integer as it is."""
+  return (sums / microbatches if is_float(old) else sums).astype(old.dtype)
+
+
+def _inputs(batch: Tree, m: jax.Array, key: jax.Array | None) -> MicrobatchInputs:
+  """What all modules are given of microbatch `m`, whose rows are all on this device."""
+  rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
+  return MicrobatchInputs(batch=batch, key=key, microbatch=m, rows=rows)
+
+
+def _keeping(keep: Policy | None, run: Callable[..., Any]) -> Callable[..., Any]:
+  """`run`, whose backward recomputes whatever `keep` does not say to keep; with None, nothing."""
+  return run if keep is None else jax.checkpoint(run, policy=keep)
+
+
+def _run_layers_alike(
+  stack: LayerStack,
   policy: Residuals,
   orders: jax.Array,
   whole: bool,
   keep: Policy | None,
   params: Tree,
   state: Tree,
-  batch: Tree,
-  m: jax.Array,
-  key: jax.Array | None,
+  inputs: MicrobatchInputs,
 ) -> Any:
-  """One microbatch's `loss_sum, (weight, metrics, state)`, by a loop over stacked layers."""
-  rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
+  """Returns one microbatch's `loss_sum, (weight, metrics, state)`, by a loop over stacked layers.
+
+  Args:
+    stack: whose layers are alike.
+    policy: what the backward finds kept, of the stage.
+    orders: int32 [M, longest], the layers that each microbatch passes; see `_orders`.
+    whole: whether every microbatch passes all layers, in their order; `orders` is not read then.
+    keep: what the backward finds kept, within a layer.
+    params: canonical.
+    state: returned as it is; a stack of layers that are alike has none.
+    inputs: of the microbatch.
+  """
 
   def layer(x: Tree, layer_params: Tree, i: jax.Array) -> Tree:
-    inputs = dict(batch=batch, key=key, layer=i, microbatch=m, rows=rows)
-    return stack.apply_layer(layer_params, x, True, inputs)
+    layer_inputs: LayerInputs = {**inputs, "layer": i}
+    return stack.apply_layer(layer_params, x, True, layer_inputs)
 
-  kept = layer if keep is None else jax.checkpoint(layer, policy=keep)
+  kept = _keeping(keep, layer)
 
   def layers(x: Tree, params: Tree) -> Tree:
+    # Layers in their order are looped over as they lie; other paths need a gathered copy of them.
     if whole:
       each = (params, jnp.arange(stack.depth))
       return lax.scan(lambda x, args: (kept(x, *args), None), x, each)[0]
 
+    # Paths shorter than the longest end in -1, where x passes unchanged.
     def passed(x: Tree, layer: Tree, i: jax.Array) -> Tree:
       return lax.cond(i < 0, lambda x, *_: x, kept, x, layer, i)
 
-    order = orders[m]
+    order = orders[inputs["microbatch"]]
     each = (jax.tree.map(lambda p: p[order], params), order)
     return lax.scan(lambda x, args: (passed(x, *args), None), x, each)[0]
 
+  # Under `full`, the backward begins with a second forward of all layers, which are one stage here.
   run = jax.checkpoint(layers) if policy.stage_input else layers
+  batch = inputs["batch"]
   y = run(stack.apply_embed(params["embed"], batch), params["layers"])
   loss, (weight, metrics) = stack.apply_head(stack.head_params(params), y, batch)
   return loss, (weight, metrics, state)
 
 
-def _loss_of_modules(
-  stack: Any,
+def _run_modules(
+  stack: LayerStack,
   policy: Residuals,
   keep: Policy | None,
   params: Tree,
   state: Tree,
-  batch: Tree,
-  m: jax.Array,
-  key: jax.Array | None,
+  inputs: MicrobatchInputs,
 ) -> Any:
-  """The same by one module after the other."""
-  rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
-  inputs = dict(batch=batch, key=key, layer=0, microbatch=m, rows=rows)
+  """Returns one microbatch's `loss_sum, (weight, metrics, new state)`, one module after another.
+
+  Args:
+    stack: of any layers.
+    policy: what the backward finds kept, of the stage.
+    keep: what the backward finds kept, within a module.
+    params: canonical.
+    state: canonical; empty where no module has any.
+    inputs: of the microbatch.
+  """
 
   def modules(params: Tree, state: Tree) -> Any:
     own, old = stack.network.split(params), stack.network.split(state) if state else {}
@@ -169,8 +222,9 @@ def _loss_of_modules(
     after: dict[str, Tree] = {}
     for module in stack.network.specs:
       run = functools.partial(stack.network.call, module, training=True, inputs=inputs)
-      kept = run if keep is None else jax.checkpoint(run, policy=keep)
-      x, after[module] = kept(stack.network.params_of(module, own), old.get(module, {}), x)
+      params_of_module = stack.network.params_of(module, own)
+      x, after[module] = _keeping(keep, run)(params_of_module, old.get(module, {}), x)
+    # The last module is the head, which returns the sums in place of another x.
     loss, (weight, metrics) = x
     return loss, (weight, metrics, stack.network.join(after) if state else state)
 

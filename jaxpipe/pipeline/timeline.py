@@ -22,13 +22,16 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline.device.order import blocks
 from jaxpipe.pipeline.device.probe import Clock
+from jaxpipe.pipeline.execution import Execution
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
-from jaxpipe.pipeline.layer.residuals import Policy, residual_policy
-from jaxpipe.pipeline.table.lower import lower
+from jaxpipe.pipeline.layer.residuals import Policy
 from jaxpipe.pipeline.table.program import IDLE, Program
-from jaxpipe.pipeline.table.unroll import Segment, cut, exchanges, tick_durations, tick_times
+from jaxpipe.pipeline.table.segment import Segment
+from jaxpipe.pipeline.table.tick_times import exchanges, tick_durations, tick_times
 from jaxpipe.schedules import Costs, Kind, Schedule, Timeline, simulate
 from jaxpipe.schedules.peaks import peaks
+from jaxpipe.schedules.ticks import ticks as ticks_of
+from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
 
@@ -73,11 +76,10 @@ class Measured:
   def replayed(self) -> Timeline:
     """The same from every action's own duration: what is still wrong is not in the durations."""
     durations = np.zeros((self.program.ticks, self.program.schedule.devices))
-    for d, row in enumerate(self.program.schedule.order):
+    for d, row in enumerate(ticks_of(self.program.schedule, self.program.slack)):
       times = zip(row, self.timeline.start[d], self.timeline.end[d], strict=True)
-      for step, start, end in times:
-        for action in step.parts:
-          durations[self.program.at[action][1], d] = end - start
+      for tick, start, end in times:
+        durations[tick, d] = end - start
     return self._of(durations)
 
   def free(self) -> Timeline:
@@ -97,7 +99,7 @@ class Measured:
 
 
 def measure(
-  stack: Any,
+  stack: LayerStack,
   schedule: Schedule,
   mesh: Mesh,
   params: Tree,
@@ -125,13 +127,12 @@ def measure(
     raise ValueError(f"steps={steps} measure nothing; use 1 or more")
   if not stack.uniform:
     raise ValueError("actions are timed of layers of one kind, and the stack's are not alike")
-  keeps_input = residual_policy(residuals).stage_input
-  program = lower(schedule.check(), keeps_input=keeps_input, slack=slack)
-  segments = cut(program, unroll)
+  execution = Execution.of(stack, schedule, mesh, residuals=residuals, slack=slack)
+  program, parts = execution.program, execution.segments(unroll)
   clock = Clock(mesh.axis_names)
   plain, probed = (
     pipeline_value_and_grad(
-      *(stack, schedule, mesh), residuals=residuals, slack=slack, unroll=unroll, probe=probe
+      stack, schedule, mesh, residuals=residuals, slack=slack, unroll=unroll, probe=probe
     )
     for probe in (None, clock)
   )
@@ -150,11 +151,11 @@ def measure(
   timeline = _timeline(program, ticks)
   return Measured(
     timeline=timeline,
-    hop=_hop(program, segments, ticks),
+    hop=_hop(program, parts, ticks),
     outside=float(step_probed) - timeline.makespan,
     step=float(step),
     program=program,
-    segments=segments,
+    segments=parts,
     blocking=blocks(mesh),
   )
 
@@ -187,9 +188,10 @@ def _times(clock: Clock, program: Program, mesh: Mesh) -> np.ndarray:
 
 
 def _timeline(program: Program, ticks: np.ndarray) -> Timeline:
+  # By position and not by action: a gather of a stage's weights may stand in a list several times.
   rows = [
-    [ticks[program.at[action][1], d].tolist() for step in row for action in step.parts]
-    for d, row in enumerate(program.schedule.order)
+    [ticks[tick, d].tolist() for tick in row]
+    for d, row in enumerate(ticks_of(program.schedule, program.slack))
   ]
   held = peaks(program.schedule)
   return Timeline(
@@ -219,7 +221,7 @@ def mean_costs(timeline: Timeline, hop: float = 0.0) -> Costs:
   """Costs under which every stage does in all the work that it did in a timeline.
 
   Args:
-    timeline: of F, R, I, W, B, S and T, no two of them at once on one device.
+    timeline: of F, R, I, W, B, S, T and G, no two of them at once on one device.
     hop: latency between devices.
   """
   S = timeline.schedule.stages
@@ -246,4 +248,5 @@ def mean_costs(timeline: Timeline, hop: float = 0.0) -> Costs:
     hop,
     recompute=mean(Kind.R).tolist(),
     head=shards,
+    gather=mean(Kind.G).tolist(),
   )

@@ -1,4 +1,4 @@
-"""`python -m jaxpipe.schedules`; see `cli`."""
+"""Entry point of the command line `python -m jaxpipe.schedules`, which `command.cli` implements."""
 
 import sys
 

@@ -1,58 +1,21 @@
-"""The words of a schedule: an action is one piece of work on one stage for one microbatch.
+"""Actions, the words of a schedule: one piece of work on one stage for one microbatch.
 
-Kinds are written with PyTorch's letters, so that the CSV files of `torch.distributed.pipelining`
-are ours too. Zero Bubble (Qi et al., 2023, arXiv:2401.10241) splits the backward pass: its B is
-our `I`, its W our `W`; our `B` is the fused pair.
-
-Not every kind counts stages and microbatches:
-
-  kind        number before it              number after it
-  F R I W B   stage                         microbatch
-  S T         shard of the vocabulary,      microbatch
-              which is the device's number
-  G X         stage                         first microbatch of the unit that needs the weights
-  Y           frozen layer                  microbatch of the *next* step
-  U           stage                         0: step, 1: validate the step before
+An action is written as a token `<stage><kind><microbatch>`, such as `3F0` for the forward of stage
+3 on microbatch 0. `kinds` lists the kinds, and says what the two numbers count where that is not a
+stage and a microbatch. A device may also run a forward and a backward at once, as an overlapped
+pair; its token is PyTorch's `(0F7;7B3)OVERLAP_F_B`.
 """
 
 import dataclasses
-import enum
 import re
 from typing import Self
+
+from jaxpipe.schedules.kinds import Kind
 
 
 class ScheduleError(ValueError):
   """A schedule is not legal, or its text cannot be read."""
 
-
-class Kind(enum.StrEnum):
-  """What a device does in one action."""
-
-  F = "F"  # forward
-  R = "R"  # recompute what a rematerialized forward dropped
-  I = "I"  # gradient of the stage's input
-  W = "W"  # gradient of the stage's weights
-  B = "B"  # I and W in one
-  S = "S"  # output layer on one shard of the vocabulary
-  T = "T"  # its weight gradient (with two barriers: all of its gradients)
-  G = "G"  # gather a stage's weights
-  X = "X"  # release them
-  Y = "Y"  # filler: a frozen layer of the next step
-  U = "U"  # optimizer
-
-  # Enum's own hash is a Python function, and kinds are looked up several times per action.
-  __hash__ = str.__hash__
-
-
-# What each kind produces. Everything that waits, or that must happen exactly once, is stated in
-# terms of these products, so that a fused B needs no special case anywhere else.
-PRODUCTS: dict[Kind, tuple[Kind, ...]] = {
-  **{kind: (kind,) for kind in Kind},
-  Kind.B: (Kind.I, Kind.W),
-}
-
-# The passes through a stage: what must be where the stage's weights are.
-STAGE_KINDS = frozenset({Kind.F, Kind.R, Kind.I, Kind.W, Kind.B})
 
 # Letters other than these (PyTorch's SEND_F, UNSHARD, ...) are refused, not skipped: a schedule
 # that was read in part would pass for another one.
@@ -65,7 +28,15 @@ _OVERLAP = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
 # Slots: schedules of half a million actions are common in studies of scaling.
 @dataclasses.dataclass(frozen=True, slots=True)
 class Action:
-  """One piece of work: `kind` for `microbatch` on `stage`, all counted from 0."""
+  """One piece of work of one device, in general a pass of one microbatch through one stage.
+
+  Attributes:
+    stage: the number before the letter: a stage, counted from 0, or for some kinds what
+      `KindInfo.before` says.
+    kind: what is done.
+    microbatch: the number after the letter: a microbatch, counted from 0, or for some kinds what
+      `KindInfo.after` says.
+  """
 
   stage: int
   kind: Kind
@@ -73,7 +44,7 @@ class Action:
 
   @property
   def parts(self) -> "tuple[Action, ...]":
-    """The actions that this step of a device's list consists of: itself."""
+    """The actions that this step of a device's list consists of, which is itself alone."""
     return (self,)
 
   @classmethod
@@ -108,7 +79,12 @@ class Action:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Overlap:
-  """A forward and a backward of different microbatches that a device runs at once (DualPipe)."""
+  """A forward and a backward of different microbatches that a device runs at once (DualPipe).
+
+  Attributes:
+    forward: an F.
+    backward: a B or an I.
+  """
 
   forward: Action
   backward: Action
@@ -133,7 +109,13 @@ Order = tuple[tuple[Step, ...], ...]
 
 
 def parse_step(token: str) -> Step:
-  """Reads `<stage><kind><microbatch>` or PyTorch's `(<action>;<action>)OVERLAP_F_B`.
+  """Reads one entry of a device's list.
+
+  Args:
+    token: `<stage><kind><microbatch>`, or PyTorch's `(<action>;<action>)OVERLAP_F_B`.
+
+  Returns:
+    The action or the overlapped pair.
 
   Raises:
     ScheduleError: the text is neither.

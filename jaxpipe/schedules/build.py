@@ -1,7 +1,7 @@
-"""Building schedules by name: what holds for all families is seen to here, once.
+"""Builds schedules by name, and does once what is common to all families.
 
-That is: sizes that make sense, options that exist, the cut of the backward pass, legality, the
-memory limit.
+These are: checks of sizes and options, then the family's own builder, then fusing, splitting or
+deferring backwards, recompute and vocabulary passes, and at last legality and the memory limit.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jaxpipe.schedules.transforms.vocabulary import with_vocabulary
 
 
 def schedule_names() -> tuple[str, ...]:
-  """Names that `make_schedule` knows."""
+  """Returns the names that `make_schedule` knows, in the order of `--list`."""
   return tuple(FAMILIES)
 
 
@@ -46,13 +46,13 @@ def make_schedule(
     chunks: stages per device, V; by default the family's own number.
     backward: `fused`, `split` or `deferred`; by default the family's own way.
     costs: durations, for schedules that are planned around them.
-    memory: what an F, an I and a W change in what its device holds.
+    memory: changes of the memory that a device holds by an F, an I and a W.
     memory_limit: most memory that any device may hold, in the unit of `memory`; one number, or one
       per device.
     recompute: whether recomputing is an action of its own, R, before every backward.
     head: `last`, where the last stage has it whole, or `sharded` with the embedding over all
       devices: each then runs an S and a T for every microbatch.
-    options: what only this family understands, such as `waves` of `hanayo`.
+    options: arguments that only this family understands, such as `waves` of `hanayo`.
 
   Returns:
     A legal schedule within the limit.
@@ -71,7 +71,7 @@ def make_schedule(
   for word, number in (("devices", devices), ("microbatches", microbatches), ("chunks", chunks)):
     if number < 1:
       raise ValueError(f"{name} cannot run with {word}={number}; use {word}=1 or more")
-  if chunks != family.chunks and not family.any_chunks:
+  if not family.offers(chunks):
     raise ValueError(
       f"{name} has {family.chunks} chunk(s) per device, not {chunks}; use chunks={family.chunks}"
     )
@@ -105,6 +105,7 @@ def make_schedule(
 # a quarter of the time.
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
+  """Switches the collection of reference cycles off, and on again if it was on."""
   was = gc.isenabled()
   gc.disable()
   try:
@@ -115,6 +116,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _check_options(name: str, options: Mapping[str, int]) -> None:
+  """Raises ValueError for an option that the family does not have, or that is below 1."""
   known = FAMILIES[name].options
   for option, value in options.items():
     if option not in known:
@@ -125,7 +127,16 @@ def _check_options(name: str, options: Mapping[str, int]) -> None:
 
 
 def check_memory(schedule: Schedule, memory: Memory, limit: float | Sequence[float] | None) -> None:
-  """Raises ValueError if some device of the schedule holds more than its limit."""
+  """Raises if some device of a schedule holds more than its limit.
+
+  Args:
+    schedule: a schedule.
+    memory: changes of the memory that a device holds by F, I and W (and R).
+    limit: most that a device may hold: one number, or one per device; None for no limit.
+
+  Raises:
+    ValueError: a device holds more, or a list has the wrong length.
+  """
   limits = limit_by_device(limit, schedule.devices)
   for d, (peak, limit) in enumerate(zip(peaks(schedule, memory).memory, limits, strict=True)):
     if not peak <= limit:  # so that a NaN is refused as well

@@ -1,21 +1,23 @@
-"""What work costs: how long each action takes, and what it changes in what a device holds."""
+"""Costs of actions: how long each takes, and how it changes the memory that its device holds.
 
-from __future__ import annotations
+Both may differ by stage. They are inputs of planning and simulation only: a legal schedule is legal
+at any costs.
+"""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
-from jaxpipe.schedules.actions import Kind, Step
-
-if TYPE_CHECKING:
-  from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.actions import Step
+from jaxpipe.schedules.kinds import PRODUCTS, REQUIRED, Kind
+from jaxpipe.schedules.schedule import Schedule
 
 _LEAST, _MOST = 1e-12, 1e15
+# The passes that durations and memory are given for; those of B follow.
+_GIVEN = (*REQUIRED, Kind.R)
 
 # One number for all stages, or one per stage.
 PerStage = float | Sequence[float]
-# Changes in what a device holds by F, I and W, and by R if there is a fourth.
+# Changes in the memory that a device holds by F, I and W, and by R if there is a fourth.
 Memory = tuple[PerStage, ...]
 
 
@@ -69,26 +71,26 @@ class Costs:
           raise ValueError(f"{field.name} is not between {_LEAST:g} and {_MOST:g}; use other units")
 
   def durations(self, stages: int) -> dict[Kind, tuple[float, ...]]:
-    """Time of F, R, I, W and B on each of S stages, without the head."""
-    forward = by_stage("forward", self.forward, stages)
-    input_grad = by_stage("input_grad", self.input_grad, stages)
-    weight_grad = by_stage("weight_grad", self.weight_grad, stages)
+    """Returns the times of F, R, I, W and B on each of S stages, without the head."""
     recompute = self.forward if self.recompute is None else self.recompute
-    return {
-      Kind.F: forward,
-      Kind.R: by_stage("recompute", recompute, stages),
-      Kind.I: input_grad,
-      Kind.W: weight_grad,
-      Kind.B: tuple(i + w for i, w in zip(input_grad, weight_grad, strict=True)),
-    }
+    given = (
+      ("forward", self.forward),
+      ("input_grad", self.input_grad),
+      ("weight_grad", self.weight_grad),
+      ("recompute", recompute),
+    )
+    return _of_passes(by_stage(name, value, stages) for name, value in given)
 
   def all_durations(self, schedule: Schedule) -> dict[Kind, tuple[float, ...]]:
-    """Time of every action, by its kind and the number before the kind."""
+    """Returns the time of every action, by its kind and by the number before the letter."""
     S, P = schedule.stages, schedule.devices
     times = self.durations(S)
     if self.head and not schedule.vocabulary:
-      for kind, parts in ((Kind.F, 1), (Kind.I, 1), (Kind.W, 1), (Kind.B, 2)):
-        times[kind] = (*times[kind][:-1], times[kind][-1] + parts * self.head)
+      for kind in times:
+        # Once for each of F, I and W, so twice for a fused B; R repeats the layers only.
+        if kind.info.necessary:
+          head = len(PRODUCTS[kind]) * self.head
+          times[kind] = (*times[kind][:-1], times[kind][-1] + head)
     shares = {0: (0, 0), 1: (2, 1), 2: (1, 2)}[schedule.vocabulary]
     for kind, share in zip((Kind.S, Kind.T), shares, strict=True):
       times[kind] = (_part(share * self.head, P),) * P
@@ -99,7 +101,7 @@ class Costs:
     return times
 
   def _fillers(self, schedule: Schedule) -> tuple[float, ...]:
-    """One time per frozen layer, as many as the schedule has."""
+    """Returns one time per frozen layer, for as many as the schedule has."""
     layers = max(
       (
         1 + action.stage
@@ -115,45 +117,68 @@ class Costs:
     return (self.filler,) * layers if not isinstance(self.filler, Sequence) else ()
 
   def of(self, step: Step, durations: dict[Kind, tuple[float, ...]]) -> float:
-    """Time of one step of a device's list, pairs included."""
+    """Returns the time of one step of a device's list, be it an action or an overlapped pair.
+
+    Args:
+      step: the step.
+      durations: `all_durations` of its schedule.
+    """
     times = [durations[part.kind][part.stage] for part in step.parts]
     return times[0] if len(times) == 1 else self.overlap * sum(times)
 
 
 def _part(total: float, parts: int) -> float:
-  """A share that stays an integer where it can."""
+  """Divides, with an integer result where integers divide evenly."""
   return total // parts if total % parts == 0 else total / parts
 
 
 def memory_changes(memory: Memory, stages: int) -> dict[Kind, tuple[float, ...]]:
-  """What every kind of action changes in what its device holds, by stage.
+  """Returns the changes of the memory that a device holds, by kind of action and stage.
 
   Args:
     memory: changes by F, I and W, and by R (0 if not given); numbers or sequences by stage.
     stages: number of stages, S.
+
+  Returns:
+    S numbers each for F, R, I, W and B; other kinds change nothing.
 
   Raises:
     ValueError: there are not three or four changes, or a sequence has not one entry per stage.
   """
   if len(memory) not in (3, 4):
     raise ValueError(f"memory has {len(memory)} changes, not 3 (F, I, W) or 4 (F, I, W, R)")
-  names = ("F", "I", "W", "R")[: len(memory)]
-  parts = {
-    name: by_stage(f"memory of {name}", value, stages)
-    for name, value in zip(names, memory, strict=True)
-  }
+  # R changes nothing unless a fourth change is given.
+  changes = memory if len(memory) == 4 else (*memory, 0)
+  return _of_passes(
+    by_stage(f"memory of {kind.value}", change, stages)
+    for kind, change in zip(_GIVEN, changes, strict=True)
+  )
+
+
+def _of_passes(given: Iterable[tuple[float, ...]]) -> dict[Kind, tuple[float, ...]]:
+  """Numbers by stage of F, R, I, W and B, from those of F, I, W and R in this order.
+
+  A fused B counts as I + W at once: what it holds in between is its own affair.
+  """
+  numbers = dict(zip(_GIVEN, given, strict=True))
   return {
-    Kind.F: parts["F"],
-    Kind.R: parts.get("R", (0,) * stages),
-    Kind.I: parts["I"],
-    Kind.W: parts["W"],
-    # At once: what a fused backward holds in between is its own affair.
-    Kind.B: tuple(i + w for i, w in zip(parts["I"], parts["W"], strict=True)),
+    kind: tuple(map(sum, zip(*map(numbers.__getitem__, made), strict=True)))
+    for kind, made in PRODUCTS.items()
+    if numbers.keys() >= set(made)
   }
 
 
 def by_stage(name: str, value: PerStage, stages: int) -> tuple[float, ...]:
-  """One number for each of S stages; `name` is what an error calls it."""
+  """Returns one number for each of S stages.
+
+  Args:
+    name: name of the value in an error message.
+    value: one number for all stages, or a sequence with one for each.
+    stages: number of stages, S.
+
+  Raises:
+    ValueError: a sequence has not one entry per stage.
+  """
   if not isinstance(value, Sequence):
     return (value,) * stages
   if len(value) != stages:

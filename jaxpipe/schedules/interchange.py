@@ -1,7 +1,7 @@
-"""Schedules as files: our JSON, and the CSV of PyTorch's `torch.distributed.pipelining`.
+"""Reads and writes schedules as files: our JSON, and the CSV of `torch.distributed.pipelining`.
 
 In the CSV every device is one row of tokens. PyTorch writes an empty cell where a device idles;
-idling follows from the order, so it is read and dropped, and never written.
+idling follows from the order, so empty cells are read and dropped, and never written.
 """
 
 import csv
@@ -15,7 +15,7 @@ from jaxpipe.schedules.simulate import Timeline
 
 
 def to_json(timeline: Timeline) -> str:
-  """Writes a schedule and what it takes.
+  """Writes a schedule with its times and peaks.
 
   Args:
     timeline: the simulated schedule.
@@ -61,13 +61,14 @@ def _check_fields(fields: dict[str, object]) -> None:
 
 
 def _is_rows(value: object, kind: type) -> bool:
+  """Returns whether a value is a list of lists of exactly this type, `bool` being no `int`."""
   return isinstance(value, list) and all(
     isinstance(row, list) and all(type(item) is kind for item in row) for row in value
   )
 
 
 def figures(timeline: Timeline) -> dict[str, object]:
-  """What a timeline comes to, by the names of the JSON's fields."""
+  """Returns the figures of a timeline by the names of the JSON's fields."""
   return {
     "makespan": timeline.makespan,
     "span": timeline.span,

@@ -1,4 +1,4 @@
-"""Which device holds which stage.
+"""Placements of stages on devices: which device holds which stage.
 
 A placement is a table with one row per device: the stages it holds, in chunk order. `loop` is
 Megatron's (Narayanan et al., 2021, arXiv:2104.04473), `v` the fold of ZB-V (Qi et al., 2023,
@@ -17,16 +17,17 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
-from jaxpipe.schedules.actions import STAGE_KINDS, Order, ScheduleError
+from jaxpipe.schedules.actions import Order, ScheduleError
+from jaxpipe.schedules.kinds import STAGE_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Where the stages of a model live.
+  """The device or devices that hold each stage of a model.
 
   Attributes:
-    table: `table[d][v]` is the stage that device d holds as its chunk v.
-    name: what to call the placement; equal tables are equal whatever their names.
+    table: P rows of V stages: `table[d][v]` is the stage that device d holds as its chunk v.
+    name: name of the placement in messages; equal tables are equal whatever their names.
   """
 
   table: tuple[tuple[int, ...], ...]
@@ -76,15 +77,15 @@ class Placement:
     return self.stages < self.devices * self.chunks
 
   def stage(self, device: int, chunk: int) -> int:
-    """The stage that `device` holds as its `chunk`."""
+    """Returns the stage that `device` holds as its `chunk`."""
     return self.table[device][chunk]
 
   def homes(self, stage: int) -> tuple[int, ...]:
-    """The devices that hold `stage`, ascending."""
+    """Returns the devices that hold `stage`, ascending: one, or two where it has replicas."""
     return self._homes[stage]
 
   def device(self, stage: int) -> int:
-    """The device that holds `stage`.
+    """Returns the device that holds `stage`.
 
     Raises:
       ScheduleError: it lives on several.
@@ -95,11 +96,12 @@ class Placement:
     return homes[0]
 
   def chunk(self, device: int, stage: int) -> int:
-    """Which of the chunks of `device` the `stage` is."""
+    """Returns the number among the chunks of `device` that `stage` has there."""
     return self._chunks[device, stage]
 
   @functools.cached_property
   def _homes(self) -> dict[int, tuple[int, ...]]:
+    """The devices of each stage."""
     homes: dict[int, tuple[int, ...]] = {}
     for d, row in enumerate(self.table):
       for stage in row:
@@ -108,23 +110,24 @@ class Placement:
 
   @functools.cached_property
   def _chunks(self) -> dict[tuple[int, int], int]:
+    """The chunk number of each (device, stage)."""
     return {(d, stage): v for d, row in enumerate(self.table) for v, stage in enumerate(row)}
 
   @classmethod
   def loop(cls, devices: int, chunks: int = 1) -> Self:
-    """Stage s lives on device s % P: the model goes round the ring V times."""
+    """Places stage s on device s % P: the model goes round the ring V times."""
     return cls(tuple(tuple(range(d, devices * chunks, devices)) for d in range(devices)), "loop")
 
   @classmethod
   def v(cls, devices: int, chunks: int = 2) -> Self:
-    """Device r holds stages r and 2P-1-r: down the devices and back up again."""
+    """Places stages r and 2P-1-r on device r: down the devices and back up again."""
     if chunks != 2:
       raise ScheduleError(f"a V has 2 chunks on every device, not {chunks}; use chunks=2")
     return cls(tuple((d, 2 * devices - 1 - d) for d in range(devices)), "v")
 
   @classmethod
   def wave(cls, devices: int, chunks: int) -> Self:
-    """Down the devices, up again, and so on: a zigzag of V runs."""
+    """Places the stages down the devices, up again, and so on: a zigzag of V runs."""
     P = devices
     return cls(
       tuple(
@@ -135,7 +138,7 @@ class Placement:
 
   @classmethod
   def mirrored(cls, devices: int, chunks: int = 2) -> Self:
-    """Two replicas: a wave of V/2 runs from device 0 and its mirror image from device P-1.
+    """Places two replicas: a wave of V/2 runs from device 0, its mirror image from device P-1.
 
     Even chunks belong to the first replica, odd ones to the second.
     """
@@ -155,7 +158,11 @@ class Placement:
 
   @classmethod
   def named(cls, name: str, devices: int, stages: int) -> "Placement":
-    """The placement called `name` of S stages on P devices."""
+    """Returns the placement called `name` of S stages on P devices.
+
+    Raises:
+      ScheduleError: no placement has the name, or the stages cannot fill the devices evenly.
+    """
     if name not in PLACEMENTS:
       raise ScheduleError(f"unknown placement {name!r}; known: {', '.join(PLACEMENTS)}")
     make, replicas = PLACEMENTS[name]
@@ -168,10 +175,11 @@ class Placement:
 
   @classmethod
   def from_rows(cls, order: Order) -> "Placement":
-    """Reads a placement off a schedule: a microbatch passes a stage where most of its actions are.
+    """Reads a placement off the lists of a schedule.
 
-    The majority decides, so that one misplaced action is found to be misplaced rather than to
-    contradict the placement.
+    A stage goes to each device that runs most of some microbatch's passes through it. By majority,
+    so that a single misplaced action is reported as misplaced, and does not contradict the
+    placement.
 
     Args:
       order: one row of actions per device.
@@ -190,7 +198,14 @@ class Placement:
 
   @classmethod
   def of_table(cls, table: Sequence[Sequence[int]]) -> "Placement":
-    """The named placement whose devices hold these stages, else one of exactly this table."""
+    """Returns the named placement whose devices hold these stages, in whichever chunk order.
+
+    Args:
+      table: one row of stages per device.
+
+    Returns:
+      A placement of exactly this table where no named one holds the same stages.
+    """
     found = cls(tuple(map(tuple, table)))
     held = tuple(tuple(sorted(row)) for row in found.table)
     # Where two coincide, the simpler name comes first: a V is a wave, one device is a loop.
@@ -205,7 +220,7 @@ class Placement:
 
 
 def _majorities(order: Order) -> Iterator[tuple[int, int]]:
-  """Yields (stage, device) for every stage and microbatch."""
+  """Yields (stage, device) for every stage and microbatch, by the majority of its passes there."""
   votes: dict[tuple[int, int], collections.Counter[int]] = {}
   overall: dict[int, collections.Counter[int]] = {}
   for d, row in enumerate(order):

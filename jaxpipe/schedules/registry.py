@@ -1,7 +1,8 @@
-"""Schedules by name. A new one is one function and one entry of `FAMILIES`.
+"""The registry of schedules: one entry for each named family.
 
-Families only build; what holds for all of them is seen to in `build`, once. What stands here about
-a family is tested beside it and is what its section of docs/schedules.md says.
+A new family is one function, which builds a schedule from a `Spec`, and one entry of `FAMILIES`.
+Everything that is common to all families is done once, in `build`. The formulas here are tested
+beside their families, and are the text of their sections in docs/schedules.md.
 """
 
 import dataclasses
@@ -31,15 +32,19 @@ class Family:
   """One named way of building schedules.
 
   Attributes:
-    build: makes the schedule.
-    summary: one line for people.
-    bubble: the published formula, or what was measured; over the makespan where nothing is said.
-    peak: the most chunks that a device holds.
+    build: the function that makes a schedule, not yet checked.
+    summary: one line about the family, for `--help` and tables.
+    bubble: the published formula of its idle share, or measured idle time; over the makespan where
+      nothing else is said.
+    peak: the most chunks that a device holds, as text or a formula.
     use: when to choose it.
-    chunks: stages per device by default.
-    any_chunks: whether other numbers of stages per device are possible.
-    backward: how its builder cuts the backward pass: `fused`, `split`, or `mixed`.
-    options: what only this family understands: name -> what it means.
+    chunks: number of stages per device, V, by default.
+    any_chunks: whether other numbers of stages per device can be asked for.
+    even_devices: whether the number of devices, P, must be even.
+    even_chunks: whether V must be even.
+    backward: what its builder makes of backward passes: `fused` (each a B), `split` (each an I and
+      a W), or `mixed`.
+    options: the arguments that only this family understands: name -> meaning.
   """
 
   build: Callable[[Spec], Schedule]
@@ -50,8 +55,31 @@ class Family:
   _: dataclasses.KW_ONLY
   chunks: int = 1
   any_chunks: bool = False
+  even_devices: bool = False
+  even_chunks: bool = False
   backward: str = "fused"
   options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def offers(self, chunks: int) -> bool:
+    """Whether V chunks per device can be asked for; an odd V may still be refused, see `fits`."""
+    return self.any_chunks or chunks == self.chunks
+
+  def fits(self, devices: int, chunks: int) -> bool:
+    """Whether the family has schedules for these sizes, whatever the number of microbatches.
+
+    Args:
+      devices: number of devices, P, 1 or more.
+      chunks: number of stages per device, V, 1 or more.
+
+    Returns:
+      False where its builder refuses the sizes with a ValueError. Options, or a memory limit that
+      is too low, may be refused for any sizes.
+
+    >>> FAMILIES["hanayo"].fits(3, 4), FAMILIES["hanayo"].fits(3, 3), FAMILIES["gpipe"].fits(3, 2)
+    (True, False, False)
+    """
+    even = not (self.even_devices and devices % 2) and not (self.even_chunks and chunks % 2)
+    return even and self.offers(chunks)
 
 
 # The order is that of `--list` and of tables: oldest first, relatives together.
@@ -85,25 +113,27 @@ FAMILIES: dict[str, Family] = {
     "GPipe chunk by chunk: each chunk's weights once per step",
     "(P-1) / (VM+P-1)",
     "VM",
-    "weights sharded over data replicas, which are then gathered once per chunk and pass",
+    "weights sharded over data replicas, which can then be gathered once per chunk and pass; the"
+    " executor here gathers those of any schedule without G once a step",
     chunks=2,
     any_chunks=True,
   ),
   "zb-h1": Family(
     zb_h1,
-    "1F1B with late weight gradients, in 1F1B's memory",
+    "1F1B with late weight gradients, holding as many chunks",
     "(P-1)(F+I-W) idle with V=1, where W is no longer than F and I",
     "P with V=1",
-    "1F1B's memory with a third of its bubble, wherever layers can be split into I and W",
+    "1F1B's chunks with a third of its bubble, wherever layers can be split into I and W",
     any_chunks=True,
     backward="split",
   ),
   "zb-h2": Family(
     zb_h2,
-    "twice the warm-up and memory of zb-h1, the shortest span",
+    "twice the warm-up and chunks of zb-h1, the shortest span",
     "(P-1)(F+I-2W) idle in the span; the makespan is no shorter than zb-h1's",
     "2P-1",
-    "steps that follow each other without a barrier (`--post_validation`)",
+    "steps that follow each other without a barrier (`--post_validation`), which the executor"
+    " does not run; a step that ends with a barrier is no shorter than zb-h1's",
     backward="split",
   ),
   "zb-auto": Family(
@@ -116,7 +146,7 @@ FAMILIES: dict[str, Family] = {
   ),
   "zb-v": Family(
     zb_v,
-    "zero bubble in 1F1B's memory, or any memory_limit, in a V",
+    "zero bubble with 1F1B's chunks, or any memory_limit, in a V",
     "0 in the span at equal times and M >= 2P",
     "2P half-size chunks, or `--memory_limit`",
     "F, I and W of similar length; every device holds equally much",
@@ -125,7 +155,7 @@ FAMILIES: dict[str, Family] = {
   ),
   "v-min": Family(
     v_min,
-    "a V in about a third of 1F1B's memory",
+    "a V that holds about a third of 1F1B's chunks where P is large",
     "at most 4P-5 idle at equal times",
     "2 (floor((P+1)/3) + 1) half-size chunks",
     "memory is what limits, and F, I and W are of equal length",
@@ -134,16 +164,17 @@ FAMILIES: dict[str, Family] = {
   ),
   "v-half": Family(
     v_half,
-    "a V in about half of 1F1B's memory",
+    "a V that holds P+2 half-size chunks where 1F1B holds 2P",
     "6P-3k-1 idle at equal times, k the peak",
     "P+2 (even P) or P+1 (odd P) half-size chunks",
-    "half of 1F1B's memory, where F, I and W are of similar length",
+    "fewer chunks than 1F1B, where F, I and W are of similar length; it saves fewer bytes than"
+    " chunks (`docs/memory.md`)",
     chunks=2,
     backward="split",
   ),
   "v-zb": Family(
     v_zb,
-    "a V without bubble in 1F1B's memory",
+    "a V without bubble that holds as many chunks as 1F1B",
     "0 in the span at equal times",
     "2P half-size chunks",
     "as zb-v, from the building block of v-min and v-half",
@@ -158,6 +189,7 @@ FAMILIES: dict[str, Family] = {
     "small M and fast links; weights are held once",
     chunks=2,
     any_chunks=True,
+    even_chunks=True,
     options={"waves": "number of waves, each 2 chunks per device"},
   ),
   "chimera": Family(
@@ -167,6 +199,7 @@ FAMILIES: dict[str, Family] = {
     "P/2+1 to P",
     "small M, and memory for two replicas of the weights",
     chunks=2,
+    even_devices=True,
   ),
   "bitpipe": Family(
     bitpipe,
@@ -175,14 +208,17 @@ FAMILIES: dict[str, Family] = {
     "about (3P+2)/2 to 2P half-size chunks at M = P",
     "as Chimera, with more traffic and a smaller bubble",
     chunks=4,
+    even_devices=True,
   ),
   "dualpipe": Family(
     dualpipe,
     "opposite pipelines, forwards overlapped with backwards, even P",
     "(P/2-1)(FB + B - 3W) idle, FB an overlapped pair, M >= 2P",
     "P+1",
-    "communication inside stages (experts) that a pair's other half can hide",
+    "communication inside stages (experts) that a pair's other half can hide; the executor here"
+    " runs the two halves one after the other",
     chunks=2,
+    even_devices=True,
     backward="mixed",
   ),
   "dualpipe-v": Family(
@@ -199,7 +235,8 @@ FAMILIES: dict[str, Family] = {
     "chunk by chunk in units: few gathers of sharded weights",
     "never above looped-bfs with the default unit",
     "below VM where M > U; at most 2VU-1",
-    "fully sharded weights: 2VM/U gathers per device and step, in less memory than looped-bfs",
+    "fully sharded weights: 2VM/U gathers per device and step, with fewer chunks than looped-bfs"
+    " where M > U",
     chunks=2,
     any_chunks=True,
     backward="split",

@@ -1,28 +1,21 @@
-"""A schedule is a value: who does what, in which order. Nothing else in the package is state.
+"""The value that is passed around: a schedule, that is, what each device does, in which order.
 
 It can be built by name (`make_schedule`), read from a file (`interchange`), or written by hand as
-lists of tokens, and whatever made it, the checker, the simulator, the drawings and the executor
-take it from here.
+lists of tokens. Checks, simulator, drawings and executor take any of them, whatever made it.
+
+  tokens()   [["0F0", "0F1", "0B0", "0B1"],      device 0, which holds stage 0
+              ["1F0", "1B0", "1F1", "1B1"]]      device 1, which holds stage 1
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Self
 
-from jaxpipe.schedules.actions import (
-  STAGE_KINDS,
-  Action,
-  Kind,
-  Order,
-  ScheduleError,
-  Step,
-  parse_step,
-)
+from jaxpipe.schedules.actions import Action, Order, ScheduleError, Step, parse_step
 from jaxpipe.schedules.checks.legal import check
+from jaxpipe.schedules.kinds import STAGE_KINDS, Kind
 from jaxpipe.schedules.placement import Placement
-
-# One path per microbatch: the stages it visits, in order.
-Paths = tuple[tuple[int, ...], ...]
+from jaxpipe.schedules.protocol import Paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +25,10 @@ class Schedule:
   Building one directly does not check it; `from_tokens` and `make_schedule` do.
 
   Attributes:
-    name: what to call it.
+    name: its name in files, drawings and messages.
     placement: which device holds which stage.
     microbatches: number of microbatches, M.
-    order: `order[d]` is what device d does, first to last.
+    order: `order[d]` is the list of device d, first step to last; P lists.
     paths: the stages that each microbatch visits, in order; None where all visit all in ascending
       order.
     vocabulary: barriers round an output layer that is sharded over all devices (S and T passes): 1
@@ -65,13 +58,13 @@ class Schedule:
     return self.placement.stages
 
   def path(self, microbatch: int) -> tuple[int, ...]:
-    """The stages that a microbatch visits, in order."""
+    """Returns the stages that a microbatch visits, in order."""
     if self.paths is None or microbatch >= len(self.paths):
       return tuple(range(self.stages))
     return self.paths[microbatch]
 
   def tokens(self) -> list[list[str]]:
-    """One list of tokens per device: `<stage><kind><microbatch>`, or an overlapped pair of them."""
+    """Returns one list of tokens per device, each an action or an overlapped pair of actions."""
     return [[str(step) for step in row] for row in self.order]
 
   def check(self) -> Self:
@@ -81,10 +74,10 @@ class Schedule:
 
   # Under the same name and placement, so that parameters placed for training serve as they are.
   def forward_only(self) -> Self:
-    """The same forwards (F, and S where the vocabulary is sharded) in the same order, no more.
+    """Returns the schedule of the forward passes alone, in the order that they have here.
 
-    It always runs to the end: forwards wait for forwards only, so leaving the rest out of a legal
-    schedule cannot block it.
+    Kept are F, and S where the vocabulary is sharded. The result always runs to the end: forwards
+    wait for forwards only, so leaving the rest out of a legal schedule cannot block it.
     """
     order: Order = tuple(
       tuple(a for step in row for a in step.parts if a.kind in (Kind.F, Kind.S))
@@ -109,7 +102,7 @@ class Schedule:
         them.
       placement: a placement, the name of one (`loop`, `v`, `wave`, `mirrored`), or `rows` to read
         it off the lists.
-      name: what to call the schedule.
+      name: name of the schedule.
       paths: the stages that each microbatch visits, where not all visit all.
       vocabulary: barriers round the output layer; by default 1 if there are S passes.
 
@@ -123,6 +116,7 @@ class Schedule:
     2
     """
     order = tuple(tuple(_parse(token, d) for token in row) for d, row in enumerate(tokens))
+    # Sizes are read off the passes through stages alone: the other kinds count other things.
     passes = [a for row in order for step in row for a in step.parts if a.kind in STAGE_KINDS]
     # An empty list would have no stages and no microbatches to count.
     if not passes:
@@ -142,8 +136,8 @@ class Schedule:
     ).check()
 
 
-# A token alone does not say where it stands, and files have many.
 def _parse(token: str, d: int) -> Step:
+  """Reads one token of device d's list; errors name the device, for files have many tokens."""
   try:
     return parse_step(token)
   except ScheduleError as error:
@@ -151,6 +145,7 @@ def _parse(token: str, d: int) -> Step:
 
 
 def _place(order: Order, passes: Sequence[Action], name: str) -> Placement:
+  """Returns the placement of a name for as many stages as the passes mention."""
   if name == "rows":
     return Placement.from_rows(order)
   # Highest number rather than count: a stage that is left out is missing, not absent.

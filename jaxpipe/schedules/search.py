@@ -1,9 +1,9 @@
-"""The best schedule found for given costs: per-stage times and per-device memory limits.
+"""Searches for the best schedule of given costs: per-stage times and per-device memory limits.
 
 Three steps, each of which can only improve on the one before: every named schedule of the same
-placement that fits, with every way of cutting its backward, and what `greedy` builds; local search
-round the best of them (`improve`); and, where the problem is small, a constraint solver that proves
-the optimum (`exact`). A bound from single devices and microbatches (`bounds`) ends it early.
+placement that fits, with its backwards fused, split and deferred, and what `greedy` builds; local
+search round the best of them (`improve`); and, where the problem is small, a constraint solver that
+proves the optimum (`exact`). A bound from single devices and microbatches (`bounds`) ends it early.
 
 P=3, M=4; F takes 2, 1, 1 by stage, I 1, 2, 1, W 1, 1, 2; memory for 3, 2 and 2 microbatches. 1F1B
 with split backwards takes 21 here, and no schedule less than 19:
@@ -17,17 +17,19 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 
-from jaxpipe.schedules.actions import Action, Kind
-from jaxpipe.schedules.build import make_schedule, schedule_names
+from jaxpipe.schedules.actions import Action
+from jaxpipe.schedules.build import make_schedule
 from jaxpipe.schedules.costs import Costs, Memory
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.planning import exact as solver
-from jaxpipe.schedules.planning.bounds import lower_bound
-from jaxpipe.schedules.planning.greedy import POLICIES, build
-from jaxpipe.schedules.planning.improve import improve
-from jaxpipe.schedules.planning.problem import Found, Objective, Problem, Words, pose
-from jaxpipe.schedules.planning.run import run
+from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.solver import exact as solver
+from jaxpipe.schedules.solver.bounds import lower_bound
+from jaxpipe.schedules.solver.greedy import POLICIES, build
+from jaxpipe.schedules.solver.improve import improve
+from jaxpipe.schedules.solver.problem import Found, Objective, Problem, Words, pose
+from jaxpipe.schedules.solver.run import run
 from jaxpipe.schedules.transforms.backward import BACKWARDS
 
 # Local optima differ, so the moves are shared out among so many starts.
@@ -62,7 +64,8 @@ def search(
     chunks: stages per device, V.
     placement: which device holds which stage: a name or a table.
     costs: durations, each one number or one per stage.
-    memory: what F, I and W change in what a device holds, each one number or one per stage.
+    memory: changes of the memory that a device holds by F, I and W, each one number or one per
+      stage.
     memory_limit: most memory that a device may hold: one number, or one per device.
     objective: `makespan`, or `span` for the longest single device.
     exact: whether to prove the optimum with OR-tools (`pip install jaxpipe[search]`); by default
@@ -118,28 +121,42 @@ def named_schedules(
   memory: Memory,
   memory_limit: float | Sequence[float] | None,
 ) -> Iterator[Schedule]:
-  """Every schedule of the registry on the problem's placement, in every cut of its backward."""
+  """Yields every schedule of the registry that fits a problem, each different one once.
+
+  Args:
+    problem: sizes and placement.
+    costs: durations that a family may plan with.
+    memory: changes of the memory that a device holds by F, I and W.
+    memory_limit: most memory that a device may hold: one number, or one per device.
+
+  Yields:
+    Schedules on the problem's placement, with their backwards as the family has them, fused, split
+    and deferred.
+  """
   seen = set()
-  for name in schedule_names():
+  P, V = problem.placement.devices, problem.placement.chunks
+  for name, family in FAMILIES.items():
+    if not family.fits(P, V):
+      continue
     for backward in (None, *BACKWARDS):
       try:
         schedule = make_schedule(
           name,
-          devices=problem.placement.devices,
+          devices=P,
           microbatches=problem.microbatches,
-          chunks=problem.placement.chunks,
+          chunks=V,
           backward=backward,
           costs=costs,
           memory=memory,
           memory_limit=memory_limit,
         )
-      # Other sizes, another cut, too much memory: a name that does not apply.
+      # Too much memory, or backwards that the family places on its own.
       except ValueError:
         continue
       if _comparable(problem, schedule) and schedule.order not in seen:
         seen.add(schedule.order)
         yield schedule
-      # A family that cuts its own backwards leaves nothing to cut, and may have planned for long.
+      # A family that splits its own backwards leaves none to split, and may have planned for long.
       if backward is None and not any(
         a.kind is Kind.B for row in schedule.order for s in row for a in s.parts
       ):
@@ -147,18 +164,17 @@ def named_schedules(
 
 
 def _comparable(problem: Problem, schedule: Schedule) -> bool:
-  """Whether it does the problem's work and no other: plain F, I, W and B, all, on its devices."""
-  plain = {Kind.F, Kind.I, Kind.W, Kind.B}
+  """Whether a schedule does the problem's work and no other: F, I, W and B, on its placement."""
   whole = schedule.paths is None and not schedule.vocabulary
   return (
     whole
     and schedule.placement == problem.placement
-    and all(isinstance(a, Action) and a.kind in plain for row in schedule.order for a in row)
+    and all(isinstance(a, Action) and a.kind.info.necessary for row in schedule.order for a in row)
   )
 
 
 def _made(problem: Problem) -> Iterator[Schedule]:
-  """What needs no name: one microbatch at a time, and what `greedy` builds."""
+  """Yields schedules that are in no registry: one microbatch at a time, and those of `greedy`."""
   # Nothing holds less: a device's first gradient needs one forward of each of its chunks.
   yield _one_by_one(problem)
   for policy in POLICIES:
@@ -168,6 +184,7 @@ def _made(problem: Problem) -> Iterator[Schedule]:
 
 
 def _one_by_one(problem: Problem) -> Schedule:
+  """Returns the schedule that runs one microbatch after the other, forward and backward."""
   order = tuple(
     tuple(
       action
@@ -183,7 +200,7 @@ def _one_by_one(problem: Problem) -> Schedule:
 
 
 def _improved(problem: Problem, found: Found, pool: list[Schedule], moves: int, seed: int) -> Found:
-  """Local search from the best few of the pool, cut into halves where that still fits."""
+  """Returns the best of a local search from the best few of the pool, their backwards split."""
   starts: list[tuple[tuple[int, int], Words]] = []
   for schedule in pool:
     words = problem.words(schedule)
@@ -208,7 +225,7 @@ def _improved(problem: Problem, found: Found, pool: list[Schedule], moves: int, 
 
 
 def _proven(problem: Problem, found: Found, exact: bool | None, seconds: float, seed: int) -> Found:
-  """The solver's answer, where it is asked for or the problem is small enough for it."""
+  """Returns the solver's answer, where it is asked for or the problem is small enough for it."""
   if exact is None:
     small = len(problem.times) * problem.microbatches <= _SMALL
     exact = small and importlib.util.find_spec("ortools") is not None and solver.solvable(problem)
@@ -220,6 +237,7 @@ def _proven(problem: Problem, found: Found, exact: bool | None, seconds: float, 
 
 
 def _placement(placement: str | Placement, devices: int, chunks: int) -> Placement:
+  """Returns the placement of a name, or the given one if it has the sizes that were asked for."""
   if isinstance(placement, str):
     placement = Placement.named(placement, devices, devices * chunks)
   if (placement.devices, placement.chunks) != (devices, chunks):
@@ -231,6 +249,7 @@ def _placement(placement: str | Placement, devices: int, chunks: int) -> Placeme
 
 
 def _too_low(problem: Problem) -> ValueError:
+  """Returns the error that says which device's limit is below what one microbatch holds there."""
   assert problem.limits is not None  # without limits everything fits
   needs, unit = problem.peaks(_one_by_one(problem)), problem.memory_scale
   d = next(d for d, limit in enumerate(problem.limits) if needs[d] > limit)
@@ -241,5 +260,5 @@ def _too_low(problem: Problem) -> ValueError:
 
 
 def _unscaled(value: float, scale: int) -> float:
-  """In the caller's units; an integer where it is one."""
+  """Returns a value in the caller's units, an integer where it is one."""
   return int(value) // scale if value % scale == 0 else value / scale

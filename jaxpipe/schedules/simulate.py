@@ -1,6 +1,6 @@
-"""When each action runs, what that leaves idle, and how much each device holds meanwhile.
+"""Simulates a schedule: start and end of every action, idle time, and what each device holds.
 
-Devices run their lists in order; an action starts when its device is free and what it needs has
+Devices run their lists in order; an action starts when its device is free and its inputs have
 arrived. Three models of execution say what else it waits for:
 
   free      nothing: every device runs on its own (one process per device)
@@ -28,16 +28,17 @@ _Times = list[list[float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timeline:
-  """A schedule in time.
+  """A schedule in time, in the unit of its costs.
 
   Attributes:
-    schedule: what ran.
-    start: `start[d][i]` is when device d starts the i-th step of its list.
-    end: when it ends it.
-    busy: time that each device works.
-    peak_activations: most chunks that each device holds at once, from F until W or B.
-    peak_pending_weight_grads: most of them at once whose I is done and whose W is not.
-    peak_memory: most memory that each device holds at once, in the unit of `memory`.
+    schedule: the schedule that was simulated.
+    start: `start[d][i]` is the time at which device d starts the i-th step of its list.
+    end: `end[d][i]` is the time at which that step ends.
+    busy: P times, the sum of the durations of each device's steps.
+    peak_activations: P numbers, the most chunks that a device holds at once, from F until W or B.
+    peak_pending_weight_grads: P numbers, the most chunks at once whose I is done and whose W is
+      not.
+    peak_memory: P amounts, the most memory that a device holds at once, in the unit of `memory`.
   """
 
   schedule: Schedule
@@ -72,7 +73,8 @@ class Timeline:
 
 
 def _working_time(starts: tuple[float, ...], ends: tuple[float, ...]) -> float:
-  """From the first start to the last end of what takes time: a free gather is no beginning."""
+  """Returns the time from the first start to the last end of steps that take any time."""
+  # A gather of weights that takes no time would otherwise count as the beginning.
   work = [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
   return work[-1][1] - work[0][0] if work else 0
 
@@ -90,8 +92,8 @@ def simulate(
   Args:
     schedule: a legal schedule, or the forward-only part of one.
     costs: durations; by default every F, I and W takes 1 and a hop nothing.
-    memory: what an F, an I and a W (and an R) change in what its device holds, each a number or a
-      sequence by stage. A fused B changes it by I + W at once.
+    memory: changes of the memory that a device holds by an F, an I and a W (and an R), each a
+      number or a sequence by stage. A fused B changes it by I + W at once.
     execution: `free`, `barrier` or `coupled`.
     slack: for `coupled`, the ticks that a transfer may take beyond the one that sends it.
 
@@ -127,6 +129,7 @@ def simulate(
 
 
 def _free(schedule: Schedule, costs: Costs, durations: _Times, slack: int) -> tuple[_Times, _Times]:
+  """Returns starts and ends where devices wait for nothing but their inputs."""
   if costs.hop_occupies_link and costs.hop:
     return _free_with_links(schedule, costs.hop, durations)
   hop = costs.hop
@@ -155,7 +158,10 @@ def _free(schedule: Schedule, costs: Costs, durations: _Times, slack: int) -> tu
 
 
 def _free_with_links(schedule: Schedule, hop: float, durations: _Times) -> tuple[_Times, _Times]:
-  """A link carries one transfer at a time, in the order in which its sender makes them."""
+  """Returns starts and ends where every link between two devices carries one transfer at a time.
+
+  Transfers leave in the order in which their sender makes them, each for the time of a hop.
+  """
   visits = list(walk(schedule))
   receivers = _receivers(visits)
   starts: _Times = [[] for _ in durations]
@@ -178,7 +184,7 @@ def _free_with_links(schedule: Schedule, hop: float, durations: _Times) -> tuple
 
 
 def _receivers(visits: list[Visit]) -> dict[int, list[int]]:
-  """Slot -> the devices that need it, each once."""
+  """Returns the devices that need each slot, each once."""
   found: dict[int, list[int]] = {}
   for visit in visits:
     for slot in visit.needs:
@@ -191,6 +197,7 @@ def _receivers(visits: list[Visit]) -> dict[int, list[int]]:
 def _barrier(
   schedule: Schedule, costs: Costs, durations: _Times, slack: int
 ) -> tuple[_Times, _Times]:
+  """Returns starts and ends where every tick is as long as its longest action."""
   at, transfers = ticks_and_transfers(schedule)
   lengths: list[float] = [0] * (1 + max(row[-1] for row in at if row))
   for row, times in zip(at, durations, strict=True):
@@ -209,6 +216,7 @@ def _barrier(
 def _coupled(
   schedule: Schedule, costs: Costs, durations: _Times, slack: int
 ) -> tuple[_Times, _Times]:
+  """Returns starts and ends where a tick waits for the ticks of the devices it exchanges with."""
   at, transfers = ticks_and_transfers(schedule, slack)
   P = len(at)
   peers: list[set[int]] = [set() for _ in range(P)]
@@ -232,12 +240,14 @@ def _coupled(
 
 
 def _ends(starts: _Times, durations: _Times) -> _Times:
+  """Returns the ends of steps from their starts and durations."""
   return [
     [start + time for start, time in zip(row, times, strict=True)]
     for row, times in zip(starts, durations, strict=True)
   ]
 
 
+# (schedule, costs, durations of all steps, slack) -> starts and ends of all steps.
 _Model = Callable[[Schedule, Costs, _Times, int], tuple[_Times, _Times]]
 _MODELS: dict[str, _Model] = {
   "free": _free,

@@ -1,4 +1,4 @@
-"""What a schedule is asked for: the one argument that every builder takes.
+"""The request for a schedule, which is the one argument that every family's builder takes.
 
 One value, so that a builder that needs only the sizes and a search that needs costs and memory
 limits have the same signature, and the registry calls both alike.
@@ -18,11 +18,11 @@ class Spec:
     devices: number of devices, P.
     microbatches: number of microbatches, M.
     chunks: stages per device, V.
-    costs: durations that a search may plan with.
-    memory: what F, I and W change in what a device holds.
-    memory_limit: most memory that a device may hold, in the unit of `memory`, for all devices or
-      one by one; None for no limit.
-    options: what only this family understands, by name.
+    costs: durations that a planner may use.
+    memory: changes of the memory that a device holds by F, I and W.
+    memory_limit: most memory that a device may hold, in the unit of `memory`: one number for all
+      devices, or one per device; None for no limit.
+    options: arguments that only one family understands, by name.
   """
 
   devices: int
@@ -35,7 +35,7 @@ class Spec:
   options: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def limits(self) -> tuple[float, ...]:
-    """The limit of every device, infinite where there is none.
+    """Returns the memory limits of the P devices, infinite where there is none.
 
     Raises:
       ValueError: a list of limits has not one entry per device.
@@ -44,7 +44,7 @@ class Spec:
 
 
 def limit_by_device(limit: float | Sequence[float] | None, devices: int) -> tuple[float, ...]:
-  """One limit for each of P devices, infinite where there is none.
+  """Returns one limit for each of P devices, infinite where there is none.
 
   Raises:
     ValueError: a list of limits has not one entry per device.

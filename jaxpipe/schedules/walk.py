@@ -1,43 +1,40 @@
-"""What each action waits for, and the order in which a schedule's actions can run.
+"""The dependencies between actions, and a walk through a schedule in an order that keeps them.
 
-Checking and simulating are the same walk: devices work through their lists in order, and an
-action waits until what it needs has been produced. The walk visits every action once and wakes a
-device only when what it waits for appears, so it is linear in the number of actions.
+Checking, simulating and assigning ticks are all the same walk: devices work through their lists in
+order, and an action waits until the products that it needs exist. The walk visits every action once
+and wakes a device only when the product that it waits for appears, so it is linear in the number of
+actions.
 
   awake: [1]   device 0: 0F0 0F1 [0B0] 0B1        [2] the head, and what it still misses
   devices      device 1: 1F0 [1B0] 1F1 1B1        [3] sleepers: {slot of 1I0: [device 0]}
   to look at   order, heads in brackets           [4] running 1B0 makes 1I0 and wakes device 0
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from jaxpipe.schedules.actions import PRODUCTS, Action, Kind, ScheduleError, Step
+from jaxpipe.schedules.actions import Action, ScheduleError, Step
+from jaxpipe.schedules.kinds import PRODUCTS, Kind
+from jaxpipe.schedules.placement import Placement
+from jaxpipe.schedules.protocol import ScheduleLike
 
-if TYPE_CHECKING:
-  from jaxpipe.schedules.placement import Placement
-  from jaxpipe.schedules.schedule import Schedule
-
-# The products that other actions wait for, in the order in which slots are numbered. Every wait is
-# for products of the action's own microbatch.
-_AWAITED = (Kind.F, Kind.I, Kind.S, Kind.T, Kind.Y, Kind.U)
-_RANK = {kind: i for i, kind in enumerate(_AWAITED)}
-# What an action needs or makes, as (kind, number) pairs.
+# Numbers of the kinds of product that other actions wait for. Every wait is for products of the
+# action's own microbatch.
+_RANK = {kind: i for i, kind in enumerate(kind for kind in Kind if kind.info.awaited)}
+# Products that an action needs or makes, as (kind, number before the letter) pairs.
 _Products = tuple[tuple[Kind, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Flow:
-  """Who waits for whom within one microbatch.
+  """The dependencies between the actions of one microbatch.
 
   Attributes:
-    path: the stages it visits, in order.
+    path: the stages that the microbatch visits, in order.
     vocabulary: barriers round the output layer, 0 where the last stage holds it whole.
     placement: which devices there are, for the vocabulary's shards and the optimizer's chain.
-    microbatch: for the kinds that count something else than microbatches.
+    microbatch: 0, or 1 for any later one: it tells the optimizer's step, U0, from its validation,
+      U1, and all other dependencies are the same for every microbatch.
   """
 
   path: tuple[int, ...]
@@ -46,7 +43,7 @@ class _Flow:
   microbatch: int
 
   def needs(self, kind: Kind, number: int) -> _Products:
-    """What an action of this kind and number waits for."""
+    """Returns the products that an action waits for, by its kind and the number before it."""
     if kind is Kind.F:
       return self._beside(Kind.F, number, -1)
     if kind is Kind.W:
@@ -60,6 +57,7 @@ class _Flow:
     return self._needs_of_the_rest(kind, number)
 
   def _needs_of_the_rest(self, kind: Kind, number: int) -> _Products:
+    """Returns the products that an action which is no pass through a stage waits for."""
     if kind is Kind.S:
       # The last stage's activation is broadcast to all shards.
       return ((Kind.F, self.path[-1]),)
@@ -76,31 +74,33 @@ class _Flow:
     return ()  # weights are gathered at any time
 
   def _beside(self, kind: Kind, stage: int, step: int) -> _Products:
-    """The product of the stage before or after on the path, if there is one."""
+    """Returns the product of the stage before (-1) or after (+1) on the path, if there is one."""
     i = self.path.index(stage) + step
     return ((kind, self.path[i]),) if 0 <= i < len(self.path) else ()
 
   def _loss(self) -> _Products:
-    """What the last stage's gradient begins with, beside its own forward."""
+    """Returns the products that the last stage's backward needs beside its own forward."""
     if self.vocabulary == 0:
       return ()
     return self._all_shards(Kind.S if self.vocabulary == 1 else Kind.T)
 
   def _all_shards(self, kind: Kind) -> _Products:
+    """Returns the products of one kind on every shard of the vocabulary."""
     return tuple((kind, shard) for shard in range(self.placement.devices))
 
 
-def _flow(schedule: Schedule, microbatch: int) -> _Flow:
+def _flow(schedule: ScheduleLike, microbatch: int) -> _Flow:
+  """Returns the dependencies of a microbatch; microbatches that flow alike give equal values."""
   path = schedule.path(microbatch)
   return _Flow(path, schedule.vocabulary, schedule.placement, min(microbatch, 1))
 
 
-def dependencies(action: Action, schedule: Schedule) -> tuple[Action, ...]:
-  """What an action waits for.
+def dependencies(action: Action, schedule: ScheduleLike) -> tuple[Action, ...]:
+  """Returns the actions that an action waits for.
 
   Args:
     action: any action of the schedule, or one that could be.
-    schedule: says which way microbatches go.
+    schedule: gives the path of the action's microbatch.
 
   Returns:
     The actions it needs, its own stage's first. An input gradient is named `I`, whether the
@@ -122,25 +122,25 @@ _PER_KIND = 1 << 48
 
 
 def _base(kind: Kind, number: int) -> int:
-  """The slot of a product for microbatch 0."""
+  """Returns the slot of a product for microbatch 0."""
   return _RANK[kind] * _PER_KIND + number * _PER_NUMBER
 
 
-# What an action needs and what it makes, as slots for microbatch 0.
+# The products that an action needs and those that it makes, as slots for microbatch 0.
 _Bases = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class _Waits:
-  """The slots that each action needs and makes, looked up in tables."""
+  """The slots that each action needs and makes, computed when they are first asked for."""
 
-  def __init__(self, schedule: Schedule) -> None:
+  def __init__(self, schedule: ScheduleLike) -> None:
     self._schedule = schedule
     # Microbatches that flow alike share a table.
     self._tables: dict[_Flow, dict[Kind, dict[int, _Bases]]] = {}
     self._of: dict[int, dict[Kind, dict[int, _Bases]]] = {}
 
   def slots(self, action: Action) -> tuple[list[int], list[int]]:
-    """Slots of the products that an action waits for, and of those that it makes for others."""
+    """Returns the slots of the products that an action needs, and of those that others await."""
     m = action.microbatch
     try:
       needs, makes = self._of[m][action.kind][action.stage]
@@ -149,7 +149,7 @@ class _Waits:
     return [base + m for base in needs], [base + m for base in makes]
 
   def _enter(self, action: Action) -> _Bases:
-    """Looks an action up for the first time."""
+    """Computes the slots of an action that is looked up for the first time."""
     flow = _flow(self._schedule, action.microbatch)
     table = self._tables.setdefault(flow, {kind: {} for kind in Kind})
     self._of[action.microbatch] = table
@@ -166,9 +166,10 @@ class Visit:
   """One step of a device's list, in an order in which all that it needs comes before it.
 
   Attributes:
-    device: who runs it.
-    step: what runs.
-    needs: slots of the products that it waits for.
+    device: the device that runs it.
+    step: the action or overlapped pair.
+    needs: slots of the products that it waits for; a slot is the number of one product of one
+      microbatch, the same in all visits.
     makes: slots of its products that others wait for.
   """
 
@@ -178,11 +179,11 @@ class Visit:
   makes: list[int]
 
 
-def walk(schedule: Schedule) -> Iterator[Visit]:
+def walk(schedule: ScheduleLike) -> Iterator[Visit]:
   """Visits every step of a schedule after all that it waits for.
 
   Args:
-    schedule: lists for all devices, and the ways of the microbatches.
+    schedule: lists for all devices, and the paths of the microbatches.
 
   Yields:
     The visits; each device's come in the order of its list.
@@ -228,7 +229,7 @@ def walk(schedule: Schedule) -> Iterator[Visit]:
     raise _deadlock(schedule, heads)
 
 
-def _deadlock(schedule: Schedule, heads: list[int]) -> ScheduleError:
+def _deadlock(schedule: ScheduleLike, heads: list[int]) -> ScheduleError:
   """Says which action can never run and what it waits for."""
   order = schedule.order
   # Only what is left can block; what has run is neither searched nor named.
@@ -241,6 +242,7 @@ def _deadlock(schedule: Schedule, heads: list[int]) -> ScheduleError:
   }
 
   def blocker(d: int) -> tuple[int, Step] | None:
+    """Returns the device and step that device d's next step waits for; None if no step is left."""
     for action in order[d][heads[d]].parts:
       for needed in dependencies(action, schedule):
         found = makers.get((needed.kind, needed.stage, needed.microbatch))

@@ -1,5 +1,12 @@
 """The network as the pipeline sees it: pure functions of one tree, made from the user's modules.
 
-Open `stack.py` first: `LayerStack`, embedding, layers and head. `from_modules.py` takes a plain
-list of modules, `packed.py` lays stages that are not alike into rows of one width.
+Open `stack.py` first: `LayerStack`, embedding, layers and head. Then:
+
+    network.py        the modules in order, and the canonical tree of their parameters
+    module_spec.py    one module as data, and how it is called
+    protocol.py       what placing, executor and costs ask of a stack that lies on devices
+    packed.py         how stages that are not alike lie in rows of one width
+    from_modules.py   a plain list of modules as a stack; `linen.py` for Linen's
+    vocabulary.py     embedding and head in parts, for tables that are cut over the stages
+    forward.py        a trained network as its Flax modules, on one device
 """

@@ -1,41 +1,70 @@
-"""What a layer knows besides its input: the microbatch, whether it trains, its randomness."""
+"""The inputs of a layer besides x: the microbatch, whether it trains, and its random numbers.
+
+A layer must do the same wherever and whenever it runs: in any stage, on any mesh, in a forward or
+in its recomputation. So nothing here depends on stages or ticks, and random numbers are drawn from
+keys that are made of the layer's, the microbatch's and the row's number.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 
 
-class LayerInputs(TypedDict):
-  """What one call of one layer is given besides its parameters and x.
+class MicrobatchInputs(TypedDict):
+  """Inputs that every module of a stack has from its microbatch, besides its parameters and x.
 
   Keys:
     batch: the microbatch's own inputs, leaves `[rows, ...]`.
-    key: PRNG key of the step, or None.
-    layer: canonical layer number.
-    microbatch: its number within the step.
+    key: PRNG key of the step, or None where the step was given none.
+    microbatch: int32 [], the microbatch's number within the step.
     rows: int32 [rows], each row's number within the whole microbatch over all data shards.
   """
 
   batch: Any
   key: jax.Array | None
-  layer: int | jax.Array
   microbatch: int | jax.Array
   rows: jax.Array
 
 
+class LayerInputs(MicrobatchInputs):
+  """Inputs of one call of one layer, besides its parameters and x.
+
+  Keys:
+    batch: the microbatch's own inputs, leaves `[rows, ...]`.
+    key: PRNG key of the step, or None where the step was given none.
+    microbatch: int32 [], the microbatch's number within the step.
+    rows: int32 [rows], each row's number within the whole microbatch over all data shards.
+    layer: int32 [], the layer's number in the model, whatever stage it lies in.
+  """
+
+  layer: int | jax.Array
+
+
+def microbatch_inputs(inputs: Mapping[str, Any]) -> MicrobatchInputs:
+  """The inputs that modules share, out of those of a layer or stage that has further entries."""
+  return MicrobatchInputs(
+    batch=inputs["batch"],
+    key=inputs["key"],
+    microbatch=inputs["microbatch"],
+    rows=inputs["rows"],
+  )
+
+
 @dataclasses.dataclass
 class Context:
-  """Handed to each call of each layer.
+  """The second argument of a layer, beside x; made anew for every call of every layer.
 
   Attributes:
     batch: the microbatch's own inputs, leaves `[rows, ...]`.
     training: False in evaluation, where dropout is the identity.
-    key: PRNG key of this (step, layer, microbatch), or None where no key was given.
+    key: PRNG key of this (step, layer, microbatch), or None where the step was given none.
     rows: int32 [rows], each row's number within the whole microbatch over all data shards.
+    _draws: how many masks `dropout` has drawn in this call, so that each has a key of its own.
   """
 
   batch: Any
@@ -55,7 +84,13 @@ class Context:
     microbatch: int | jax.Array,
     rows: jax.Array,
   ) -> Context:
-    """Derives the layer's key: from layer, then microbatch, and never from stage or tick."""
+    """Makes the context of one call of a layer.
+
+    Args:
+      training: False in evaluation.
+      batch, key, layer, microbatch, rows: see `LayerInputs`.
+    """
+    # Never from stage or tick: a recomputation on a later tick must draw the same masks.
     if key is not None:
       key = jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
     return cls(batch, training, key, rows)
@@ -75,10 +110,13 @@ class Context:
     Args:
       x: float array `[rows, ...]`.
       rate: probability in [0, 1).
-      positions: int32 [n], where x is `[rows, n, ...]` and its second dim may be cut over the mesh:
-        the number of each position in the whole row, which is then part of the key.
       iteration: inside a `lax.scan` or loop, its number; calls are counted while a layer is traced,
         and a loop's body is traced once, so that all iterations would drop alike.
+      positions: int32 [n], where x is `[rows, n, ...]` and its second dim may be cut over the mesh:
+        the number of each position in the whole row, which is then part of the key.
+
+    Returns:
+      An array like x; x itself in evaluation, or where the rate is 0.
 
     Raises:
       ValueError: rate outside [0, 1), no key given to the step, or x without the row dim.
@@ -92,14 +130,18 @@ class Context:
     if x.shape[:1] != self.rows.shape:
       raise ValueError(f"dropout wants x [{self.rows.shape[0]} rows, ...]; got shape {x.shape}")
     draw = jax.random.fold_in(jax.random.fold_in(self.key, self._draws), iteration)
-    self._draws += 1  # counts the calls within one layer while it is traced
+    # A plain number, not an array: it is counted while the layer is traced.
+    self._draws += 1
 
-    def of_row(row: jax.Array) -> jax.Array:
+    def keep_in_row(row: jax.Array) -> jax.Array:
       key = jax.random.fold_in(draw, row)
       if positions is None:
         return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
-      one = lambda p: jax.random.bernoulli(jax.random.fold_in(key, p), 1 - rate, x.shape[2:])  # noqa: E731
-      return jax.vmap(one)(positions)
 
-    keep = jax.vmap(of_row)(self.rows)
+      def keep_at(position: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, position), 1 - rate, x.shape[2:])
+
+      return jax.vmap(keep_at)(positions)
+
+    keep = jax.vmap(keep_in_row)(self.rows)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))

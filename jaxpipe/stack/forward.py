@@ -1,10 +1,17 @@
-"""A trained network as its Flax modules, on one device: to look at what it has learned.
+"""A trained network as its Flax modules, on one device: to predict with it, or to look at it.
 
-For parameters and state as they come from a checkpoint, canonical.
+A stack is a set of factories, and its parameters are a canonical tree, as a checkpoint or
+`jaxpipe.unplace` gives it. Put together they are ordinary Flax modules, in evaluation mode: dropout
+is the identity, and norms use their moving averages.
+
+    embed, *layers, head = modules(stack, params, state)
+    x = run_layers(layers, embed(batch), batch)
+    head.logits(x)                                         # or whatever methods the head has
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.stack.context import Context
-from jaxpipe.stack.module_spec import wanted
+from jaxpipe.stack.module_spec import ModuleSpec, count_arguments
 from jaxpipe.stack.paths import merged
 from jaxpipe.stack.stack import LayerStack
 
@@ -24,32 +31,64 @@ def modules(stack: LayerStack, params: Tree, state: Tree) -> list[Any]:
 
   Args:
     stack: whose modules they are.
-    params: canonical.
-    state: canonical; `{}` where the stack has none.
+    params: the canonical tree of its parameters.
+    state: the canonical tree of its model state; `{}` or None where it has none.
+
+  Returns:
+    One module for each place. They are typed `Any`, so that methods of their own can be called.
   """
   network = stack.network
-  own, kept = network.split(params), network.split(state) if state else {}
-  made = []
-  for name, spec in network.specs.items():
-    values = merged(network.params_of(name, own), kept.get(name, {}))
-    module = nnx.merge(spec.graph, values)
-    module.eval()
-    made.append(module)
-  return made
+  owned, states = network.split(params), network.split(state) if state else {}
+  return [
+    _module(spec, network.params_of(name, owned), states.get(name, {}))
+    for name, spec in network.specs.items()
+  ]
 
 
-def run_layers(layers: list[Any], x: Tree, batch: Tree) -> Tree:
-  """Passes x through layers that `modules` gave; returns what the last one returns."""
-  context = Context(batch, False, None, jnp.arange(len(jax.tree.leaves(batch)[0])))
+def head_module(stack: LayerStack, params: Tree) -> Any:
+  """The head of a uniform stack alone, in evaluation mode, without looking at the layers.
+
+  Args:
+    stack: whose head it is.
+    params: a tree with the parts `embed` and `head`, canonical.
+  """
+  return _module(stack.network.specs["head"], stack.head_params(params), {})
+
+
+def run_layers(layers: Sequence[Any], x: Tree, batch: Tree) -> Tree:
+  """Passes x through some layers that `modules` gave; returns what the last one returns.
+
+  Args:
+    layers: first to last.
+    x: the first one's input, leaves [rows, ...].
+    batch: what they read by `context.batch`, leaves [rows, ...].
+  """
+  rows = jnp.arange(len(jax.tree.leaves(batch)[0]))
+  context = Context(batch, training=False, key=None, rows=rows)
   for layer in layers:
-    x = layer(*(x, context)[: wanted(type(layer))])
+    x = layer(*(x, context)[: count_arguments(type(layer))])
   return x
 
 
 def evaluate(
   stack: LayerStack, params: Tree, state: Tree, batch: Tree
 ) -> tuple[jax.Array, jax.Array, Tree]:
-  """The batch as one microbatch; returns what the head returns: loss_sum, weight, metrics."""
+  """Evaluates a whole batch as one microbatch.
+
+  Args:
+    stack, params, state: see `modules`.
+    batch: leaves [B, ...].
+
+  Returns:
+    What the head returns: loss_sum [], weight [], metrics.
+  """
   embed, *layers, head = modules(stack, params, state)
   out: tuple[jax.Array, jax.Array, Tree] = head(run_layers(layers, embed(batch), batch), batch)
   return out
+
+
+def _module(spec: ModuleSpec, params: Tree, state: Tree) -> Any:
+  """A module with these values. NNX keeps the mode in the module, where it is set by `eval`."""
+  module = nnx.merge(spec.graph, merged(params, state))
+  module.eval()
+  return module

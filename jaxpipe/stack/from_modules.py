@@ -1,4 +1,12 @@
-"""Any modules in a row as the parts of a stack: NNX, Linen or plain functions, shapes inferred."""
+"""Makes the factories of a stack out of modules in a row: NNX, Linen or plain functions.
+
+A stack wants factories that need nothing but `rngs`. Linen modules want examples of their inputs as
+well, and a module that is given as an object has values and an identity. So the modules are traced
+one after the other, each on the shapes that the one before returns:
+
+    batch -> Select -> x -> modules[0] -> x ... -> modules[-1] -> y -> Loss -> loss_sum, weight, {}
+             embed          layers/0                layers/L-1         head
+"""
 
 from __future__ import annotations
 
@@ -14,34 +22,48 @@ from flax import nnx
 
 from jaxpipe.stack.linen import linen
 from jaxpipe.stack.module_spec import Factory, ModuleSpec, StackError, called, sums
-from jaxpipe.stack.network import shape_after
+from jaxpipe.stack.network import layer_output
 
 Tree = Any
 
 
-def parts_of_modules(
+def factories_of(
   modules: Sequence[Any],
   loss: Callable[[Tree, Tree], Any],
   batch: Tree,
   inputs: str | Callable[[Tree], Tree],
   trainable: Any,
 ) -> tuple[Factory, list[Factory], Factory, dict[str, str]]:
-  """Embedding, layers, head, and ties of modules that stand twice.
+  """Factories of an embedding, of the layers and of a head, and ties of modules that stand twice.
 
-  Arguments and errors as of `LayerStack.from_modules`.
+  Args:
+    modules: NNX modules, classes or factories, Linen modules, or functions of x.
+    loss: `loss(y, batch)`, of what the last module returns.
+    batch: an example batch or its shapes, leaves [B, ...].
+    inputs: which entry of the batch goes into the first module, or a function of the batch.
+    trainable: NNX filter of the variables that are parameters.
+
+  Returns:
+    `embed, layers, head, tied`, arguments of `LayerStack`. The embedding and the head have no
+    parameters. `tied` maps `layers/i` to the place where the same module stood first.
+
+  Raises:
+    StackError: a module that cannot take what the one before returns, or stands twice although it
+      has state; a loss without rows; `inputs` that is not in the batch.
   """
   select = inputs if callable(inputs) else _entry(inputs)
   x = _input_shapes(select, inputs, batch)
   layers: list[Factory] = []
+  # A module that is given as an object and stands twice shares its weights: id -> first place.
   first: dict[int, int] = {}
   tied: dict[str, str] = {}
   for i, module in enumerate(modules):
     name = f"layers[{i}]"
     factory = _factory(name, module, x, batch)
     layers.append(factory)
-    with called(f"{name} ({_called(module)})", x, "cannot be made for"):
+    with called(f"{name} ({_label(module)})", x, "cannot be made for"):
       spec = ModuleSpec.trace(name, factory, trainable)
-    x = shape_after(spec, x, batch)
+    x = layer_output(spec, x, batch)
     if isinstance(module, nnx.Module) and first.setdefault(id(module), i) != i:
       if spec.state:
         raise StackError(
@@ -54,7 +76,7 @@ def parts_of_modules(
 
 
 class Select(nnx.Module):
-  """What of the batch goes into the first module."""
+  """An embedding without parameters: picks what of the batch goes into the first module."""
 
   def __init__(self, select: Callable[[Tree], Tree]) -> None:
     self._select = select
@@ -64,7 +86,7 @@ class Select(nnx.Module):
 
 
 class Apply(nnx.Module):
-  """A plain function as a module."""
+  """A plain function of x as a module without variables."""
 
   def __init__(self, function: Callable[..., Tree]) -> None:
     self._function = function
@@ -74,7 +96,7 @@ class Apply(nnx.Module):
 
 
 class Loss(nnx.Module):
-  """A head without parameters."""
+  """A head without parameters: sums up a loss, which is one for every row or sums already."""
 
   def __init__(self, loss: Callable[[Tree, Tree], Any]) -> None:
     self._loss = loss
@@ -83,15 +105,22 @@ class Loss(nnx.Module):
     out = self._loss(y, batch)
     if isinstance(out, tuple):
       return out
-    wide = jnp.promote_types(out.dtype, jnp.float32)  # a count that float16 cannot hold
+    # float16 cannot count beyond 2048, nor bfloat16 beyond 256.
+    wide = jnp.promote_types(out.dtype, jnp.float32)
     return jnp.sum(out, dtype=wide), jnp.asarray(out.size, wide), {}
 
 
 def _entry(name: str) -> Callable[[Tree], Tree]:
+  """The function of a batch that picks one entry."""
   return lambda batch: batch[name]
 
 
 def _input_shapes(select: Callable[[Tree], Tree], inputs: Any, batch: Tree) -> Tree:
+  """Shapes of the first module's x.
+
+  Raises:
+    StackError: the batch has no such entry; names those that it has.
+  """
   try:
     return jax.eval_shape(select, batch)
   except (KeyError, TypeError, IndexError) as error:
@@ -103,10 +132,21 @@ def _input_shapes(select: Callable[[Tree], Tree], inputs: Any, batch: Tree) -> T
 
 
 def _factory(name: str, module: Any, x: Tree, batch: Tree) -> Factory:
-  """What makes the module, whatever it was given as."""
+  """The factory of a module, whatever it was given as.
+
+  Args:
+    name: how messages name the module.
+    module: as `LayerStack.from_modules` takes it.
+    x: shapes of its input, which a Linen module's parameters follow from.
+    batch: shapes of the batch.
+
+  Raises:
+    StackError: a Linen class in place of a module, or nothing that could be called.
+  """
   if isinstance(module, nn.Module):
     return linen(module, x, batch=batch)
   if isinstance(module, nnx.Module):
+    # `init` starts from the values that the module has now.
     graph, state = nnx.split(module)
     return lambda rngs: nnx.merge(graph, state)
   if isinstance(module, type) and issubclass(module, nn.Module):
@@ -118,26 +158,37 @@ def _factory(name: str, module: Any, x: Tree, batch: Tree) -> Factory:
   return lambda rngs: Apply(module)
 
 
-def _called(module: Any) -> str:
-  """The class or function of a module, as messages name it."""
+def _label(module: Any) -> str:
+  """The name of a module's class, or of a function, for messages."""
   while isinstance(module, functools.partial):
     module = module.func
   return str(getattr(module, "__name__", type(module).__name__))
 
 
 def _parameters(function: Any) -> Sequence[str]:
-  """Names of a function's parameters; of a class, of what makes one of it."""
+  """Names of a function's parameters, or of a class's constructor; none where it does not say."""
   while isinstance(function, functools.partial):
     function = function.func
   try:
-    if isinstance(function, type):  # a class of NNX says of its call that it takes anything
+    if isinstance(function, type):
+      # The metaclass of NNX classes is called with `*args, **kwargs`; `__init__` has the names.
       function = function.__init__  # type: ignore[misc]
     return list(inspect.signature(function).parameters)
-  except (TypeError, ValueError):  # some built-in functions say nothing of theirs
+  except (TypeError, ValueError):  # some built-in functions have no signature
     return []
 
 
 def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None:
+  """Traces the loss on what the last module returns.
+
+  Args:
+    loss: as `LayerStack.from_modules` takes it.
+    y: shapes of what the last module returns.
+    batch: shapes of the batch.
+
+  Raises:
+    StackError: it cannot be called so, or returns neither a loss for every row nor sums.
+  """
   with called("loss(y, batch), of y which the last module returns,", y):
     out = jax.eval_shape(loss, y, batch)
   rows, said = jax.tree.leaves(batch)[0].shape[0], ""
@@ -153,4 +204,5 @@ def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None
       f"loss returns {said} for {rows} rows; return a loss for every row, or (loss_sum, weight,"
       " metrics), sums over the rows: microbatches are added, and a mean of means is no mean"
     )
-  jax.eval_shape(lambda y, batch: sums(Loss(loss)(y, batch)), y, batch)  # refuses whole numbers
+  # `sums` refuses a loss in whole numbers, which has no gradient.
+  jax.eval_shape(lambda y, batch: sums(Loss(loss)(y, batch)), y, batch)

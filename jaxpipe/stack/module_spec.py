@@ -1,7 +1,14 @@
 """One module as data: its static graph, and the shapes of its parameters and of its state.
 
-Parameters are what is trained. All other variables are *state*: running statistics, which a forward
-in training changes, and weights that are frozen, which nothing changes.
+A Flax NNX module is an object that holds its variables. The pipeline wants pure functions of trees
+that it can place, cut and pack, so that a module is taken apart once, before anything is allocated,
+and put together again inside every call:
+
+    factory --trace--> ModuleSpec (graph, shapes)       no arrays
+    graph + parameters + state --run--> output, state   inside a traced function
+
+*Parameters* are what is trained. All other variables are *model state*: running statistics, which a
+forward in training changes, and weights that are frozen, which nothing changes.
 """
 
 from __future__ import annotations
@@ -27,11 +34,12 @@ from jaxpipe.stack.paths import merged
 Tree = Any
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
+# Builds a module, fresh values included.
 Factory = Callable[[nnx.Rngs], nnx.Module]
 
 
 class StackError(ValueError):
-  """The factories do not form a stack that can be pipelined."""
+  """The modules do not form a stack that can be pipelined, or not as they are asked to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +47,17 @@ class ModuleSpec:
   """One module as data.
 
   Attributes:
-    name: how messages call it, such as `layers[3]`.
-    factory: builds it from `nnx.Rngs`.
-    trainable: filter of the variables that are parameters.
-    graph: the static half of `nnx.split`.
-    shapes: nested dict of `jax.ShapeDtypeStruct`, the parameters.
-    state: nested dict of them, all other variables.
-    changing: of `state`, True for what a forward in training may change: variables of type
-      `nnx.BatchStat`, or of one derived from it.
+    name: how messages name it by its place, `embed`, `layers[3]` or `head`.
+    factory: builds the module from `nnx.Rngs`.
+    trainable: NNX filter of the variables that are parameters.
+    graph: the static half of `nnx.split`: all of the module but the values of its variables.
+    shapes: the parameters, a nested dict of `jax.ShapeDtypeStruct`s.
+    state: all other variables, a nested dict of `jax.ShapeDtypeStruct`s.
+    changing: a dict of the structure of `state`, True for what a forward in training may change:
+      variables of type `nnx.BatchStat`, or of one derived from it.
     kind: the module's class.
-    label: the class, as messages name it.
+    label: how messages name the class: its own `label` where it has one, as a wrapped Linen module
+      does, else the name of its class.
   """
 
   name: str
@@ -63,7 +72,17 @@ class ModuleSpec:
 
   @classmethod
   def trace(cls, name: str, factory: Factory, trainable: Any = nnx.Param) -> ModuleSpec:
-    """Builds the module abstractly (no arrays) and refuses what cannot be pipelined."""
+    """Builds the module abstractly, without arrays, and refuses what cannot be pipelined.
+
+    Args:
+      name: how messages name the module.
+      factory: builds it.
+      trainable: NNX filter of the variables that are parameters.
+
+    Raises:
+      StackError: an unwrapped Linen module, an array outside variables, a random stream of the
+        module's own, or a parameter that has no gradient.
+    """
     if _is_linen(factory):
       raise StackError(
         f"{name} is a Linen module; wrap it: jaxpipe.linen(Module(), example inputs ...)"
@@ -85,6 +104,7 @@ class ModuleSpec:
           " context.dropout(x, rate) in place of nnx.Dropout, and keep no rngs in modules"
         )
     shapes = nnx.to_pure_dict(params)
+    # A whole number that is trained would have a gradient of JAX's dtype float0.
     for at, leaf in jax.tree.leaves_with_path(shapes):
       if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise StackError(
@@ -94,42 +114,62 @@ class ModuleSpec:
     changing = nnx.to_pure_dict(state)
     for path, variable in nnx.to_flat_state(state):
       _set(changing, path, issubclass(variable.type, nnx.BatchStat))
-    label = str(getattr(module, "label", type(module).__name__))
-    kept = nnx.to_pure_dict(state)
-    return cls(name, factory, trainable, graph, shapes, kept, changing, type(module), label)
+    return cls(
+      name=name,
+      factory=factory,
+      trainable=trainable,
+      graph=graph,
+      shapes=shapes,
+      state=nnx.to_pure_dict(state),
+      changing=changing,
+      kind=type(module),
+      label=str(getattr(module, "label", type(module).__name__)),
+    )
 
   def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-    """Returns fresh parameters and state, nested dicts of arrays."""
-    return fresh(self.factory, key, self.trainable)
+    """Returns fresh parameters, tied leaves included, and fresh state: nested dicts of arrays."""
+    _, params, state = split_module(self.factory(nnx.Rngs(key)), self.trainable)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
   @functools.cached_property
-  def wanted(self) -> int:
+  def argument_count(self) -> int:
     """How many arguments the module is called with: a layer may do without its context."""
-    return wanted(self.kind)
+    return count_arguments(self.kind)
 
   def run(self, params: Tree, state: Tree, training: bool, *args: Any) -> tuple[Any, Tree]:
     """Calls the module; returns its output and its state after the call.
 
-    Statistics of `nnx.BatchNorm` are those of all rows of the microbatch, wherever they lie.
+    Args:
+      params: all of its parameters, a nested dict of arrays of the structure of `shapes`.
+      state: its state, of the structure of `state`.
+      training: the mode of its norms and of whatever else has one.
+      args: what it is called with; those beyond `argument_count` are left out.
 
     Raises:
       StackError: the call changes a variable that is no `nnx.BatchStat`.
     """
+    # A new module for every call: what the call changes in it is seen in what is returned, or lost.
     module = nnx.merge(self.graph, merged(params, state))
     if training:
       module.train()
     else:
       module.eval()
+    # Each device holds some rows of the microbatch. With statistics of these alone, outputs and
+    # gradients would depend on the mesh.
     over = tuple(axis for axis in ROWS if axes.size(axis) > 1)
-    for _, one in nnx.iter_graph(module):
-      if over and isinstance(one, nnx.BatchNorm) and one.axis_name is None:
-        one.axis_name = over  # type: ignore[assignment]  # several names are as good as one
-    out = module(*args[: self.wanted])
+    for _, inner in nnx.iter_graph(module):
+      if over and isinstance(inner, nnx.BatchNorm) and inner.axis_name is None:
+        inner.axis_name = over  # type: ignore[assignment]  # `lax.pmean` takes several names
+    out = module(*args[: self.argument_count])
     after = nnx.to_pure_dict(nnx.state(module, nnx.Not(self.trainable)))
     jax.tree.map_with_path(self._check_kept, self.changing, state, after)
     return out, after
 
   def _check_kept(self, path: Any, changes: bool, before: Any, after: Any) -> None:
+    """Refuses a change of a variable that is no statistic: only these are averaged over a step.
+
+    A variable that the call has not assigned still holds the very object that was put in.
+    """
     if not changes and after is not before:
       raise StackError(
         f"{self.name} changes its variable {jax.tree_util.keystr(path)}, which is no nnx.BatchStat:"
@@ -137,11 +177,11 @@ class ModuleSpec:
       )
 
   def call(self, method: str, params: Tree, *args: Any) -> Any:
-    """Calls another method of the module."""
+    """Calls another method of the module than `__call__`, with its parameters and no state."""
     return getattr(nnx.merge(self.graph, params), method)(*args)
 
   def require(self, *methods: str) -> None:
-    """Raises StackError where the module lacks what a cut vocabulary calls."""
+    """Raises StackError where the module lacks a method that a cut vocabulary calls."""
     for method in methods:
       if not callable(getattr(self.kind, method, None)):
         raise StackError(
@@ -150,47 +190,62 @@ class ModuleSpec:
         )
 
   def same_kind(self, other: ModuleSpec) -> bool:
-    """Whether both have the same static graph and the same parameter shapes and dtypes."""
-    mine, theirs = (self.shapes, self.state), (other.shapes, other.state)
-    return self.graph == other.graph and same_shapes(mine, theirs)
+    """Whether both have the same static graph, and parameters and state of the same shapes."""
+    own, others = (self.shapes, self.state), (other.shapes, other.state)
+    return self.graph == other.graph and same_shapes(own, others)
 
 
+# Errors of a module that is called with arguments it cannot take; any other is let through.
 _MISTAKES = (TypeError, ValueError, LookupError, AttributeError, AssertionError, FlaxError)
 
 
 @contextlib.contextmanager
 def called(name: str, x: Tree, cannot: str = "cannot be called with") -> Iterator[None]:
-  """Errors of shapes and types in a call become a StackError: whose call, and what it was given."""
+  """Turns errors of shapes and types in a call into a StackError that says whose call it was.
+
+  Args:
+    name: of the module, as messages name it.
+    x: what it was called with, arrays or shapes; the message gives their dtypes and shapes.
+    cannot: what it cannot, for the message.
+  """
   try:
     yield
   except StackError:
     raise
   except _MISTAKES as error:
     given = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
+    # Messages of JAX and Flax have many lines, of which the first say what is wrong.
     said = " ".join(str(error).split())
     kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
     raise StackError(f"{name} {cannot} {given}: {kind}{said[:300]}") from error
 
 
-def wanted(kind: type, told: Container[str] = ()) -> int:
-  """Arguments that a module is called with: those it must be given or names as the stack does.
+def count_arguments(kind: type, given_by_name: Container[str] = ()) -> int:
+  """How many positional arguments a module is called with.
 
-  Of `*args`, which say nothing, the first: modules in a row hand x on to one another.
+  It counts the parameters of its call that have no default, and those named `context` or `batch`,
+  which the stack gives whether or not they have one; but at least one, x, also to `*args`.
 
   Args:
     kind: the module's class.
-    told: names of those that it is given by name.
+    given_by_name: names of parameters that are passed by name, and do not count.
   """
   call: Any = kind.__call__
+  # Of the class's function, whose first parameter is `self`.
   parameters = list(inspect.signature(call).parameters.values())[1:]
   kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-  positional = [p for p in parameters if p.kind in kinds and p.name not in told]
+  positional = [p for p in parameters if p.kind in kinds and p.name not in given_by_name]
   return max(1, sum(p.default is p.empty or p.name in ("context", "batch") for p in positional))
 
 
 def _refuse_flags(name: str, kind: type) -> None:
-  """Refuses a call that must be told whether it trains: it would take its context for that."""
+  """Refuses a module whose call takes a training flag: it would be given its context in that place.
+
+  Raises:
+    StackError: names the module and the flag.
+  """
   call: Any = kind.__call__
+  # The first two are `self` and x.
   for parameter in list(inspect.signature(call).parameters.values())[2:]:
     if parameter.default is parameter.empty and parameter.name in ("train", "training"):
       raise StackError(
@@ -200,7 +255,7 @@ def _refuse_flags(name: str, kind: type) -> None:
 
 
 def _is_linen(factory: Any) -> bool:
-  """Whether it is a Linen module, or the class of one."""
+  """Whether a Linen module, or the class of one, was given as a factory."""
   return isinstance(factory, nn.Module) or (
     isinstance(factory, type) and issubclass(factory, nn.Module)
   )
@@ -212,14 +267,14 @@ def split_module(module: nnx.Module, trainable: Any) -> tuple[Any, Any, Any]:
   return graph, params, others[0]
 
 
-def fresh(factory: Factory, key: jax.Array, trainable: Any = nnx.Param) -> tuple[Tree, Tree]:
-  """Fresh parameters and state of one module, nested dicts of arrays."""
-  _, params, state = split_module(factory(nnx.Rngs(key)), trainable)
-  return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
-
-
 def sums(out: Any) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
-  """What a head returns, as `value_and_grad(has_aux=True)` wants it.
+  """Arranges what a head returns as `value_and_grad(has_aux=True)` wants it, and checks it.
+
+  Args:
+    out: `(loss_sum [], weight [], metrics)`.
+
+  Returns:
+    `loss_sum, (weight, metrics)`; weight and metrics have no gradient.
 
   Raises:
     StackError: it is not `(loss_sum, weight, metrics)`, or a sum is no scalar.
@@ -256,5 +311,6 @@ def same_shapes(a: Tree, b: Tree) -> bool:
 
 def same_structure(a: Tree, b: Tree) -> bool:
   """Whether two trees differ in nothing but their leaves."""
-  one: object = jax.tree.structure(a)
-  return one == jax.tree.structure(b)
+  # As an object: to mypy, JAX's tree structures have no `==`.
+  structure: object = jax.tree.structure(a)
+  return structure == jax.tree.structure(b)

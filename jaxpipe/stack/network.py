@@ -1,39 +1,54 @@
-"""The modules of a stack, in order, and how the canonical tree is made of theirs.
+"""The modules of a stack in order, and how the canonical tree of parameters is made of theirs.
 
-A module is named by its place: `embed`, `layers/0` ... `layers/L-1`, `head`. In the canonical tree
-consecutive layers of one kind, a *run*, are stacked along a leading layer dim:
+A module is named by where it stands: `embed`, `layers/0` ... `layers/L-1`, `head`. Consecutive
+layers of one kind are a *run*. Their leaves are stacked along a leading layer dim, so that one loop
+can go over them and a tree has as many leaves as there are kinds of layers:
 
-    {"embed": ..., "layers": run, "head": ...}             one run
-    {"embed": ..., "layers": (run, run, ...), "head": ...}  several
+    {"embed": ..., "layers": run, "head": ...}               one run: leaves of `layers` [L, ...]
+    {"embed": ..., "layers": (run, run, ...), "head": ...}   several: leaves [of the run, ...]
 
-The tree of the state is made alike.
+This tree is the *canonical* one: it is what optimizers, checkpoints and the unpipelined reference
+see. Model state has a tree of its own, made in the same way.
+
+A parameter may be *tied* to another module's: it exists once, in its owner's tree, and is put back
+into the tree of each module that reads it just before the module is called.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.stack.context import Context, LayerInputs
-from jaxpipe.stack.module_spec import Factory, ModuleSpec, StackError, called, same_shapes, sums
-from jaxpipe.stack.paths import get_path, leaf_paths, set_path, without
+from jaxpipe.parallel.protocol import Cut
+from jaxpipe.stack.context import Context, LayerInputs, MicrobatchInputs
+from jaxpipe.stack.module_spec import (
+  Factory,
+  ModuleSpec,
+  StackError,
+  called,
+  same_structure,
+  sums,
+)
+from jaxpipe.stack.paths import set_path, without
+from jaxpipe.stack.ties import below, get_owned, ties_of_leaves
 
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """All modules of a stack.
+  """All modules of a stack, as data, and the functions of their parameters.
 
   Attributes:
-    specs: module -> its module as data, first to last.
-    ties: path of a leaf that is another module's own -> the owner's path; both begin with the name
-      of the module.
-    runs: layers that are stacked, in order.
+    specs: name of a module -> the module as data; `embed` first, then the layers, then `head`.
+    ties: path of a tied leaf -> path of the leaf at its owner, both beginning with the name of a
+      module, such as `head/table` -> `embed/table`. No owner is tied itself.
+    runs: numbers of the layers of each run, first to last; together all layers.
   """
 
   specs: Mapping[str, ModuleSpec]
@@ -49,49 +64,80 @@ class Network:
     tied: Mapping[str, str],
     trainable: Any,
   ) -> Network:
-    """Traces the modules, each factory once."""
+    """Traces the modules without allocating anything, and each factory once.
+
+    Args:
+      embed: factory of the embedding.
+      layers: factories of the layers, first to last.
+      head: factory of the head.
+      tied: path of a leaf or of a whole subtree -> the owner's path, as `LayerStack.tied`.
+      trainable: NNX filter of the variables that are parameters.
+
+    Raises:
+      StackError: a module that cannot be pipelined, or ties that do not fit.
+    """
     traced: dict[int, ModuleSpec] = {}
     specs = {"embed": ModuleSpec.trace("embed", embed, trainable)}
     for i, factory in enumerate(layers):
       if id(factory) not in traced:
         traced[id(factory)] = ModuleSpec.trace(f"layers[{i}]", factory, trainable)
+      # Layers of one factory differ in their names alone, and share the graph that was traced.
       specs[f"layers/{i}"] = dataclasses.replace(traced[id(factory)], name=f"layers[{i}]")
     specs["head"] = ModuleSpec.trace("head", head, trainable)
-    ties = _leaf_ties(specs, tied)
+    ties = ties_of_leaves(specs, tied)
     return cls(specs, ties, _runs(specs, ties))
 
   @property
   def depth(self) -> int:
-    """Number of layers."""
+    """Number of layers, L."""
     return len(self.specs) - 2
 
-  def own(self, module: str, params: Tree) -> Tree:
-    """A module's parameters without those that are another's."""
-    return without(params, self._tied_in(module))
+  @property
+  def has_state(self) -> bool:
+    """Whether any module has model state, that is variables which are not trained."""
+    return any(spec.state for spec in self.specs.values())
 
-  def _tied_in(self, module: str) -> list[str]:
-    return _below(module, self.ties)
+  # Who owns what
 
-  def owners(self, module: str) -> dict[str, str]:
-    """For each leaf of a module that is another's, its path in the module -> the owner's path."""
-    return {path: self.ties[f"{module}/{path}"] for path in self._tied_in(module)}
+  def own(self, name: str, params: Tree) -> Tree:
+    """A module's parameters without the leaves that another module owns."""
+    return without(params, below(name, self.ties))
+
+  def owners(self, name: str) -> dict[str, str]:
+    """For each leaf of a module that another owns: its path in the module -> the owner's path."""
+    return {path: self.ties[f"{name}/{path}"] for path in below(name, self.ties)}
+
+  def params_of(self, name: str, owned: Mapping[str, Tree]) -> Tree:
+    """All parameters that a module reads, those of other modules included.
+
+    Args:
+      name: of the module.
+      owned: name -> the module's own parameters, of all modules whose parameters are read.
+    """
+    params = owned[name]
+    for path, owner in self.owners(name).items():
+      params = set_path(params, path, get_owned(owned, owner))
+    return params
+
+  # Trees: one for each module, or the canonical one
 
   def param_shapes(self) -> dict[str, Tree]:
-    """Piece -> shapes of the parameters that are its own."""
-    return {module: self.own(module, spec.shapes) for module, spec in self.specs.items()}
+    """Name -> `jax.ShapeDtypeStruct`s of the parameters that the module owns."""
+    return {name: self.own(name, spec.shapes) for name, spec in self.specs.items()}
 
   def state_shapes(self) -> dict[str, Tree]:
-    """Piece -> shapes of its state."""
-    return {module: spec.state for module, spec in self.specs.items()}
+    """Name -> `jax.ShapeDtypeStruct`s of the module's state."""
+    return {name: spec.state for name, spec in self.specs.items()}
 
   def join(self, trees: Mapping[str, Tree]) -> Tree:
-    """The canonical tree of all modules' trees, of arrays or of shapes."""
+    """The canonical tree of all modules' trees, which may be of arrays or of shapes."""
     runs = tuple(_stacked([trees[f"layers/{i}"] for i in run]) for run in self.runs)
+    # Of one run the stacked tree itself, not a tuple of one: what most stacks have stays plain.
     layers = runs[0] if len(runs) == 1 else runs
     return {"embed": trees["embed"], "layers": layers, "head": trees["head"]}
 
   def split(self, tree: Tree) -> dict[str, Tree]:
-    """Inverse of `join`."""
+    """Name -> the module's own tree, out of the canonical tree; inverse of `join`."""
     runs = [tree["layers"]] if len(self.runs) == 1 else tree["layers"]
     out = {"embed": tree["embed"]}
     for run, stacked in zip(self.runs, runs, strict=True):
@@ -99,78 +145,132 @@ class Network:
         out[f"layers/{i}"] = jax.tree.map(lambda leaf, j=i - run.start: leaf[j], stacked)
     return {**out, "head": tree["head"]}
 
+  # Values
+
   def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-    """Fresh parameters and state, canonical."""
-    made = {module: self.init_module(module, key) for module in self.specs}
+    """Fresh parameters and fresh model state, two canonical trees."""
+    made = {name: self.init_module(name, key) for name in self.specs}
     return (
-      self.join({module: params for module, (params, _) in made.items()}),
-      self.join({module: state for module, (_, state) in made.items()}),
+      self.join({name: params for name, (params, _) in made.items()}),
+      self.join({name: state for name, (_, state) in made.items()}),
     )
 
-  def init_module(self, module: str, key: jax.Array) -> tuple[Tree, Tree]:
-    """Fresh parameters of its own, and fresh state."""
-    params, state = self.specs[module].init(jax.random.fold_in(key, self._number(module)))
-    return self.own(module, params), state
+  def init_module(self, name: str, key: jax.Array) -> tuple[Tree, Tree]:
+    """Fresh parameters that a module owns, and its fresh state, of the stack's key."""
+    params, state = self.specs[name].init(jax.random.fold_in(key, self._key_number(name)))
+    return self.own(name, params), state
 
-  def _number(self, module: str) -> int:
+  def _key_number(self, name: str) -> int:
+    """The number that is folded into the stack's key for a module; no two have the same."""
     ends = {"embed": 0, "head": 1}
-    return ends[module] if module in ends else 2 + layer_number(module)
+    return ends[name] if name in ends else 2 + layer_number(name)
 
-  def params_of(self, module: str, trees: Mapping[str, Tree]) -> Tree:
-    """A module's parameters, those of others included, from what each module owns."""
-    params = trees[module]
-    for path, owner in self.owners(module).items():
-      params = set_path(params, path, get_owned(trees, owner))
-    return params
-
-  def call(
-    self, module: str, params: Tree, state: Tree, x: Tree, training: bool, inputs: LayerInputs
-  ) -> tuple[Tree, Tree]:
-    """Calls a module of whatever place.
+  def init_layers(self, key: jax.Array, layers: jax.Array, cut: Cut) -> Tree:
+    """Fresh parameters of some layers, of a network whose layers are all of one kind.
 
     Args:
-      module: which.
-      params: all of its parameters.
-      state: its state.
-      x: what the module before returned; for the embedding nothing is read of it.
-      training: see `Context`.
-      inputs: of the microbatch; its `layer` is not read.
+      key: the stack's.
+      layers: int32 [n], numbers of the layers, which may be known only as the program runs.
+      cut: what of a layer to keep, applied as soon as it is made.
+
+    Returns:
+      A layer's tree, leaves [n, ...].
+    """
+    specs = [self.specs[f"layers/{i}"] for i in range(self.depth)]
+
+    def make(spec: ModuleSpec, key: jax.Array) -> Tree:
+      return spec.init(key)[0]
+
+    # A branch for each factory, not for each layer: most stacks have one factory.
+    makers = {id(spec.factory): functools.partial(make, spec) for spec in specs}
+    number = {factory: n for n, factory in enumerate(makers)}
+    which = jnp.array([number[id(spec.factory)] for spec in specs], jnp.int32)
+
+    def one(i: jax.Array) -> Tree:
+      made = jax.lax.switch(which[i], list(makers.values()), jax.random.fold_in(key, i + 2))
+      return cut("layers", made)
+
+    # lax.map, not vmap: one compiled body gives every layer, so that values do not depend on how
+    # many layers this device creates.
+    return jax.lax.map(one, layers)
+
+  # Calls
+
+  def call(
+    self, name: str, params: Tree, state: Tree, x: Tree, training: bool, inputs: MicrobatchInputs
+  ) -> tuple[Tree, Tree]:
+    """Calls a module, wherever it stands, with the arguments of its place.
+
+    Args:
+      name: of the module.
+      params: all parameters that it reads, tied ones included.
+      state: its model state.
+      x: what the module before returned, leaves [rows, ...]; the embedding does not read it.
+      training: False in evaluation, where dropout is the identity and statistics stay.
+      inputs: of the microbatch.
 
     Returns:
       What the module returns, of the head `(loss_sum, (weight, metrics))`; and its state after the
       call.
     """
-    spec = self.specs[module]
-    if module == "embed":
+    spec = self.specs[name]
+    if name == "embed":
       return spec.run(params, state, training, inputs["batch"])
-    if module == "head":
+    if name == "head":
       out, after = spec.run(params, state, training, x, inputs["batch"])
       return sums(out), after
-    inputs = {**inputs, "layer": layer_number(module)}
-    return spec.run(params, state, training, x, Context.create(training, **inputs))
+    # Dropout is keyed by the layer's number in the model: its masks are then the same in whatever
+    # stage the layer lies.
+    layer_inputs: LayerInputs = {**inputs, "layer": layer_number(name)}
+    return spec.run(params, state, training, x, Context.create(training, **layer_inputs))
 
-  def try_end(self, module: str, *args: Tree) -> Tree:
-    """Shapes of what an end returns.
+  def check_shapes(self, batch: Tree, alike: bool) -> Tree:
+    """Traces all modules on a batch, without computing anything.
+
+    Args:
+      batch: arrays or shapes, leaves [B, ...].
+      alike: whether all layers are of one kind and must return what they take; the first is then
+        traced for all.
+
+    Returns:
+      The shapes of the first layer's x.
 
     Raises:
-      StackError: it raises an error of shapes or types; names the module.
+      StackError: a module that cannot take what the one before returns, or a layer whose output is
+        unlike its input although it must not be.
     """
-    spec = self.specs[module]
+    x = first = self.end_output("embed", batch)
+    if alike:
+      check_alike(x, layer_output(self.specs["layers/0"], x, batch))
+    else:
+      for i in range(self.depth):
+        x = layer_output(self.specs[f"layers/{i}"], x, batch)
+    self.end_output("head", x, batch)
+    return first
+
+  def end_output(self, name: str, *args: Tree) -> Tree:
+    """Shapes of what the embedding or the head returns for arguments of these shapes.
+
+    Raises:
+      StackError: it raises an error of shapes or types; names the module and what it was given.
+    """
+    spec = self.specs[name]
 
     def call(params: Tree, state: Tree, *args: Tree) -> Tree:
       out = spec.run(params, state, True, *args)[0]
-      return sums(out) if module == "head" else out
+      return sums(out) if name == "head" else out
 
     with called(spec.name, args[0]):
       return jax.eval_shape(call, spec.shapes, spec.state, *args)
 
-  def try_layer(self, i: int, x: Tree, batch: Tree) -> Tree:
-    """The same of a layer."""
-    return shape_after(self.specs[f"layers/{i}"], x, batch)
 
-
-def shape_after(spec: ModuleSpec, x: Tree, batch: Tree) -> Tree:
+def layer_output(spec: ModuleSpec, x: Tree, batch: Tree) -> Tree:
   """Shapes of what a layer returns for x.
+
+  Args:
+    spec: the layer.
+    x: arrays or shapes, leaves [rows, ...].
+    batch: likewise, leaves [B, ...].
 
   Raises:
     StackError: it raises an error of shapes or types; names the layer and what it was given.
@@ -188,69 +288,48 @@ def shape_after(spec: ModuleSpec, x: Tree, batch: Tree) -> Tree:
     return jax.eval_shape(call, spec.shapes, spec.state, x, batch)
 
 
-def get_owned(trees: Mapping[str, Tree], path: str) -> Any:
-  """The leaf at a path that begins with its module."""
-  module = next(module for module in trees if path.startswith(f"{module}/"))
-  return get_path(trees[module], path.removeprefix(f"{module}/"))
+def check_alike(x: Tree, y: Tree) -> None:
+  """Raises StackError where y, a layer's output for x, has other shapes, dtypes or structure."""
+  remedy = "; a layer must return what it takes, or give LayerStack(partition=[...])"
+  if not same_structure(x, y):
+    raise StackError(
+      f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}{remedy}"
+    )
+  for (path, a), b in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(y), strict=True):
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+      raise StackError(
+        f"layers[0] takes {a.dtype}{list(a.shape)} but returns {b.dtype}{list(b.shape)}"
+        f" at x{jax.tree_util.keystr(path)}{remedy}"
+      )
 
 
-def layer_number(module: str) -> int:
-  """Of `layers/3`, 3."""
-  return int(module.partition("/")[2])
+def keep_whole(part: str, tree: Tree) -> Tree:
+  """The `cut` of `init_layers_and_ends` by which a device keeps all of what it makes."""
+  return tree
 
 
-def _below(module: str, paths: Mapping[str, str]) -> list[str]:
-  """What follows the module in those of the paths that begin with it."""
-  return [path.removeprefix(f"{module}/") for path in paths if path.startswith(f"{module}/")]
-
-
-def _leaf_ties(specs: Mapping[str, ModuleSpec], tied: Mapping[str, str]) -> dict[str, str]:
-  """Ties of single leaves.
-
-  Raises:
-    StackError: a path that is not there, leaves that differ, or an owner that is tied itself.
-  """
-  shapes = {module: spec.shapes for module, spec in specs.items()}
-  states = {module: spec.state for module, spec in specs.items()}
-  ties: dict[str, str] = {}
-  for theirs, ours in tied.items():
-    a, b = _find(shapes, theirs), _find(shapes, ours)
-    if a is None and b is None and _find(states, theirs) is not None:
-      raise StackError(f"tied: {theirs} is not trained, and only what is trained can be tied")
-    names_a, names_b = ({*leaf_paths(tree)} if tree is not None else None for tree in (a, b))
-    if names_a is None or names_a != names_b or not same_shapes(a, b):
-      raise StackError(f"tied: {theirs} is {a}, {ours} is {b}; they must be alike")
-    for name in sorted(names_a):
-      ties[f"{theirs}/{name}" if name else theirs] = f"{ours}/{name}" if name else ours
-  for theirs, ours in ties.items():
-    if ours in ties:
-      raise StackError(f"tied: {theirs} is {ours}, which is {ties[ours]}; name that one for both")
-  return ties
-
-
-def _find(shapes: Mapping[str, Tree], path: str) -> Tree:
-  """The leaf or tree at a path that begins with its module; None where there is none."""
-  for module, tree in shapes.items():
-    if path == module:
-      return tree
-    if path.startswith(f"{module}/"):
-      return get_path(tree, path.removeprefix(f"{module}/"))
-  known = f"{', '.join(list(shapes)[:2])} ... {list(shapes)[-1]}"
-  raise StackError(f"tied: {path} begins with no module of the stack; there are {known}")
+def layer_number(name: str) -> int:
+  """The number of a layer, out of its name: 3 of `layers/3`."""
+  return int(name.partition("/")[2])
 
 
 def _runs(specs: Mapping[str, ModuleSpec], ties: Mapping[str, str]) -> tuple[range, ...]:
+  """Numbers of the layers of each run: neighbours of one kind that own the same leaves."""
   starts = [0]
   depth = len(specs) - 2
   for i in range(1, depth):
-    one, before = specs[f"layers/{i}"], specs[f"layers/{i - 1}"]
-    alike = one.graph is before.graph or one.same_kind(before)
-    if not alike or _below(f"layers/{i}", ties) != _below(f"layers/{i - 1}", ties):
+    spec, before = specs[f"layers/{i}"], specs[f"layers/{i - 1}"]
+    # Layers of one factory share its graph, which saves comparing the graphs.
+    alike = spec.graph is before.graph or spec.same_kind(before)
+    # A tied leaf is missing from its layer's tree, and only equal trees can be stacked.
+    if not alike or below(f"layers/{i}", ties) != below(f"layers/{i - 1}", ties):
       starts.append(i)
   return tuple(range(a, b) for a, b in zip(starts, [*starts[1:], depth], strict=True))
 
 
 def _stacked(trees: Sequence[Tree]) -> Tree:
+  """Trees of arrays or of shapes, their leaves stacked along a new leading dim."""
+
   def stack(*leaves: Any) -> Any:
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
       return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
@@ -260,7 +339,11 @@ def _stacked(trees: Sequence[Tree]) -> Tree:
 
 
 def _rows(batch: Tree) -> int:
-  """Rows of a batch; x may have leaves without rows, such as a loss that layers add to."""
+  """Rows of a batch, which x cannot tell: it may have leaves without rows, such as a scalar loss.
+
+  Raises:
+    StackError: the batch has no leaves, or its first is a scalar.
+  """
   for path, leaf in jax.tree.leaves_with_path(batch):
     if not jnp.shape(leaf):
       raise StackError(f"batch{jax.tree_util.keystr(path)} is a scalar; every leaf is [B, ...]")

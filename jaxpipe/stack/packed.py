@@ -1,59 +1,74 @@
 """A stack of unlike layers, as the pipeline lays it out: S rows of one width, one for each stage.
 
-A stage is a contiguous run of modules, the embedding before the first stage's layers and the head
-behind the last's. Its parameters lie flat in one row of the arrays [S, width], one array for each
-dtype; so do what it takes and returns in buffers that travel between stages. To placing, replicas
-and optimizers a packed stack looks like a uniform one of S layers, each with one parameter for each
-dtype. What a stage computes is `run_stage`; the pipeline switches between stages.
+Stages that are not alike have parameters, inputs and model state of unlike shapes, and one SPMD
+program wants arrays of one shape. A stage is a contiguous run of modules, the embedding before the
+first stage's layers and the head behind the last's. Its parameters lie one after the other in one
+row of the arrays [S, width], one array for each dtype, each row as wide as the widest stage needs:
 
-Weights that several stages read lie in their owner's row alone: `shared` sends them to all devices
-before a step, `collect` adds their gradients to the owner's after it.
+    canonical                          packed
+    {"embed": ...,                     {"embed": {},
+     "layers": (run, run, ...),         "layers": {"float32": [S, width], "int32": [S, width]},
+     "head": ...}                       "head": {}}
+
+So do what a stage takes and returns, in buffers that travel between stages. To placing, replicas
+and optimizers a packed stack looks like a uniform one of S layers, each with one parameter for each
+dtype. Model state has rows of its own, under the further key `state`. What a stage computes is
+`run_stage`; the pipeline switches between stages by their number.
+
+Parameters that several stages read lie in their owner's row alone; see `shared_leaves`.
+
+Letters of shapes: S stages, V stages that a device holds, `width` elements of a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.parallel import axes
-from jaxpipe.parallel.flat import Flat, read_span, widest, write_span
-from jaxpipe.parallel.mesh import EXPERT, SEQUENCE, STAGE, TENSOR
-from jaxpipe.parallel.replicas import owned
+from jaxpipe.parallel.flat import Flat, widest
+from jaxpipe.parallel.mesh import EXPERT, SEQUENCE, TENSOR
+from jaxpipe.parallel.protocol import Cut, PlacementLike, ScheduleLike
 from jaxpipe.parallel.rules import NONE, Rules
+from jaxpipe.stack.context import MicrobatchInputs
+from jaxpipe.stack.model_state import StateRows, changing_leaves, refuse_counters, stack_rows
 from jaxpipe.stack.module_spec import StackError, same_structure
-from jaxpipe.stack.network import get_owned
+from jaxpipe.stack.network import Network, keep_whole
+from jaxpipe.stack.partition import modules_of_stages, stage_sizes
 from jaxpipe.stack.paths import set_path
+from jaxpipe.stack.protocol import ModuleTrees, PackedStack
+from jaxpipe.stack.shared_leaves import SharedLeaves
 
 Tree = Any
-# For each module of a stage, by name, a tree.
-ModuleTrees = Mapping[str, Tree]
 
-# Beneath which rows of state lie, so that a packed state is not taken for packed parameters.
+# The key below `layers` that only a packed tree of model state has. Rows of state and of parameters
+# may have the same dtypes and widths, and `unpack` must tell which it is given.
 _STATE = "state"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-  """A stack cut into stages.
+  """A stack cut into stages, each a row of parameters and a function of its own.
 
   Attributes:
-    stack: the `LayerStack`.
+    network: all modules, and which parameters are tied.
+    given_rules: the rules of the `LayerStack`. A packed stack does not follow them; where there are
+      any, they cut experts over the mesh axis `expert`, which it refuses.
     placement: which device holds which stage.
-    stages: names of the modules of each.
-    params: how each stage's own parameters lie in its row.
-    state: how its state does.
-    changing: how what a forward changes of its state does, in a row of its own.
+    stages: names of each stage's modules, in order: [S][...].
+    params: how each stage's own parameters lie in its row, [S].
+    state: how each stage's model state lies in its row, [S].
+    changing: how the state that a forward changes lies in a row of its own, [S].
   """
 
-  stack: Any
-  placement: Any
+  network: Network
+  given_rules: Rules
+  placement: PlacementLike
   stages: tuple[tuple[str, ...], ...]
   params: tuple[Flat, ...]
   state: tuple[Flat, ...]
@@ -61,27 +76,21 @@ class Packed:
 
   uniform = False
 
-  @property
-  def rules(self) -> Rules:
-    """None, but that a mesh over whose other axes the modules might share work is refused."""
-    return dataclasses.replace(NONE, axes=frozenset({SEQUENCE, TENSOR}), check=self._check_axes)
-
-  def _check_axes(self, sizes: Mapping[str, int]) -> None:
-    cut = [SEQUENCE, TENSOR, *([EXPERT] if self.stack.rules is not NONE else [])]
-    for axis in cut:
-      if sizes.get(axis, 1) > 1:
-        raise StackError(
-          f"mesh axis {axis}:{sizes[axis]}: a stack whose layers are not alike, or that has a"
-          f" partition, lies packed, and its weights are not cut over {axis}; use {axis}:1"
-        )
-
   @classmethod
-  def of(cls, stack: Any, schedule: Any) -> Packed:
-    """Cuts a stack as its partition says.
+  def of(
+    cls, network: Network, schedule: ScheduleLike, partition: Sequence[int] | None, rules: Rules
+  ) -> Packed:
+    """Cuts a network into the stages of a schedule.
+
+    Args:
+      network: the modules.
+      schedule: says how many stages there are and where they lie.
+      partition: layers of each stage, [S]; None makes them as even as can be.
+      rules: those of the stack, kept as `given_rules`.
 
     Raises:
-      StackError: it is for another number of stages, or the schedule's microbatches pass other
-        paths or meet over the vocabulary.
+      StackError: the partition is for another number of stages; the schedule cuts the vocabulary,
+        or its microbatches skip stages; or it holds stages twice that count in whole numbers.
     """
     if schedule.paths is not None:
       raise StackError(
@@ -94,37 +103,62 @@ class Packed:
         " uniform layers; take a schedule whose last stage has the head (head='last')"
       )
     if schedule.placement.replicated:
-      _check_replicated(stack, schedule.name)
-    sizes = stage_sizes(stack, schedule.stages)
-    names, ends = list(stack.network.specs), [0, *_cumulative(sizes)]
-    layers = names[1:-1]
-    stages = [layers[a:b] for a, b in itertools.pairwise(ends)]
-    stages[0] = [names[0], *stages[0]]
-    stages[-1] = [*stages[-1], names[-1]]
-    of = lambda trees: tuple(Flat.of({p: trees[p] for p in stage}) for stage in stages)  # noqa: E731
-    state = stack.network.state_shapes()
+      refuse_counters(network, schedule.name)
+    sizes = stage_sizes(partition, network.depth, schedule.stages)
+    stages = modules_of_stages(list(network.specs), sizes)
+
+    def flats(trees: ModuleTrees) -> tuple[Flat, ...]:
+      return tuple(Flat.of({name: trees[name] for name in stage}) for stage in stages)
+
+    state = network.state_shapes()
     return cls(
-      stack,
-      schedule.placement,
-      tuple(map(tuple, stages)),
-      of(stack.network.param_shapes()),
-      of(state),
-      tuple(Flat.of(_changing(stack, stage, state)) for stage in stages),
+      network=network,
+      given_rules=rules,
+      placement=schedule.placement,
+      stages=stages,
+      params=flats(network.param_shapes()),
+      state=flats(state),
+      changing=tuple(Flat.of(changing_leaves(network, stage, state)) for stage in stages),
     )
 
-  def laid_out(self, schedule: Any) -> Packed:
-    """Itself."""
+  def laid_out(self, schedule: ScheduleLike) -> PackedStack:
+    """Itself: it lies on a schedule's devices already."""
     return self
 
   @property
   def depth(self) -> int:
-    """Rows: the number of stages."""
+    """Number of rows, which is the number of stages, S."""
     return len(self.stages)
 
   @property
   def has_state(self) -> bool:
-    """Whether any module holds variables that are not trained."""
-    return bool(self.stack.has_state)
+    """Whether any module has model state, that is variables which are not trained."""
+    return self.network.has_state
+
+  @property
+  def rules(self) -> Rules:
+    """No dim of a row is named, so that nothing but `fsdp` cuts it.
+
+    `sequence` and `tensor` stand among the axes that the modules share work over only so that
+    `check`, whose message says what can be done about it, is what refuses them.
+    """
+    return dataclasses.replace(NONE, axes=frozenset({SEQUENCE, TENSOR}), check=self._check_axes)
+
+  def _check_axes(self, sizes: Mapping[str, int]) -> None:
+    """Raises StackError for a mesh that would cut the modules' own weights."""
+    # Along `expert` devices hold different rows of a microbatch, as along `data`; it is weights
+    # that are cut over it only where rules say so.
+    cut = [SEQUENCE, TENSOR, *([EXPERT] if self.given_rules is not NONE else [])]
+    for axis in cut:
+      if sizes.get(axis, 1) > 1:
+        raise StackError(
+          f"mesh axis {axis}:{sizes[axis]}: a stack whose layers are not alike, or that has a"
+          f" partition, lies packed, and its weights are not cut over {axis}; use {axis}:1"
+        )
+
+  def tables(self, devices: int) -> frozenset[str]:
+    """No table is cut over the stages: `of` refuses the schedules that would."""
+    return frozenset()
 
   # Rows
 
@@ -135,277 +169,202 @@ class Packed:
 
   @functools.cached_property
   def state_widths(self) -> dict[str, int]:
-    """Dtype -> elements of a row of the state."""
+    """Dtype -> elements of a row of model state."""
     return widest(self.state)
 
   @functools.cached_property
   def changing_widths(self) -> dict[str, int]:
-    """Dtype -> elements of a row of what changes of the state."""
+    """Dtype -> elements of a row of the state that a forward changes."""
     return widest(self.changing)
 
   def param_shapes(self) -> Tree:
-    """The packed tree as `jax.ShapeDtypeStruct`s."""
-    return _tree(self._rows(self.widths), state=False)
+    """The packed parameters as `jax.ShapeDtypeStruct`s, `layers` dtype -> [S, width]."""
+    return _packed_tree(self._row_shapes(self.widths), state=False)
 
   def state_shapes(self) -> Tree:
-    """The packed state as `jax.ShapeDtypeStruct`s."""
-    return _tree(self._rows(self.state_widths), state=True)
+    """The packed state as `jax.ShapeDtypeStruct`s, `layers` `state` -> dtype -> [S, width]."""
+    return _packed_tree(self._row_shapes(self.state_widths), state=True)
 
-  def _rows(self, widths: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {n: jax.ShapeDtypeStruct((self.depth, w), jnp.dtype(n)) for n, w in widths.items()}
+  def _row_shapes(self, widths: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+      dtype: jax.ShapeDtypeStruct((self.depth, width), jnp.dtype(dtype))
+      for dtype, width in widths.items()
+    }
 
   def pack(self, tree: Tree) -> Tree:
-    """The packed tree of a canonical one: of parameters, their gradients or moments, or of state.
+    """The packed tree of a canonical one.
+
+    Args:
+      tree: parameters, or what has their structure and shapes (gradients, moments); or state.
 
     Raises:
       ValueError: it has the structure of neither.
     """
-    state = not _alike(tree, self.stack.param_shapes())
-    if state and not _alike(tree, self.stack.state_shapes()):
+    network = self.network
+    # Dtypes do not tell the two apart: gradients and moments may be wider than parameters.
+    state = not _alike(tree, network.join(network.param_shapes()))
+    if state and not _alike(tree, network.join(network.state_shapes())):
       raise ValueError(
         f"a tree of {jax.tree.structure(tree)} is neither of parameters nor of state of this stack"
       )
-    modules = self.stack.network.split(tree)
-    flats, widths = self._layout(state)
+    modules = network.split(tree)
+    flats, widths = self._rows_of(state)
     rows = [
       flat.pack({name: modules[name] for name in stage}, widths)
       for stage, flat in zip(self.stages, flats, strict=True)
     ]
-    return _tree(_stack_rows(rows), state)
+    return _packed_tree(stack_rows(rows), state)
 
   def unpack(self, tree: Tree) -> Tree:
-    """Inverse of `pack`."""
+    """The canonical tree of a packed one; inverse of `pack`."""
     state = _STATE in tree["layers"]
     rows = tree["layers"][_STATE] if state else tree["layers"]
     modules: dict[str, Tree] = {}
-    for s, flat in enumerate(self._layout(state)[0]):
+    # Every module stands in exactly one stage.
+    for s, flat in enumerate(self._rows_of(state)[0]):
       modules |= flat.unpack(rows, s)
-    canonical: Tree = self.stack.network.join(modules)
-    return canonical
+    return self.network.join(modules)
 
-  def _layout(self, state: bool) -> tuple[Sequence[Flat], Mapping[str, int]]:
+  def _rows_of(self, state: bool) -> tuple[Sequence[Flat], Mapping[str, int]]:
+    """How rows of state, or of parameters, are laid out, and dtype -> how wide they are."""
     return (self.state, self.state_widths) if state else (self.params, self.widths)
 
   def init_layers_and_ends(
-    self,
-    key: jax.Array,
-    layers: jax.Array,
-    cut: Callable[[str, Tree], Tree] = lambda part, tree: tree,
-    *,
-    state: bool = False,
+    self, key: jax.Array, layers: jax.Array, cut: Cut = keep_whole, *, state: bool = False
   ) -> Tree:
-    """Rows of the stages numbered in `layers` (int32 [n]); see `LayerStack`."""
-    flats, widths = self._layout(state)
+    """Fresh rows of some stages.
 
-    def one(s: int) -> Tree:
-      made = {
-        module: self.stack.network.init_module(module, key)[state] for module in self.stages[s]
-      }
-      return cut("layers", _tree(flats[s].pack(made, widths), state)["layers"])
+    Args:
+      key: PRNG key; a module's values depend on it and on the module's name alone, so that they are
+        the same whatever the partition.
+      layers: int32 [n], numbers of the stages.
+      cut: what of a row, dtype -> [width], this device keeps; applied as soon as a row is made.
+      state: makes rows of model state in place of parameters.
 
-    makers = [functools.partial(lambda s, _: one(s), s) for s in range(self.depth)]
+    Returns:
+      A packed tree, leaves [n, ...].
+    """
+    flats, widths = self._rows_of(state)
+
+    def make(s: int, _: Any) -> Tree:
+      made = {name: self.network.init_module(name, key)[state] for name in self.stages[s]}
+      return cut("layers", _packed_tree(flats[s].pack(made, widths), state)["layers"])
+
+    # Which stages a device makes is known only as it runs, so that there is a branch for each.
+    makers = [functools.partial(make, s) for s in range(self.depth)]
     rows = lax.map(lambda s: lax.switch(s, makers, 0), layers)
     return {"embed": {}, "layers": rows, "head": {}}
 
-  # What the executor asks of any stack
-
-  def tables(self, devices: int) -> frozenset[str]:
-    """None are cut: `of` refuses schedules that would."""
-    return frozenset()
-
-  def head_params(self, ends: Tree) -> Tree:
-    """The head's: none, they lie in the last stage's row."""
-    return ends["head"]
-
-  def untie(self, grads: Tree) -> Tree:
-    """Gradients of the rows alone; see `collect`."""
-    return self.collect(grads)
-
-  # Stages
-
   @functools.cached_property
-  def borrowed(self) -> tuple[dict[str, str], ...]:
-    """For each stage, what its modules read of other stages: path -> the owner's path."""
-    out = []
-    for stage in self.stages:
-      mine: dict[str, str] = {}
-      for module in stage:
-        for path, owner in self.stack.network.owners(module).items():
-          if not any(owner.startswith(f"{p}/") for p in stage):
-            mine[f"{module}/{path}"] = owner
-      out.append(mine)
-    return tuple(out)
-
-  @functools.cached_property
-  def shared_paths(self) -> tuple[str, ...]:
-    """Paths of the leaves that several stages read, as their owners call them."""
-    return tuple(sorted({owner for mine in self.borrowed for owner in mine.values()}))
-
-  def _home(self, path: str) -> tuple[int, int, jax.ShapeDtypeStruct]:
-    """Owner's stage of a shared leaf, its place in the row, its shape."""
-    for s, (stage, flat) in enumerate(zip(self.stages, self.params, strict=True)):
-      if any(path.startswith(f"{module}/") for module in stage):
-        numbers = jax.tree.unflatten(flat.structure, range(len(flat.leaves)))
-        n = get_owned(numbers, path)
-        return s, flat.offsets[n], flat.leaves[n]
-    raise AssertionError(path)
-
-  def _held(self, stage: int) -> tuple[jax.Array, jax.Array]:
-    """Whether this device is the first that holds a stage, and as which chunk."""
-    d, v = next(
-      (d, v)
-      for v in range(self.placement.chunks)
-      for d in range(self.placement.devices)
-      if self.placement.stage(d, v) == stage
+  def _state_rows(self) -> StateRows:
+    return StateRows(
+      network=self.network,
+      placement=self.placement,
+      stages=self.stages,
+      state=self.state,
+      changing=self.changing,
+      widths=self.state_widths,
     )
-    return lax.axis_index(STAGE) == d, jnp.int32(v)
-
-  def shared(self, rows: Tree) -> dict[str, jax.Array]:
-    """The leaves that several stages read, from the rows [V, width] of all devices."""
-    out = {}
-    for path in self.shared_paths:
-      s, offset, leaf = self._home(path)
-      here, chunk = self._held(s)
-      mine = read_span(rows[str(leaf.dtype)], leaf.shape, offset, chunk)
-      out[path] = axes.total(jnp.where(here, mine, 0), STAGE)
-    return out
-
-  def collect(self, grads: Tree) -> Tree:
-    """Transpose of `shared`: their gradients added to the owner's row; takes them out."""
-    rows = dict(grads["layers"])
-    for path, grad in grads["shared"].items():
-      s, offset, leaf = self._home(path)
-      here, chunk = self._held(s)
-      name = str(leaf.dtype)
-      whole = jnp.where(here, axes.total(grad, STAGE), 0)
-      old = read_span(rows[name], leaf.shape, offset, chunk)
-      rows[name] = write_span(rows[name], old + whole, offset, chunk)
-    return {**{k: v for k, v in grads.items() if k != "shared"}, "layers": rows}
 
   def renewed(
     self, rows: Tree, counted: Mapping[str, jax.Array], vary: Callable[[Tree], Tree]
   ) -> Tree:
-    """Rows of the state after a step.
+    """Rows of the model state after a step; inside `shard_map`.
 
     Args:
-      rows: dtype -> [n, width] before it, of the stages that this device owns.
-      counted: dtype -> [n, width], what the step has made of what changes.
+      rows: `state` -> dtype -> [owned, width] before it, of the stages that this device owns.
+      counted: dtype -> [owned, width], what the step has made of the state that changes.
       vary: marks a tree as differing between stages.
+
+    Returns:
+      As `rows`: what changes from `counted`, everything else as it was, bit for bit.
     """
+    return {_STATE: self._state_rows.renewed(rows[_STATE], counted, vary)}
 
-    def write(s: int, row: Tree, new: Tree) -> Tree:
-      leaves = self.state[s].read(row)
-      fresh = iter(self.changing[s].read(new))
-      changes = jax.tree.leaves({p: self.stack.network.specs[p].changing for p in self.stages[s]})
-      kept = [next(fresh) if yes else leaf for leaf, yes in zip(leaves, changes, strict=True)]
-      kept = [a.astype(leaf.dtype) for a, leaf in zip(kept, leaves, strict=True)]
-      return vary(self.state[s].pack_leaves(kept, self.state_widths))
+  # Leaves that several stages read
 
-    here = lax.axis_index(STAGE)
-    stages = jnp.asarray(owned(self.placement), jnp.int32)[here]
-    branches = [functools.partial(write, s) for s in range(self.depth)]
-    made = [
-      lax.switch(
-        stages[j],
-        branches,
-        {name: leaf[j] for name, leaf in rows[_STATE].items()},
-        {name: leaf[j] for name, leaf in counted.items()},
-      )
-      for j in range(stages.shape[0])
-    ]
-    return {_STATE: _stack_rows(made)}
+  @functools.cached_property
+  def _shared_leaves(self) -> SharedLeaves:
+    return SharedLeaves(self.network, self.placement, self.stages, self.params)
+
+  @property
+  def borrowed(self) -> tuple[dict[str, str], ...]:
+    """For each stage, the parameters it reads that another stage owns: path -> owner's path."""
+    return self._shared_leaves.borrowed
+
+  def shared(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """All leaves that some stage borrows, on every device: owner's path -> leaf.
+
+    Args:
+      rows: dtype -> [V, width], the parameters of this device's stages; inside `shard_map`.
+    """
+    return self._shared_leaves.send(rows)
+
+  def head_params(self, params: Tree) -> Tree:
+    """The part `head` as it is: empty, for the head's parameters lie in the last stage's row."""
+    return params["head"]
+
+  def untie(self, grads: Tree) -> Tree:
+    """Adds the gradients of `grads["shared"]` to the owners' rows, and takes them out."""
+    return self._shared_leaves.collect(grads)
+
+  # The function of a stage
 
   def run_stage(
     self,
     s: int,
-    params: tuple[ModuleTrees, Tree],
+    params: tuple[ModuleTrees, Mapping[str, jax.Array]],
     state: ModuleTrees,
     x: Tree,
     training: bool,
-    inputs: Tree,
+    inputs: MicrobatchInputs,
   ) -> tuple[Tree, list[jax.Array]]:
-    """A stage's function.
+    """Runs a stage's modules one after the other.
+
+    A parameter is put where it is read in two steps: what other stages own, once for the stage [1];
+    what a module of this stage owns, just before each call [2]. The state after the calls is
+    narrowed to what may have changed [3].
 
     Args:
-      s: its number.
-      params: its modules' own, and what it borrows, by its own paths.
-      state: its modules'.
-      x: what the stage before returned; of the first stage, nothing.
-      training, inputs: see `Network.call`.
+      s: number of the stage.
+      params: its modules' own parameters; and what it borrows, by the paths of `borrowed[s]`.
+      state: its modules' model state.
+      x: what the stage before returned; the first stage does not read it.
+      training: False in evaluation.
+      inputs: of the microbatch.
 
     Returns:
       What the stage returns: x for the next; of the last, `(loss_sum, (weight, metrics))`. And the
-      leaves of its state that change, after the call.
+      leaves of its state that a forward changes, after the call.
     """
     own, borrowed = params
     trees = dict(own)
-    for path, leaf in borrowed.items():
-      module = next(p for p in self.stages[s] if path.startswith(f"{p}/"))
-      trees[module] = set_path(trees[module], path.removeprefix(f"{module}/"), leaf)
+    for path, leaf in borrowed.items():  # [1]
+      name = next(name for name in self.stages[s] if path.startswith(f"{name}/"))
+      trees[name] = set_path(trees[name], path.removeprefix(f"{name}/"), leaf)
     after: dict[str, Tree] = {}
-    for module in self.stages[s]:
-      mine = self._with_neighbours(module, trees)
-      x, after[module] = self.stack.network.call(module, mine, state[module], x, training, inputs)
-    return x, _changing(self.stack, self.stages[s], after)
-
-  def _with_neighbours(self, module: str, trees: ModuleTrees) -> Tree:
-    """A module's parameters with those that a module of the same stage owns."""
-    params = trees[module]
-    for path, owner in self.stack.network.owners(module).items():
-      if any(owner.startswith(f"{p}/") for p in trees):
-        params = set_path(params, path, get_owned(trees, owner))
-    return params
+    for name in self.stages[s]:
+      # [2] A leaf that several modules of a stage read is one argument of this function, so that
+      # differentiating it adds up all their gradients.
+      all_read = self._shared_leaves.with_neighbours(s, name, trees)
+      x, after[name] = self.network.call(name, all_read, state[name], x, training, inputs)
+    return x, changing_leaves(self.network, self.stages[s], after)  # [3]
 
 
-def _check_replicated(stack: Any, schedule: str) -> None:
-  """Two homes of a stage see a half of the microbatches each, and their statistics are added."""
-  for spec in stack.network.specs.values():
-    pairs = zip(jax.tree.leaves(spec.state), jax.tree.leaves(spec.changing), strict=True)
-    if any(yes and not jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf, yes in pairs):
-      raise StackError(
-        f"{spec.name} counts in whole numbers, and schedule {schedule} holds every stage twice;"
-        " make the counter a float, or take another schedule"
-      )
-
-
-def stage_sizes(stack: Any, stages: int) -> tuple[int, ...]:
-  """How many layers each stage has.
-
-  Raises:
-    StackError: the stack's partition is for another number of stages.
-  """
-  if stack.partition is None:
-    least, more = divmod(stack.depth, stages)
-    return tuple(least + (s < more) for s in range(stages))
-  if len(stack.partition) != stages:
-    raise StackError(
-      f"partition {list(stack.partition)} is for {len(stack.partition)} stages and the schedule has"
-      f" {stages}; give {stages} numbers that add up to {stack.depth}"
-    )
-  return tuple(stack.partition)
-
-
-def _tree(rows: Tree, state: bool) -> Tree:
+def _packed_tree(rows: Tree, state: bool) -> Tree:
+  """Rows, dtype -> [..., width], in the place that they have in a packed tree."""
   return {"embed": {}, "layers": {_STATE: rows} if state else rows, "head": {}}
 
 
 def _alike(a: Tree, b: Tree) -> bool:
-  """Whether both have the same structure and shapes."""
-  shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]  # noqa: E731
-  return same_structure(a, b) and shapes(a) == shapes(b)
+  """Whether both have the same structure and shapes, whatever their dtypes."""
+  if not same_structure(a, b):
+    return False
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(x.shape == y.shape for x, y in pairs)
 
 
-def _cumulative(sizes: Sequence[int]) -> list[int]:
-  return [sum(sizes[: s + 1]) for s in range(len(sizes))]
+if TYPE_CHECKING:
 
-
-def _changing(stack: Any, stage: Sequence[str], trees: ModuleTrees) -> list[Any]:
-  """Leaves of the modules' state that a forward changes, in the order of the stage's state."""
-  changes = {module: stack.network.specs[module].changing for module in stage}
-  leaves = jax.tree.leaves({module: trees[module] for module in stage})
-  return [leaf for leaf, yes in zip(leaves, jax.tree.leaves(changes), strict=True) if yes]
-
-
-def _stack_rows(rows: Sequence[Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
-  """Rows of one dtype need not be of one: an optimizer's moments are wider than its parameters."""
-  return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
+  def _satisfies_its_protocol(stack: Packed) -> PackedStack:
+    return stack

@@ -1,43 +1,48 @@
 """A network as the pipeline sees it: an embedding, a stack of layers and a head, all built lazily.
 
-The parts are *factories*, `rngs -> nnx.Module`: nothing is allocated until it is known on which
-device it will live. The stack turns them into pure functions of one parameter tree, which is all
-that the executor and the unpipelined reference ever see; neither knows a Flax module.
+The modules are given as *factories*, `rngs -> nnx.Module`: nothing is allocated until it is known
+on which device it will live. The stack turns them into pure functions of one parameter tree, which
+is all that the executor and the unpipelined reference ever see; neither knows a Flax module.
 
     embed(batch)      -> x                            any pytree, leaves [rows, ...]
     layer(x, context) -> x                            any pytree
     head(x, batch)    -> (loss_sum, weight, metrics)  sums over the rows, never means
 
 Layers of one kind that return what they take are *uniform*: they lie stacked, and the pipeline
-loops over them. All other stacks lie packed, each stage as one row; see `packed`.
+loops over them. All other stacks lie packed, each stage as one row; see `packed`. What the executor
+asks of both is written down in `protocol`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxpipe.parallel.placing import Tree, init_placed
+from jaxpipe.parallel.protocol import Cut, ScheduleLike
 from jaxpipe.parallel.rules import NONE, Rules
 from jaxpipe.stack.context import Context, LayerInputs
-from jaxpipe.stack.from_modules import parts_of_modules
-from jaxpipe.stack.module_spec import Factory, ModuleSpec, StackError, fresh, same_structure, sums
-from jaxpipe.stack.network import Network
+from jaxpipe.stack.from_modules import factories_of
+from jaxpipe.stack.module_spec import Factory, ModuleSpec, StackError, sums
+from jaxpipe.stack.network import Network, keep_whole
 from jaxpipe.stack.packed import Packed
+from jaxpipe.stack.partition import checked_partition
 from jaxpipe.stack.paths import get_path, set_path, without
-from jaxpipe.stack.vocabulary import Tables, check_divides
+from jaxpipe.stack.protocol import HeadSums, PackedStack, UniformStack
+from jaxpipe.stack.vocabulary import Tables, VocabularyEnds
 
 
+# eq=False: a stack is hashed by identity, so that it can be a static argument of a jitted function.
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerStack:
-  """A network of `len(layers)` layers between an embedding and a head.
+  """A network of L = `len(layers)` layers between an embedding and a head.
 
   Attributes:
     embed: factory of a module `batch -> x`.
@@ -53,10 +58,12 @@ class LayerStack:
       their work; by default over none. `fsdp` needs no rules.
     partition: how many layers each stage has, first to last; by default as even as can be. The
       embedding stands before the first stage's layers, the head behind the last's.
-    trainable: NNX filter of the variables that are parameters; all others are state.
+    trainable: NNX filter of the variables that are parameters; all others are model state.
+    network: the modules as data, and their parameters' canonical tree; made of the above.
 
   Raises:
-    StackError: no layers, random streams, tied shapes that differ, or tables that do not exist.
+    StackError: no layers, random streams, tied shapes that differ, a partition that does not fit,
+      or tables that do not exist.
   """
 
   embed: Factory
@@ -73,12 +80,13 @@ class LayerStack:
     object.__setattr__(self, "layers", tuple(self.layers))
     if not self.layers:
       raise StackError("a stack needs at least one layer; got layers=[]")
+    # Tracing refuses modules that cannot be pipelined, while the stack is built.
     network = Network.trace(self.embed, self.layers, self.head, self.tied, self.trainable)
     object.__setattr__(self, "network", network)
-    self._check_partition()
-    if self.vocabulary:
-      shapes = {part: network.specs[part].shapes for part in ("embed", "head")}
-      self.vocabulary.check(shapes, self._head_ties)
+    if self.partition is not None:
+      object.__setattr__(self, "partition", checked_partition(self.partition, self.depth))
+    if self.vocabulary is not None:
+      self.vocabulary_ends.check_tables()
 
   @classmethod
   def from_modules(
@@ -124,82 +132,79 @@ class LayerStack:
     """
     if not modules:
       raise StackError("a stack needs at least one layer; got modules=[]")
-    embed, layers, head, again = parts_of_modules(modules, loss, batch, inputs, trainable)
-    tied = {**again, **options.pop("tied", {})}
+    embed, layers, head, shared = factories_of(modules, loss, batch, inputs, trainable)
+    tied = {**shared, **options.pop("tied", {})}
     return cls(embed, layers, head, tied=tied, trainable=trainable, **options)
 
-  def _check_partition(self) -> None:
-    if self.partition is None:
-      return
-    try:
-      sizes = tuple(map(operator.index, self.partition))
-    except TypeError:
-      raise StackError(
-        f"partition={self.partition!r} is no list of whole numbers; give how many layers each stage"
-        " has, or let jaxpipe.partitioned(stack, schedule, batch, METHOD) choose"
-      ) from None
-    object.__setattr__(self, "partition", sizes)
-    if min(sizes, default=0) < 0:
-      raise StackError(f"partition {list(sizes)} has a stage of less than 0 layers")
-    if sum(self.partition) != self.depth:
-      raise StackError(
-        f"partition {list(self.partition)} has {sum(self.partition)} layers and the stack"
-        f" {self.depth}; give every stage its number of layers, 0 or more"
-      )
+  # How it lies on devices
+
+  @property
+  def depth(self) -> int:
+    """Number of layers, L."""
+    return len(self.layers)
 
   @property
   def uniform(self) -> bool:
-    """Whether the layers are of one kind and lie stacked."""
-    ties = self.network.ties.items()
-    if not all(a.startswith("head/") and b.startswith("embed/") for a, b in ties):
-      return False
-    return self.partition is None and len(self.network.runs) == 1 and not self.has_state
+    """Whether the layers are of one kind and lie stacked, so that stages can loop over them.
+
+    A stack with a partition lies packed even if its layers are alike, and so does one with model
+    state or with ties between layers: a loop over stacked layers knows neither.
+    """
+    ties_of_ends_only = len(self._head_ties) == len(self.network.ties)
+    one_kind = len(self.network.runs) == 1
+    return one_kind and ties_of_ends_only and self.partition is None and not self.has_state
 
   @property
   def has_state(self) -> bool:
-    """Whether any module holds variables that are not trained."""
-    return any(spec.state for spec in self.network.specs.values())
+    """Whether any module has model state, that is variables which are not trained."""
+    return self.network.has_state
 
-  @functools.cached_property
-  def _specs(self) -> dict[str, ModuleSpec]:
-    specs = self.network.specs
-    return {"embed": specs["embed"], "layers": specs["layers/0"], "head": specs["head"]}
-
-  @functools.cached_property
-  def _head_ties(self) -> dict[str, str]:
-    """Head path -> embed path: all ties of a uniform stack."""
-    return {
-      theirs.removeprefix("head/"): ours.removeprefix("embed/")
-      for theirs, ours in self.network.ties.items()
-      if theirs.startswith("head/") and ours.startswith("embed/")
-    }
-
-  def laid_out(self, schedule: Any) -> Any:
-    """The stack as it lies on the devices of a schedule: itself, or packed.
+  def laid_out(self, schedule: ScheduleLike) -> UniformStack | PackedStack:
+    """The stack as it lies on the devices of a schedule: itself where it is uniform, or packed.
 
     Raises:
       StackError: a partition into another number of stages, or a schedule that a packed stack
         cannot follow.
     """
-    return self if self.uniform else Packed.of(self, schedule)
+    if self.uniform:
+      return self
+    return Packed.of(self.network, schedule, self.partition, self.rules)
 
   def pack(self, tree: Tree) -> Tree:
-    """A canonical tree as `place` lays it out before it orders the layers: as it is."""
+    """The tree that is placed: of a uniform stack, the canonical tree itself."""
     return tree
 
   def unpack(self, tree: Tree) -> Tree:
-    """Its inverse."""
+    """The canonical tree of one that was placed: of a uniform stack, that tree itself."""
     return tree
 
-  @property
-  def depth(self) -> int:
-    """Number of layers."""
-    return len(self.layers)
+  def param_shapes(self) -> Tree:
+    """The canonical tree of the parameters as `jax.ShapeDtypeStruct`s."""
+    return self.network.join(self.network.param_shapes())
+
+  def state_shapes(self) -> Tree:
+    """The canonical tree of the model state as `jax.ShapeDtypeStruct`s."""
+    return self.network.join(self.network.state_shapes())
+
+  def changing(self) -> Tree:
+    """The canonical tree of the model state, True for what a forward in training changes."""
+    network = self.network
+    each = {name: spec.changing for name, spec in network.specs.items()}
+    # Of a run, whose leaves are stacked, the first layer speaks for all.
+    runs = tuple(each[f"layers/{run.start}"] for run in network.runs)
+    layers = runs[0] if len(runs) == 1 else runs
+    return {"embed": each["embed"], "layers": layers, "head": each["head"]}
+
+  # Fresh values
 
   def init(
-    self, key: jax.Array, example_batch: Tree, schedule: Any = None, mesh: Any = None
+    self,
+    key: jax.Array,
+    example_batch: Tree,
+    schedule: ScheduleLike | None = None,
+    mesh: Mesh | None = None,
   ) -> Tree:
-    """Returns the parameters: the canonical tree, or the same values placed over a mesh.
+    """Returns fresh parameters: the canonical tree, or the same values placed over a mesh.
 
     Args:
       key: PRNG key; layer i's values depend on it and on i alone.
@@ -211,101 +216,173 @@ class LayerStack:
 
     Returns:
       `{"embed": ..., "layers": ..., "head": ...}`, `layers` with a leading layer dim.
+
+    Raises:
+      StackError: only one of schedule and mesh, or a module that cannot take what it is given.
     """
     if (schedule is None) != (mesh is None):
       raise StackError("init takes a schedule and a mesh, or neither; only one was given")
     self.check_shapes(example_batch)
-    if schedule is not None:
+    if schedule is not None and mesh is not None:
       return init_placed(self.laid_out(schedule), key, schedule, mesh)
+    # A loop over the layers where they are alike: every other layer has code of its own.
     if self.uniform:
       return jax.jit(self.init_layers_and_ends)(key, jnp.arange(self.depth))
     return jax.jit(lambda key: self.network.init(key)[0])(key)
 
   def init_state(
-    self, key: jax.Array, example_batch: Tree, schedule: Any = None, mesh: Any = None
+    self,
+    key: jax.Array,
+    example_batch: Tree,
+    schedule: ScheduleLike | None = None,
+    mesh: Mesh | None = None,
   ) -> Tree:
-    """Returns the state that goes with `init` of the same key: frozen weights, statistics.
+    """Returns the model state that goes with `init` of the same key: statistics, frozen weights.
 
-    Args and Returns: as for `init`; a part without state has an empty dict.
+    Args:
+      key, example_batch, schedule, mesh: see `init`.
+
+    Returns:
+      `{"embed": ..., "layers": ..., "head": ...}`, an empty dict for a module without state; `{}`
+      where it is placed and no module has any.
+
+    Raises:
+      StackError: see `init`.
     """
     if (schedule is None) != (mesh is None):
       raise StackError("init_state takes a schedule and a mesh, or neither; only one was given")
     self.check_shapes(example_batch)
-    if schedule is not None:
+    if schedule is not None and mesh is not None:
       laid = self.laid_out(schedule)
       return init_placed(laid, key, schedule, mesh, state=True) if self.has_state else {}
     return jax.jit(lambda key: self.network.init(key)[1])(key)
 
   def init_layers_and_ends(
-    self,
-    key: jax.Array,
-    layers: jax.Array,
-    cut: Callable[[str, Tree], Tree] = lambda part, tree: tree,
+    self, key: jax.Array, layers: jax.Array, cut: Cut = keep_whole, *, state: bool = False
   ) -> Tree:
-    """Parameters of the layers numbered in `layers` (int32 [n]), and those of both ends.
+    """Fresh parameters of some layers of a uniform stack, and of both ends.
 
     Args:
-      key, layers: see `init`.
-      cut: what to keep of a part (one layer, or an end) as soon as it is made.
+      key: PRNG key, as for `init`.
+      layers: int32 [n], numbers of the layers.
+      cut: what of a layer (leaves without a layer dim) or of an end this device keeps; applied as
+        soon as it is made.
+      state: makes the model state, of which a uniform stack has none.
+
+    Returns:
+      `{"embed": ..., "layers": ..., "head": ...}`, leaves of `layers` [n, ...].
     """
-    make = lambda factory, key: fresh(factory, key, self.trainable)[0]  # noqa: E731
-    inits = {id(f): functools.partial(make, f) for f in self.layers}
-    number = {name: n for n, name in enumerate(inits)}
-    which = jnp.array([number[id(factory)] for factory in self.layers], jnp.int32)
-
-    def one(i: jax.Array) -> Tree:
-      made = jax.lax.switch(which[i], list(inits.values()), jax.random.fold_in(key, i + 2))
-      return cut("layers", made)
-
-    # lax.map, not vmap: one compiled body gives every layer, so that values do not depend on how
-    # many layers this device creates.
+    if state:
+      return {"embed": {}, "layers": {}, "head": {}}
     return {
-      "embed": cut("embed", self._specs["embed"].init(jax.random.fold_in(key, 0))[0]),
-      "layers": jax.lax.map(one, layers),
-      "head": cut(
-        "head", without(self._specs["head"].init(jax.random.fold_in(key, 1))[0], self._head_ties)
-      ),
+      "embed": cut("embed", self.network.init_module("embed", key)[0]),
+      "layers": self.network.init_layers(key, layers, cut),
+      "head": cut("head", self.network.init_module("head", key)[0]),
     }
 
-  def param_shapes(self) -> Tree:
-    """The canonical tree as `jax.ShapeDtypeStruct`s."""
-    shapes: Tree = self.network.join(self.network.param_shapes())
-    return shapes
+  def check_shapes(self, batch: Tree) -> Tree:
+    """Traces all modules on a batch, arrays or shapes; returns the shapes of the first layer's x.
 
-  def state_shapes(self) -> Tree:
-    """The state's canonical tree as `jax.ShapeDtypeStruct`s."""
-    shapes: Tree = self.network.join(self.network.state_shapes())
-    return shapes
+    Raises:
+      StackError: a module that cannot take what the one before returns; or, where the stack is
+        uniform, a layer whose output is unlike its input.
+    """
+    return self.network.check_shapes(batch, self.uniform)
 
-  def changing(self) -> Tree:
-    """The state's canonical tree, True for what a forward in training changes."""
-    network = self.network
-    each = {name: spec.changing for name, spec in network.specs.items()}
-    runs = tuple(each[f"layers/{run.start}"] for run in network.runs)
-    layers = runs[0] if len(runs) == 1 else runs
-    return {"embed": each["embed"], "layers": layers, "head": each["head"]}
+  # The functions of a uniform stack
 
   def apply_embed(self, params: Tree, batch: Tree, training: bool = True) -> Tree:
-    """`embed(batch) -> x`, given the embedding's own parameters."""
-    return self._specs["embed"].run(params, {}, training, batch)[0]
-
-  def apply_layer(self, params: Tree, x: Tree, training: bool, inputs: LayerInputs) -> Tree:
-    """One layer, given its own parameters (no layer dim)."""
-    context = Context.create(training, **inputs)
-    return self._specs["layers"].run(params, {}, training, x, context)[0]
-
-  def apply_head(
-    self, params: Tree, x: Tree, batch: Tree, training: bool = True
-  ) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
-    """The head as `value_and_grad(has_aux=True)` wants it: `loss_sum, (weight, metrics)`.
+    """Embeds a batch: `embed(batch) -> x`.
 
     Args:
-      params: `head_params(...)`, tied leaves included.
-      x: output of the last layer.
-      batch: the microbatch's own inputs.
-      training: see `Context`.
+      params: the embedding's own, the part `embed`.
+      batch: leaves [rows, ...].
+      training: False in evaluation.
     """
-    return sums(self._specs["head"].run(params, {}, training, x, batch)[0])
+    return self.network.specs["embed"].run(params, {}, training, batch)[0]
+
+  def apply_layer(self, params: Tree, x: Tree, training: bool, inputs: LayerInputs) -> Tree:
+    """Runs one layer: `layer(x, context) -> x`.
+
+    Args:
+      params: the layer's, leaves without a layer dim.
+      x: leaves [rows, ...].
+      training: False in evaluation, where dropout is the identity.
+      inputs: of this layer and microbatch.
+    """
+    context = Context.create(training, **inputs)
+    return self._layer.run(params, {}, training, x, context)[0]
+
+  def apply_head(self, params: Tree, x: Tree, batch: Tree, training: bool = True) -> HeadSums:
+    """Runs the head; returns its sums as `value_and_grad(has_aux=True)` wants them.
+
+    Args:
+      params: all that the head reads, `head_params(...)`.
+      x: output of the last layer, leaves [rows, ...].
+      batch: the microbatch's own inputs, leaves [rows, ...].
+      training: False in evaluation.
+    """
+    return sums(self.network.specs["head"].run(params, {}, training, x, batch)[0])
+
+  @property
+  def _layer(self) -> ModuleSpec:
+    """The one kind of layer of a uniform stack."""
+    return self.network.specs["layers/0"]
+
+  @functools.cached_property
+  def _head_ties(self) -> dict[str, str]:
+    """Path in the head -> path in the embedding: all ties that a uniform stack may have."""
+    return {
+      theirs.removeprefix("head/"): ours.removeprefix("embed/")
+      for theirs, ours in self.network.ties.items()
+      if theirs.startswith("head/") and ours.startswith("embed/")
+    }
+
+  def head_params(self, params: Tree) -> Tree:
+    """All parameters that the head reads: its own and, at their paths in it, the tied ones."""
+    head = params["head"]
+    for theirs, ours in self._head_ties.items():
+      head = set_path(head, theirs, get_path(params["embed"], ours))
+    return head
+
+  def untie(self, grads: Tree) -> Tree:
+    """Adds the gradients of tied leaves to the embedding's; the transpose of `head_params`.
+
+    Args:
+      grads: with the parts `embed` and `head`, `head` of the structure of `head_params(...)`.
+
+    Returns:
+      A tree with the structure of the parameters, where the head lacks its tied leaves.
+    """
+    # A tied leaf has two sums in the loop over ticks, one at each end of the pipeline.
+    embed, head = grads["embed"], grads["head"]
+    for theirs, ours in self._head_ties.items():
+      embed = set_path(embed, ours, get_path(embed, ours) + get_path(head, theirs))
+    return {**grads, "embed": embed, "head": without(head, self._head_ties)}
+
+  def renewed(
+    self, rows: Tree, counted: Mapping[str, jax.Array], vary: Callable[[Tree], Tree]
+  ) -> Tree:
+    """Rows of the model state after a step: as they were, for a uniform stack has no state."""
+    return rows
+
+  # Where a schedule cuts the vocabulary
+
+  @functools.cached_property
+  def vocabulary_ends(self) -> VocabularyEnds:
+    """Embedding and head in parts, for schedules that cut their tables over the stages.
+
+    Raises:
+      StackError: the stack does not say where its tables are.
+    """
+    if self.vocabulary is None:
+      raise StackError(
+        "the schedule cuts the vocabulary over the stages, but the stack does not say where its"
+        " tables are; give LayerStack(vocabulary=jaxpipe.Tables(...)), or take a schedule without S"
+        " and T"
+      )
+    specs = self.network.specs
+    return VocabularyEnds(self.vocabulary, specs["embed"], specs["head"], self._head_ties)
 
   def tables(self, devices: int) -> frozenset[str]:
     """Paths of the parameters that are cut over the stages with the vocabulary.
@@ -317,110 +394,10 @@ class LayerStack:
       StackError: the stack does not say where its tables are, its ends lack the methods that
         `Tables` lists, or P does not divide V.
     """
-    if self.vocabulary is None:
-      raise StackError(
-        "the schedule cuts the vocabulary over the stages, but the stack does not say where its"
-        " tables are; give LayerStack(vocabulary=jaxpipe.Tables(...)), or take a schedule without S"
-        " and T"
-      )
-    self._specs["embed"].require("ids", "enter")
-    self._specs["head"].require("features", "targets")
-    head = get_path(self._specs["head"].shapes, self.vocabulary.head)
-    check_divides(head.shape[0], devices)
-    embed, head = self.vocabulary.embed, self.vocabulary.head
-    return frozenset(
-      {f"embed/{embed}"} | ({f"head/{head}"} - {f"head/{t}" for t in self._head_ties})
-    )
-
-  def embed_table(self, params: Tree) -> jax.Array:
-    """The embedding's table, or a shard of it, given the embedding's parameters."""
-    table: jax.Array = get_path(params, self._tables.embed)
-    return table
-
-  def head_table(self, params: Tree) -> jax.Array:
-    """The head's, given `head_params(...)`."""
-    table: jax.Array = get_path(params, self._tables.head)
-    return table
-
-  def ids(self, params: Tree, batch: Tree) -> jax.Array:
-    """The rows of the embedding's table that a microbatch looks up; see `Tables`."""
-    rows: jax.Array = self._specs["embed"].call("ids", params, batch)
-    return rows
-
-  def enter(self, params: Tree, rows: jax.Array, batch: Tree) -> Tree:
-    """What the embedding makes of them."""
-    return self._specs["embed"].call("enter", params, rows, batch)
-
-  def features(self, params: Tree, x: Tree, batch: Tree) -> jax.Array:
-    """What the head multiplies with its table."""
-    h: jax.Array = self._specs["head"].call("features", params, x, batch)
-    return h
-
-  def targets(self, params: Tree, batch: Tree) -> tuple[jax.Array, jax.Array]:
-    """The targets of a microbatch and their weights."""
-    targets, weights = self._specs["head"].call("targets", params, batch)
-    return targets, weights
-
-  def check_shared_metrics(self, params: Tree, x: Tree, batch: Tree) -> None:
-    """Raises StackError where the head has metrics that a vocabulary cut over the stages lacks."""
-    _, (_, metrics) = jax.eval_shape(self.apply_head, params, x, batch)
-    if not isinstance(metrics, Mapping) or set(metrics) != {"correct"}:
-      named = ", ".join(sorted(metrics)) if isinstance(metrics, Mapping) else str(type(metrics))
-      raise StackError(
-        f"head returns metrics {named}, and a vocabulary cut over the stages gives only correct;"
-        " return only that, or use a schedule whose last stage holds the whole head"
-      )
-
-  @property
-  def _tables(self) -> Tables:
-    assert self.vocabulary is not None  # `tables` has been asked before
-    return self.vocabulary
-
-  def head_module(self, params: Tree) -> nnx.Module:
-    """The head itself, for what lies beyond its loss (logits when text is sampled)."""
-    return nnx.merge(self._specs["head"].graph, self.head_params(params))
-
-  def head_params(self, params: Tree) -> Tree:
-    """What the head reads: its own parameters and, at their paths, the embedding's tied ones."""
-    head = params["head"]
-    for theirs, ours in self._head_ties.items():
-      head = set_path(head, theirs, get_path(params["embed"], ours))
-    return head
-
-  def untie(self, grads: Tree) -> Tree:
-    """Transpose of `head_params`: adds the tied leaves' gradients to the embedding's."""
-    embed, head = grads["embed"], grads["head"]
-    for theirs, ours in self._head_ties.items():
-      embed = set_path(embed, ours, get_path(embed, ours) + get_path(head, theirs))
-    return {**grads, "embed": embed, "head": without(head, self._head_ties)}
-
-  def check_shapes(self, batch: Tree) -> Tree:
-    """Returns the shapes of the first layer's x.
-
-    Raises:
-      StackError: a layer that cannot take what the one before returns; or, where the stack is
-        uniform, one whose output is unlike its input.
-    """
-    x = first = self.network.try_end("embed", batch)
-    if not self.uniform:
-      for i in range(self.depth):
-        x = self.network.try_layer(i, x, batch)
-    else:
-      check_alike(x, self.network.try_layer(0, x, batch))
-    self.network.try_end("head", x, batch)
-    return first
+    return self.vocabulary_ends.cut_over(devices)
 
 
-def check_alike(x: Tree, y: Tree) -> None:
-  """Raises StackError where y, a layer's output for x, has other shapes, dtypes or structure."""
-  remedy = "; a layer must return what it takes, or give LayerStack(partition=[...])"
-  if not same_structure(x, y):
-    raise StackError(
-      f"layers[0] takes {jax.tree.structure(x)} but returns {jax.tree.structure(y)}{remedy}"
-    )
-  for (path, a), b in zip(jax.tree.leaves_with_path(x), jax.tree.leaves(y), strict=True):
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-      raise StackError(
-        f"layers[0] takes {a.dtype}{list(a.shape)} but returns {b.dtype}{list(b.shape)}"
-        f" at x{jax.tree_util.keystr(path)}{remedy}"
-      )
+if TYPE_CHECKING:
+
+  def _satisfies_its_protocol(stack: LayerStack) -> UniformStack:
+    return stack

@@ -1,9 +1,10 @@
-"""The model of a run as `transformers` and its kin read it.
+"""Exports the model of a language-model run in the files of Hugging Face's `transformers`.
 
     python -m jaxpipe.training.export RUN_DIR FOLDER
 
-Writes config.json, model.safetensors (several files and an index beyond 4 GB) and, of a BPE run,
-tokenizer.json. `experiments/lm.py --init_from=FOLDER` reads it, too.
+Writes config.json, model.safetensors (several files and an index beyond 4 GB) and, of a run with
+byte-pair encoding, tokenizer.json. `experiments/lm.py --init_from=FOLDER` begins a run from such a
+folder.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def export_run(run_dir: str, folder: str) -> int:
     folder: made if missing; must be empty.
 
   Returns:
-    Updates that the model has seen.
+    Number of updates that the model has been trained for.
 
   Raises:
     ValueError: no run there, a model that Hugging Face has no name for, or a folder in use.
@@ -43,7 +44,11 @@ def export_run(run_dir: str, folder: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Runs the command; exits 2 with one line where it cannot."""
+  """Runs the command: prints what it has written, or one line on standard error and exits 2.
+
+  Args:
+    arguments: the run directory and the folder to write.
+  """
   logging.get_absl_logger().setLevel("ERROR")  # orbax reports every file that it touches
   try:
     if len(arguments) != 2:

@@ -51,7 +51,9 @@ def batch(source_lengths=(5, 3), target_lengths=(4, 6), S=5, T=6):
 
 
 def padded(batch, S, T):
-  grow = lambda a, n: np.pad(a, ((0, 0), (0, n)))  # noqa: E731
+  def grow(a, n):
+    return np.pad(a, ((0, 0), (0, n)))
+
   return {name: grow(a, S if name == "source" else T) for name, a in batch.items()}
 
 

@@ -166,13 +166,15 @@ def test_what_does_not_fit_is_an_error(path, shape, sizes, message):
     RULES.spec(path, shape, sizes)
 
 
-def test_rules_can_be_overridden():
-  over = RULES.override(("w", (None, None)))
-  assert over.spec("w", (8, 32), {"tensor": 2}) == Spec(None, None)
-  moved = RULES.override(mlp=("sequence", "tensor"))
-  assert moved.spec("w", (8, 32), {"tensor": 2, "sequence": 2}) == Spec(
-    None, ("sequence", "tensor")
-  )
+def test_the_first_rule_that_matches_counts():
+  rules = Rules(dims=[("w", None), *RULES.dims])
+  assert rules.spec("w", (8, 32), {"tensor": 2}) == Spec(None, None)
+
+
+def test_a_stack_may_say_which_axes_cut_a_name():
+  rules = Rules(dims=RULES.dims, places={"mlp": ("sequence", "tensor")})
+  spec = rules.spec("w", (8, 32), {"tensor": 2, "sequence": 2})
+  assert spec == Spec(None, ("sequence", "tensor"))
 
 
 @pytest.mark.parametrize(

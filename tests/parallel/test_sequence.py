@@ -17,7 +17,10 @@ OTHERS = tuple(axis for axis in AXES if axis != "sequence")
 def on_devices(function, *arrays, c):
   """The function's result on each of c devices, joined along its first dim."""
   whole = (P(),) * len(arrays)
-  local = lambda *xs: function(*(jax.lax.pcast(x, AXES, to="varying") for x in xs))  # noqa: E731
+
+  def local(*xs):
+    return function(*(jax.lax.pcast(x, AXES, to="varying") for x in xs))
+
   mapped = jax.shard_map(
     local, mesh=make_mesh({"sequence": c}), in_specs=whole, out_specs=P(("sequence", *OTHERS))
   )

@@ -68,11 +68,11 @@ def test_an_unknown_residual_policy():
 
 def test_one_compilation_serves_every_step(monkeypatch):
   """Gradients go back in as parameters: a step's outputs must be laid out like its inputs."""
-  from jaxpipe.pipeline import executor
+  from jaxpipe.pipeline import execution
 
   stack, schedule, mesh = build()
-  traces, cut = [], executor.microbatches
-  monkeypatch.setattr(executor, "microbatches", lambda *args: traces.append(1) or cut(*args))
+  traces, cut = [], execution.microbatches
+  monkeypatch.setattr(execution, "microbatches", lambda *args: traces.append(1) or cut(*args))
   params = stack.init(jax.random.key(0), lm.batch(4), schedule, mesh)
   step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
   for seed in range(3):
@@ -140,7 +140,7 @@ def test_poison_shows_a_slot_that_is_read_before_it_is_filled(monkeypatch, colum
       table[column] = np.where(reads, program.slots[column] + 1, table[column])
     return Wrong(**{**vars(program), "table": table})
 
-  monkeypatch.setattr("jaxpipe.pipeline.executor.lower", wrong)
+  monkeypatch.setattr("jaxpipe.pipeline.execution.lower", wrong)
   report = jaxpipe.check(stack, schedule, mesh, lm.batch(4))
   assert report.worst == float("inf")
 

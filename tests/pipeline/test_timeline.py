@@ -13,7 +13,8 @@ import jaxpipe
 from jaxpipe.pipeline import timeline
 from jaxpipe.pipeline.device.probe import Clock
 from jaxpipe.pipeline.table.lower import lower
-from jaxpipe.pipeline.table.unroll import SHAPES, cut, tick_durations, tick_times
+from jaxpipe.pipeline.table.tick_times import tick_durations, tick_times
+from jaxpipe.pipeline.table.unroll import SHAPES, segments
 from jaxpipe.pipeline.timeline import Measured, mean_costs, measure
 from jaxpipe.schedules import Costs, Kind, simulate
 from jaxpipe.schedules.drawing.text import draw_traces
@@ -182,7 +183,7 @@ def test_plans_follow_the_shape_of_the_program(slack, unroll):
   costs = Costs([1, 4, 2], [3, 2, 5], [2, 1, 3], 0.5)
   coupled = simulate(schedule, costs, execution="coupled", slack=slack)
   program = lower(schedule, slack=slack)
-  shape = dict(program=program, segments=cut(program, unroll), blocking=False)
+  shape = dict(program=program, segments=segments(program, unroll), blocking=False)
   m = Measured(timeline=coupled, hop=0.5, outside=7, step=1, **shape)
   planned, replayed = m.planned(), m.replayed()
   assert np.allclose(np.concatenate(planned.end), np.concatenate(replayed.end))
@@ -197,8 +198,8 @@ def test_plans_follow_the_shape_of_the_program(slack, unroll):
 @pytest.mark.parametrize("unroll", SHAPES)
 def test_the_hop_comes_back_from_planned_times(unroll):
   program = lower(jaxpipe.make_schedule("1f1b", devices=3, microbatches=6))
-  segments = cut(program, unroll)
+  parts = segments(program, unroll)
   durations = tick_durations(program, Costs([1, 4, 2], 3, 2))
-  begins, ends = tick_times(program, segments, durations, hop=0.25)
+  begins, ends = tick_times(program, parts, durations, hop=0.25)
   times = np.stack([begins[:-1], ends], axis=-1)
-  assert timeline._hop(program, segments, times) == pytest.approx(0.25)
+  assert timeline._hop(program, parts, times) == pytest.approx(0.25)

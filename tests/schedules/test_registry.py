@@ -24,20 +24,8 @@ from jaxpipe.schedules import (
 )
 from jaxpipe.schedules.registry import FAMILIES
 
-# Families that run in both directions at once need two halves.
-EVEN_DEVICES = {"chimera", "bitpipe", "dualpipe"}
 COSTS = Costs(3, 4, 2, 1)
 TOOK = {"F": 3, "I": 4, "W": 2, "B": 6}
-
-
-def _applies(name, P, V):
-  """What is refused, said independently of the builders."""
-  family = FAMILIES[name]
-  if name in EVEN_DEVICES and P % 2:
-    return False
-  if name == "hanayo" and V % 2:
-    return False
-  return family.chunks == V or family.any_chunks
 
 
 GRID = [
@@ -46,7 +34,7 @@ GRID = [
   for P in range(1, 9)
   for M in range(1, 25)
   for V in range(1, 5)
-  if _applies(name, P, V)
+  if FAMILIES[name].fits(P, V)
 ]
 WAYS = [
   (name, P, M, V, backward)
@@ -248,7 +236,7 @@ def test_messages_come_in_the_order_of_need(name):
 @pytest.mark.parametrize("name", schedule_names())
 @pytest.mark.parametrize("P, V", [(P, V) for P in (1, 2, 3) for V in range(1, 5)])
 def test_what_does_not_apply_is_refused_with_a_remedy(name, P, V):
-  if not _applies(name, P, V):
+  if not FAMILIES[name].fits(P, V):
     with pytest.raises(ValueError, match=r"use (devices|chunks|waves)="):
       _make(name, P, 4, V)
 

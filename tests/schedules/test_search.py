@@ -18,10 +18,10 @@ from jaxpipe.schedules import (
   simulate,
 )
 from jaxpipe.schedules import search as search_module
-from jaxpipe.schedules.planning.bounds import lower_bound
-from jaxpipe.schedules.planning.problem import pose
-from jaxpipe.schedules.planning.run import run
 from jaxpipe.schedules.search import named_schedules, search
+from jaxpipe.schedules.solver.bounds import lower_bound
+from jaxpipe.schedules.solver.problem import pose
+from jaxpipe.schedules.solver.run import run
 
 SMALL = [(seed, objective) for seed in range(200) for objective in ("makespan", "span")]
 LARGE = range(200)

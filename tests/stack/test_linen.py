@@ -1,4 +1,4 @@
-"""Linen modules as the parts of a stack."""
+"""Linen modules as modules of a stack."""
 
 import jax
 import jax.numpy as jnp
@@ -83,10 +83,13 @@ def test_gradients_are_those_of_the_unpipelined_model(layer, schedule):
 
 
 def test_dropout_follows_the_context():
-  part = stack(linen(Gated(), X, batch=BATCH))
-  params = jax.tree.map(lambda p: p[0], part.init(jax.random.key(0), BATCH)["layers"])
+  gated = stack(linen(Gated(), X, batch=BATCH))
+  params = jax.tree.map(lambda p: p[0], gated.init(jax.random.key(0), BATCH)["layers"])
   x = jnp.ones((4, 5))
-  run = lambda training, key: part.apply_layer(params, x, training, inputs(key))  # noqa: E731
+
+  def run(training, key):
+    return gated.apply_layer(params, x, training, inputs(key))
+
   assert (run(False, None) == run(False, None)).all()
   assert (run(True, jax.random.key(0)) != run(False, None)).any()
 

@@ -1,4 +1,4 @@
-"""The stack protocol: what it refuses, ties, and initialises."""
+"""Stacks: what they refuse, how they are tied, and how they are initialised."""
 
 import functools
 

@@ -14,7 +14,7 @@ from jaxpipe.training.export import export_run
 from jaxpipe.training.flags.errors import ConfigError
 from jaxpipe.training.lm.config import Config
 from jaxpipe.training.lm.load import load
-from jaxpipe.training.lm.run import build
+from jaxpipe.training.lm.run import build_run
 from jaxpipe.training.loop.loop import train
 
 GPT2 = dict(norm="layernorm", bias="all", positions="learned", mlp="gelu", kv_heads=2)
@@ -23,7 +23,7 @@ GPT2 = dict(norm="layernorm", bias="all", positions="learned", mlp="gelu", kv_he
 def test_a_run_is_exported_and_another_begins_from_it(
   tiny: Callable[..., Config], tmp_path: pathlib.Path
 ) -> None:
-  assert train(build(tiny(steps=2, tokenizer="bpe:260", **GPT2)).begin()) == 0
+  assert train(build_run(tiny(steps=2, tokenizer="bpe:260", **GPT2)).begin()) == 0
   run, folder = load(tmp_path / "run"), tmp_path / "out"
   assert export_run(str(tmp_path / "run"), str(folder)) == 2
   assert {p.name for p in folder.iterdir()} == {
@@ -32,7 +32,7 @@ def test_a_run_is_exported_and_another_begins_from_it(
     "tokenizer.json",
   }
   next_run = dict(tokenizer=str(folder / "tokenizer.json"), init_from=str(folder), **GPT2)
-  setup = build(tiny(run_dir=str(tmp_path / "next"), **next_run))
+  setup = build_run(tiny(run_dir=str(tmp_path / "next"), **next_run))
   assert read_config(folder) == setup.model
   params = setup.first_params()
   found = read_params(folder, setup.model, setup.stack)
@@ -45,7 +45,7 @@ def test_weights_of_another_shape_are_refused_before_anything_runs(
 ) -> None:
   fixture = pathlib.Path(__file__).parents[1] / "data" / "huggingface" / "gpt2"
   with pytest.raises(ConfigError, match=r"^--init_from=.*gpt2: .* missing: model.embed_tokens"):
-    build(tiny(init_from=str(fixture)))
+    build_run(tiny(init_from=str(fixture)))
   assert not (tmp_path / "run").exists()
 
 
@@ -53,7 +53,7 @@ def test_rows_longer_than_the_learned_positions(tiny: Callable[..., Config]) -> 
   with pytest.raises(
     ConfigError, match="--sequence_length=16 --max_positions=8: rows of 16 tokens"
   ):
-    build(tiny(positions="learned", max_positions=8))
+    build_run(tiny(positions="learned", max_positions=8))
 
 
 def test_the_command_fails_in_one_line(tmp_path: pathlib.Path) -> None:

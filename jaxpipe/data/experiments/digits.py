@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8 pixels: the set that ships in `data/digits`.
+"""Reads the handwritten digits of 8x8 pixels that ship in `data/digits`, and makes batches of them.
 
 References:
   E. Alpaydin and C. Kaynak, Cascading classifiers, Kybernetika 34(4), 1998.
@@ -27,11 +27,12 @@ _SPLIT_SEED = 0  # part of the data: another split would be another test set
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Digits:
-  """The digits, split once and for all.
+  """The digits, split into training and test images.
 
   Attributes:
-    train, test: `image` float32 [N, 8, 8, 1] from 0 to 1, `label` int32 [N].
-    checksum: CRC-32 of the file.
+    train: `image` float32 [N, 8, 8, 1] from 0 to 1, `label` int32 [N].
+    test: held-out images and labels, in the same arrays.
+    checksum: CRC-32 of the file, 8 hex digits.
   """
 
   train: Arrays
@@ -39,11 +40,11 @@ class Digits:
   checksum: str
 
   def batch(self, batch_size: int, seed: int, step: int, shift: int = 1) -> Arrays:
-    """Training batch `step`: shuffled, each image moved by up to `shift` pixels each way.
+    """Makes training batch `step`: shuffled, each image moved by up to `shift` pixels each way.
 
     Args:
       batch_size: B.
-      seed, step: decide it alone.
+      seed, step: with these equal, the batch is equal.
       shift: 0 leaves the images as they are.
 
     Returns:
@@ -85,12 +86,15 @@ def load_digits(path: str | os.PathLike[str]) -> Digits:
   label = table[:, -1]
   test = _test_rows(label)
   train = np.setdiff1d(np.arange(len(label)), test)
-  of = lambda rows: {"image": image[rows], "label": label[rows]}  # noqa: E731
-  return Digits(train=of(train), test=of(test), checksum=f"{zlib.crc32(packed):08x}")
+  return Digits(
+    train={"image": image[train], "label": label[train]},
+    test={"image": image[test], "label": label[test]},
+    checksum=f"{zlib.crc32(packed):08x}",
+  )
 
 
 def _test_rows(label: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-  """Every fifth row of all of them, shuffled and then sorted by digit."""
+  """Returns the rows held out for testing: every fifth, once shuffled and then sorted by digit."""
   rows = np.random.default_rng(_SPLIT_SEED).permutation(len(label))
   return np.sort(rows[np.argsort(label[rows], kind="stable")][::_TEST_EVERY])
 

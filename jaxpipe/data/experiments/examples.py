@@ -1,7 +1,7 @@
-"""Batches of examples that fit in memory: arrays with a leading dim of N examples.
+"""Makes batches of examples that fit in memory: arrays with a leading dim of N examples.
 
-Training batches are a pure function of (seed, step), as those of text are (`batches`): all epochs
-are one stream, each an order of its own, cut into batches without regard to epochs.
+Training batches are a pure function of (seed, step), as those of text are (`text/batches.py`): all
+epochs are one stream, each in an order of its own, and a batch may reach from one into the next.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from jaxpipe.data.errors import DataError
 
 Arrays = Mapping[str, npt.NDArray]
 
-# Keeps the streams of one seed apart: its orders, and what a step draws besides.
+# One seed has two random streams: the orders of its epochs, and what a step draws besides.
 _ORDER, _DRAWS = 0, 1
 
 
 def shuffled(count: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:
-  """Which examples batch `step` holds: int [B].
+  """Returns the numbers of the examples in batch `step`, int [B].
 
   Args:
     count: N.
@@ -47,7 +47,7 @@ def shuffled(count: int, batch_size: int, seed: int, step: int) -> npt.NDArray[n
 
 
 def draws(seed: int, step: int) -> np.random.Generator:
-  """What batch `step` may draw from, for augmentation; every call starts anew."""
+  """Returns the generator that batch `step` draws augmentations from, at its start."""
   return np.random.default_rng((seed, _DRAWS, step))
 
 

@@ -1,4 +1,4 @@
-"""Batches for flow matching: images with the noise and the time that go with them.
+"""Makes batches for flow matching: images with the noise and the time that go with them.
 
 All that is random about a step is part of its batch, and a batch is a pure function of (seed,
 step): every schedule, mesh and restart sees the same noise at the same time.
@@ -17,11 +17,11 @@ Batch = dict[str, npt.NDArray[Any]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class FlowBatches:
-  """An endless sequence: `batches[k]` is batch k.
+  """An endless sequence of training batches: `batches[k]` is a pure function of (seed, k).
 
   Attributes:
-    images: float32 [n, H, H].
-    labels: int [n].
+    images: float32 [n, H, H], that rows are drawn from.
+    labels: int [n], their classes.
     batch_size: B.
     latent: shape of the noise of one row, (N, C).
     seed: any integer that is not negative.
@@ -39,7 +39,11 @@ class FlowBatches:
   no_class: int = 10
 
   def __getitem__(self, step: int) -> Batch:
-    """Batch `step`: images [B, H, H], labels int32 [B], time [B] in [0, 1), noise [B, N, C]."""
+    """Returns batch `step`.
+
+    Its leaves are `images` [B, H, H], `labels` int32 [B], `time` [B] in [0, 1) and `noise`
+    [B, N, C], all but the labels in float32.
+    """
     rng, rows = np.random.default_rng([self.seed, step]), self.batch_size
     chosen = rng.integers(len(self.images), size=rows)
     withheld = rng.random(rows) < self.unlabelled

@@ -1,11 +1,11 @@
-"""A graph for node classification, as rows: what a pipeline cuts into chunks.
+"""A graph for node classification as the rows of a batch, which a pipeline may divide anywhere.
 
 Every node is a row: its features, its label, and its neighbours as a padded list of numbers with
 the weights of the normalised adjacency matrix of Kipf and Welling (arXiv 1609.02907),
 
     P = D^-1/2 (A + I) D^-1/2    with D the degrees of A + I
 
-so that row i of P is `neighbours[i]`, `strengths[i]`, and any stretch of rows is a chunk.
+so that row i of P is `neighbours[i]`, `strengths[i]`, and any stretch of rows is a microbatch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Graph:
-  """Nodes and undirected edges.
+  """A graph whose nodes have features and a class.
 
   Attributes:
-    features: float32 [n, F].
-    labels: int32 [n].
-    edges: int [e, 2], each once, no node with itself.
+    features: float32 [n, F], of every node.
+    labels: int32 [n], the class of every node.
+    edges: int [e, 2], pairs of nodes that are neighbours, each pair once, no node with itself.
   """
 
   features: Array
@@ -38,7 +38,7 @@ class Graph:
   edges: Array
 
   def adjacency(self) -> Array:
-    """P, dense: float64 [n, n]."""
+    """Returns the normalised adjacency matrix P, dense: float64 [n, n]."""
     nodes = len(self.labels)
     matrix = np.eye(nodes)
     matrix[self.edges[:, 0], self.edges[:, 1]] = matrix[self.edges[:, 1], self.edges[:, 0]] = 1
@@ -47,7 +47,7 @@ class Graph:
     return normalised
 
   def rows(self, count: int, weights: Array) -> dict[str, Array]:
-    """All nodes as one batch, filled up with nodes that have no neighbours and weight 0.
+    """Returns all nodes as one batch, filled up with nodes that have no neighbours and weight 0.
 
     Args:
       count: B, rows of the batch, at least n.
@@ -80,7 +80,7 @@ class Graph:
     }
 
   def propagate_labels(self, known: Array, keep: float = 0.9, rounds: int = 50) -> Array:
-    """Labels spread along the edges, the classic that needs no training.
+    """Predicts labels by spreading known ones along the edges, a method without training.
 
     Args:
       known: bool [n], the nodes whose labels may be looked at.
@@ -102,14 +102,14 @@ class Graph:
 
 
 def spelling(words: Sequence[str], width: int) -> Array:
-  """Features of words by their spelling: how often each 3 or 4 letters occur, hashed, unit length.
+  """Makes features of words from their spelling: hashed counts of 3 and of 4 letters in a row.
 
   Args:
     words: n of them.
     width: F, number of buckets.
 
   Returns:
-    float32 [n, F].
+    float32 [n, F], rows of unit length.
   """
   counts = np.zeros((len(words), width), np.float32)
   for row, word in enumerate(words):
@@ -122,7 +122,16 @@ def spelling(words: Sequence[str], width: int) -> Array:
 
 
 def split(nodes: int, seed: int, train: float, held_out: float) -> tuple[Array, Array]:
-  """Which nodes to train on and which to measure on: two bool [n], disjoint, drawn by the seed."""
+  """Draws the nodes to train on and those to measure on.
+
+  Args:
+    nodes: n.
+    seed: decides the draw.
+    train, held_out: shares of the nodes, at most 1 together.
+
+  Returns:
+    Two masks, bool [n], that have no node in common.
+  """
   order = np.random.default_rng(seed).permutation(nodes)
   first, last = np.zeros(nodes, bool), np.zeros(nodes, bool)
   first[order[: round(train * nodes)]] = True

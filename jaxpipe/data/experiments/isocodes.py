@@ -1,4 +1,4 @@
-"""Names of countries, languages, scripts and currencies in English and up to 170 languages.
+"""Reads names of countries, languages, scripts and currencies in English and up to 170 languages.
 
 The catalogues are those of Debian's iso-codes (https://salsa.debian.org/iso-codes-team/iso-codes,
 LGPL-2.1-or-later), which the package `pycountry` ships; they are read where it is installed, and no
@@ -44,14 +44,14 @@ Catalogue = Mapping[str, Mapping[str, str]]
 
 
 class _Untranslated(gettext.NullTranslations):
-  """What a catalogue falls back on: gettext itself would give the English back."""
+  """The fallback of a catalogue that lacks a name: gettext itself would return the English one."""
 
   def gettext(self, message: str) -> str:
     return ""
 
 
 def available_languages(standards: Iterable[str] = STANDARDS) -> list[str]:
-  """Codes of all languages that have a catalogue of one of the standards, sorted.
+  """Returns the codes of all languages that have a catalogue of one of the standards, sorted.
 
   Raises:
     DataError: pycountry is not installed.
@@ -88,7 +88,7 @@ def read_catalogue(
 
 
 def split_of(name: str) -> str:
-  """The split of an English name: of ten names seven are `train`, one `validation`, two `test`.
+  """Returns the split of an English name: of ten, seven are `train`, one `validation`, two `test`.
 
   Case does not count, so that one name in two standards is on one side.
   """
@@ -97,7 +97,7 @@ def split_of(name: str) -> str:
 
 
 def split_catalogue(catalogue: Catalogue, split: str) -> dict[str, dict[str, str]]:
-  """The part of a catalogue whose English names are in one split, of `SPLITS`."""
+  """Returns the part of a catalogue whose English names are in one split, of `SPLITS`."""
   return {
     language: {name: there for name, there in names.items() if split_of(name) == split}
     for language, names in catalogue.items()
@@ -105,6 +105,7 @@ def split_catalogue(catalogue: Catalogue, split: str) -> dict[str, dict[str, str
 
 
 def _read_language(language: str, names: Mapping[str, list[str]]) -> dict[str, str]:
+  """Looks the English names of some standards up in the catalogues of one language."""
   found: dict[str, str] = {}
   files = {standard: _file(language, standard) for standard in names}
   if not any(file.is_file() for file in files.values()):

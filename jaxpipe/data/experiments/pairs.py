@@ -1,4 +1,4 @@
-"""Pairs of texts in two languages, as the arrays of a batch: one model for all languages.
+"""Makes batches of pairs of texts in two languages, for one model that translates into many.
 
 The source begins with the tag of the language that it is to become, and all languages share the
 subwords and the model (Johnson et al., Google's Multilingual Neural Machine Translation System,
@@ -35,11 +35,11 @@ _FIRST_TAG = 3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairVocabulary:
-  """Ids of one shared vocabulary: padding, begin and end, a tag for each language, subwords.
+  """The ids that all languages share: padding, begin and end, a tag for each language, subwords.
 
   Attributes:
-    tokenizer: gives the subwords.
-    languages: those that have a tag; a model translates into these.
+    tokenizer: divides texts into subwords.
+    languages: codes of those that have a tag, into which a model may translate.
   """
 
   tokenizer: Tokenizer
@@ -47,7 +47,7 @@ class PairVocabulary:
 
   @property
   def size(self) -> int:
-    """V."""
+    """V, the number of ids."""
     return self._first_subword + self.tokenizer.vocabulary_size
 
   @property
@@ -55,7 +55,7 @@ class PairVocabulary:
     return _FIRST_TAG + len(self.languages)
 
   def source(self, text: str, language: str) -> list[int]:
-    """Ids of a text that is to become `language`.
+    """Returns the ids of a text that is to be translated into `language`, its tag first.
 
     Raises:
       DataError: a language without a tag.
@@ -65,11 +65,11 @@ class PairVocabulary:
     return [_FIRST_TAG + self.languages.index(language), *self._subwords(text), END]
 
   def target(self, text: str) -> list[int]:
-    """Ids that the decoder is to say for a text."""
+    """Returns the ids that the decoder should produce for a text."""
     return [*self._subwords(text), END]
 
   def text(self, ids: Iterable[int]) -> str:
-    """The text of what a decoder said, up to the first END."""
+    """Returns the text of ids that a decoder has produced, up to the first END."""
     said = []
     for i in map(int, ids):
       if i == END:
@@ -87,12 +87,12 @@ class Pairs:
   """Encoded pairs of all languages, one language after the other.
 
   Attributes:
-    languages: in their order.
-    counts: int64 [languages], pairs of each.
-    source: int32 [pairs, S].
-    target: int32 [pairs, T].
-    texts: of each pair, the English and what it is to become.
-    left_out: pairs that are longer than S or T.
+    languages: their codes, in the order of the pairs.
+    counts: int64 [languages], number of pairs of each.
+    source: int32 [pairs, S], ids of the English, padded.
+    target: int32 [pairs, T], ids of the translation, padded.
+    texts: of each pair, the English and its translation.
+    left_out: number of pairs that were longer than S or T.
   """
 
   languages: tuple[str, ...]
@@ -103,7 +103,10 @@ class Pairs:
   left_out: int = 0
 
   def batch(self, which: npt.NDArray[np.int64]) -> Batch:
-    """The pairs numbered in `which`, B of them; -1 stands for a row of padding.
+    """Returns some pairs as a batch.
+
+    Args:
+      which: int [B], numbers of pairs; -1 stands for a row of padding.
 
     Returns:
       `source` int32 [B, S], `tokens` and `targets` int32 [B, T], `weights` float32 [B, T].
@@ -119,7 +122,7 @@ class Pairs:
     return {"source": source, "tokens": tokens, "targets": target, "weights": weights}
 
   def of(self, language: str) -> npt.NDArray[np.int64]:
-    """Numbers of the pairs of one language."""
+    """Returns the numbers of the pairs of one language."""
     n = self.languages.index(language)
     start = int(self.counts[:n].sum())
     return np.arange(start, start + int(self.counts[n]))
@@ -160,7 +163,7 @@ def encode_pairs(catalogue: Catalogue, vocabulary: PairVocabulary, longest: int)
 
 
 def language_shares(counts: Sequence[int], temperature: float) -> npt.NDArray[np.float64]:
-  """Probability of drawing each language: p ~ n^(1/T).
+  """Returns the probability of drawing each language, p ~ n^(1/T) for n pairs.
 
   >>> language_shares([1, 32], 5.0).tolist()
   [0.3333333333333333, 0.6666666666666666]
@@ -200,7 +203,7 @@ class PairBatches:
 
   @property
   def identity(self) -> dict[str, str]:
-    """What marks the data, for a resumed run to compare."""
+    """JSON values that mark the data, for a resumed run to compare."""
     content = hashlib.sha256(self.pairs.source.tobytes() + self.pairs.target.tobytes())
     return {"languages": ",".join(self.pairs.languages), "pairs": content.hexdigest()[:32]}
 
@@ -236,10 +239,10 @@ class PairBatches:
 
 
 def in_batches(which: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-  """Cuts numbers of pairs into batches of one size; -1 fills the last (see `Pairs.batch`)."""
+  """Divides numbers of pairs into batches of one size; -1 fills the last (see `Pairs.batch`)."""
   for start in range(0, len(which), size):
-    piece = which[start : start + size]
-    yield np.concatenate([piece, np.full(size - len(piece), -1, np.int64)])
+    numbers = which[start : start + size]
+    yield np.concatenate([numbers, np.full(size - len(numbers), -1, np.int64)])
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int) -> npt.NDArray[np.int32]:

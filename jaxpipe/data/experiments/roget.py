@@ -1,7 +1,7 @@
-"""Cross-references of Roget's Thesaurus of 1879 as a graph; see data/roget/README.md.
+"""Reads the cross-references of Roget's Thesaurus of 1879 as a graph; see data/roget/README.md.
 
-1,022 headings, 3,648 pairs of which one refers to the other. The thesaurus puts every heading into
-one of six classes, which is what there is to predict.
+The graph has 1,022 headings, and 3,648 pairs of which one refers to the other. The thesaurus puts
+every heading into one of six classes, which are to be predicted.
 """
 
 from __future__ import annotations

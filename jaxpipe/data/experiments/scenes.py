@@ -1,4 +1,4 @@
-"""Scenes of several digits with the class of every pixel, made anew for every step.
+"""Makes scenes of several digits, with the class of every pixel, anew for every step.
 
 A scene is a pure function of the digits it is made from, a seed and a number: nothing is stored,
 and a run that resumes sees what it would have seen.

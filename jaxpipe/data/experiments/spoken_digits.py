@@ -1,8 +1,8 @@
-"""Utterances of several digits, put together from the clips in data/spoken_digits.
+"""Makes utterances of several digits from the clips of single ones in data/spoken_digits.
 
-An utterance is one speaker saying one to four digits with pauses between them, at some loudness, in
-some noise. Which, is a pure function of (seed, step); speakers who are held out are never heard in
-training.
+An utterance is one speaker saying one to four digits with pauses between them, at some loudness and
+in some noise. All of this is a pure function of (seed, step). Speakers who are held out are never
+heard in training.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _LOUDNESS, _NOISE = (0.5, 1.5), (-40.0, -20.0)  # a factor; dB against full scal
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SpokenDigits:
-  """The clips by speaker and digit.
+  """Clips of single digits, by speaker and digit.
 
   Attributes:
-    clips: of every speaker, ten waves, float32 in [-1, 1] at 8 kHz.
-    checksum: of the file.
+    clips: of every speaker ten waves, float32 [samples] in [-1, 1] at 8 kHz.
+    checksum: CRC-32 of the clips, 8 hex digits.
   """
 
   clips: Sequence[Sequence[Array]]
@@ -44,13 +44,13 @@ class SpokenDigits:
   def batch(
     self, batch_size: int, seed: int, step: int, frames: int, held_out: bool = False
   ) -> Batch:
-    """Utterances as spectrograms and what is said in them.
+    """Makes a batch of utterances, as spectrograms, with what is said in them.
 
     Args:
       batch_size: B.
-      seed, step: decide all that is random.
-      frames: T, of 10 ms; digits that would end later are not said.
-      held_out: whether by the speakers who are kept for measuring, or by the others.
+      seed, step: with these equal, the batch is equal.
+      frames: T, of 10 ms each; digits that would end later are not said.
+      held_out: whether the speakers are those held out for measuring, or the others.
 
     Returns:
       mels float32 [B, T, BANDS], frames int32 [B] (of the utterance, without what fills up),

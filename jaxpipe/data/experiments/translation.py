@@ -1,4 +1,4 @@
-"""What a translation run reads: names of iso-codes, cut into splits and encoded.
+"""Prepares the data of a translation run: names of iso-codes, split and encoded.
 
 The shared subwords are learned from the training names of all default languages, whatever is then
 trained, so that a model for one language pair has the vocabulary, and the size, of one for all.
@@ -21,11 +21,13 @@ LANGUAGES = ("da", "de", "es", "fr", "it", "nl", "sv", "af", "fur", "nn")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TranslationData:
-  """The pairs of a run.
+  """The pairs of a translation run.
 
   Attributes:
-    vocabulary: of all sides.
-    train, validation, test: pairs; no English name is in two of them.
+    vocabulary: ids that sources and targets of all languages share.
+    train: pairs to train on.
+    validation: held-out pairs, to measure on during training.
+    test: held-out pairs, to translate at the end. No English name is in two of the three.
   """
 
   vocabulary: PairVocabulary
@@ -34,7 +36,7 @@ class TranslationData:
   test: Pairs
 
   def table(self) -> str:
-    """How many pairs there are of each language, a line each."""
+    """Returns a table of how many pairs each language has in each split, as text."""
     lines = [f"{'':8}" + "".join(f"{split:>12}" for split in SPLITS)]
     for n, language in enumerate(self.train.languages):
       counts = (getattr(self, split).counts[n] for split in SPLITS)

@@ -69,7 +69,7 @@ class TokenBatches:
 
   @property
   def windows(self) -> int:
-    """Windows of one epoch."""
+    """Number of windows in one epoch."""
     return self._spare // self.sequence_length
 
   @property
@@ -79,7 +79,7 @@ class TokenBatches:
 
   @property
   def identity(self) -> dict[str, int | str | bool]:
-    """What decides every batch, for a checkpoint to compare; not `rows`, which do not."""
+    """JSON values that decide every batch, for a resumed run to compare; `rows` decide none."""
     # The path is not part of it: the same tokens elsewhere are the same data.
     header = self.source.header
     return {

@@ -1,4 +1,4 @@
-"""Token bins: a header and raw tokens, so that a run maps its data instead of loading it.
+"""Writes and maps token bins: files of a header and raw tokens, which a run need not load whole.
 
 A run that trains for days on the wrong or on half of the tokens looks healthy, so a bin carries
 what is needed to refuse that: how many tokens there must be, their checksum, the vocabulary that
@@ -38,12 +38,12 @@ Tokens = npt.NDArray[np.unsignedinteger]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BinHeader:
-  """What a bin says about its tokens.
+  """The header of a token bin.
 
   Attributes:
-    dtype: uint16 or uint32, little-endian.
+    dtype: of the tokens: uint16 or uint32, little-endian.
     vocabulary_size: every token is below it.
-    count: tokens in the file.
+    count: number of tokens in the file.
     checksum: crc32 of the tokens' bytes.
     fingerprint: `Tokenizer.fingerprint` of the tokenizer that made them, 64 hex digits.
   """
@@ -58,7 +58,7 @@ class BinHeader:
 # Compared by identity: comparing arrays field by field has no truth value.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TokenBin:
-  """Tokens mapped from a file, or a stretch of them.
+  """The tokens of a bin, mapped from its file, or a stretch of them.
 
   Attributes:
     path: the file, for messages.

@@ -1,4 +1,4 @@
-"""Byte-level BPE, by the `tokenizers` library, held to giving back every byte.
+"""Byte-level byte-pair encoding (BPE) by the `tokenizers` library, which must keep every byte.
 
 The library can do much that loses text: normalise it, put a space in front, drop what it does not
 know. Each of these would make the bytes of a token, and so nats per byte, wrong without a sign.
@@ -26,18 +26,15 @@ import tokenizers.trainers
 from jaxpipe.data.errors import DataError
 from jaxpipe.data.files import atomic_file
 
-# Characters given to the library at once: bounds its memory. Pieces end at line ends, and the cuts
-# depend on the text alone, so the tokens do too.
-_PIECE = 1 << 16
+# Characters given to the library at once, which bounds its memory. Where a block ends depends on
+# the text alone, and so do the tokens.
+_BLOCK = 1 << 16
 
 Ids = npt.NDArray[np.int32]
 
 
 class BpeTokenizer:
-  """Byte-level BPE, by the `tokenizers` library.
-
-  Make one with `train_bpe` or `load_bpe`.
-  """
+  """A tokenizer of byte-level BPE, which `train_bpe` or `load_bpe` makes; see `Tokenizer`."""
 
   def __init__(self, engine: tokenizers.Tokenizer, source: str = "tokenizer") -> None:
     """Takes over a tokenizer of the library.
@@ -77,7 +74,7 @@ class BpeTokenizer:
         ) from None
     # The fast form leaves out character offsets, most of an encoding's memory. No special tokens:
     # a marker of the beginning would be a token of no bytes.
-    encodings = self._engine.encode_batch_fast(list(_pieces(text)), add_special_tokens=False)
+    encodings = self._engine.encode_batch_fast(list(_blocks(text)), add_special_tokens=False)
     ids = [np.asarray(encoding.ids, np.int32) for encoding in encodings]
     return np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
@@ -103,7 +100,7 @@ def train_bpe(text: str, *, vocabulary_size: int, path: str | os.PathLike[str]) 
   """
   if vocabulary_size <= 256:
     raise DataError(
-      f"a BPE vocabulary of {vocabulary_size} has no room beyond 256 bytes; use bpe:257 or more"
+      f"a BPE vocabulary of {vocabulary_size} holds nothing beyond 256 bytes; use bpe:257 or more"
     )
   engine = tokenizers.Tokenizer(tokenizers.models.BPE())
   # The prefix space would add a byte to every text.
@@ -116,7 +113,7 @@ def train_bpe(text: str, *, vocabulary_size: int, path: str | os.PathLike[str]) 
     special_tokens=[],
     show_progress=False,
   )
-  engine.train_from_iterator(_pieces(text), trainer)
+  engine.train_from_iterator(_blocks(text), trainer)
   # A model would carry embedding rows that no text can reach.
   if engine.get_vocab_size() < vocabulary_size:
     raise DataError(
@@ -148,17 +145,17 @@ def load_bpe(path: str | os.PathLike[str]) -> BpeTokenizer:
   return BpeTokenizer(engine, str(path))
 
 
-def _pieces(text: str) -> Iterator[str]:
-  """Cuts a text after line ends into pieces of about `_PIECE` characters."""
+def _blocks(text: str) -> Iterator[str]:
+  """Divides a text after line ends into blocks of about `_BLOCK` characters."""
   start = 0
   while start < len(text):
-    stop = text.find("\n", start + _PIECE) + 1 or len(text)
+    stop = text.find("\n", start + _BLOCK) + 1 or len(text)
     yield text[start:stop]
     start = stop
 
 
 def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-  """Lists a component of the JSON format, whether it stands alone or in a sequence."""
+  """Lists components of the library's JSON format, where one may stand alone or in a sequence."""
   if component is None:
     return []
   return list(component[key]) if component["type"] == "Sequence" else [component]

@@ -1,4 +1,4 @@
-"""Evaluation over every token of a split, once, in order.
+"""Batches that cover every token of a held-out split once, in order, to measure a loss on.
 
 A validation loss is comparable only if it covers the same targets whatever the batch size, so the
 last window and the last batch are padded with weight 0, never dropped. And only if its unit does
@@ -46,7 +46,7 @@ class EvaluationBatches:
 
   @property
   def target_count(self) -> int:
-    """Targets in the whole split: the sum of all weights."""
+    """Number of targets in the whole split: the sum of all weights."""
     return len(self.source.tokens) - 1
 
   def target_bytes(self, byte_lengths: npt.NDArray[np.int32]) -> int:
@@ -70,7 +70,7 @@ class EvaluationBatches:
     return int(counts @ byte_lengths.astype(np.int64))
 
   def __len__(self) -> int:
-    """Batches, the last one padded."""
+    """Number of batches, the padded last one included."""
     return -(-self.target_count // (self.batch_size * self.sequence_length))
 
   def __getitem__(self, index: int) -> Batch:

@@ -1,4 +1,4 @@
-"""From text files to token bins, once per text.
+"""Prepares text files for training: tokenises them and splits the tokens, once for every text.
 
 Tokenising is slow beside everything else here, so bins are kept in a cache. Their names come from
 the content: of the text, the tokenizer and the split. A changed text is another name, so nothing
@@ -28,8 +28,8 @@ class TextData:
 
   Attributes:
     train: tokens to train on.
-    validation: the tail of the text, which `train` has nothing of.
-    tokenizer: made both.
+    validation: tokens of the end of the text, which are held out from training.
+    tokenizer: with which both were made.
   """
 
   train: TokenBin

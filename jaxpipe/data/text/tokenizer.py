@@ -1,4 +1,4 @@
-"""Tokenizers that know how many bytes each token stands for.
+"""Tokenizers that know how many bytes of text each token stands for.
 
 Loss per token cannot be compared across vocabularies: a larger one has fewer and harder tokens.
 Loss in nats per byte can, if every token is worth an exact number of bytes. So only tokenizers
@@ -20,32 +20,29 @@ _LARGEST = 2**24  # BPE vocabulary
 
 
 class Tokenizer(Protocol):
-  """What the rest of the data code asks of a tokenizer.
-
-  Attributes:
-    vocabulary_size: every id is below it.
-    byte_lengths: int32 [vocabulary_size], the bytes of UTF-8 that each id stands for.
-    fingerprint: 64 hex digits, equal for two tokenizers that give the same ids for every text.
-  """
+  """A tokenizer as the rest of the data code needs it: `ByteTokenizer` or `BpeTokenizer`."""
 
   @property
-  def vocabulary_size(self) -> int: ...
+  def vocabulary_size(self) -> int:
+    """Number of ids: every id is below it."""
 
   @property
-  def byte_lengths(self) -> Ids: ...
+  def byte_lengths(self) -> Ids:
+    """The bytes of UTF-8 text that each id stands for, int32 [vocabulary_size]."""
 
   @property
-  def fingerprint(self) -> str: ...
+  def fingerprint(self) -> str:
+    """64 hex digits, equal for two tokenizers that give the same ids for every text."""
 
   def encode(self, text: str | bytes) -> Ids:
-    """Returns int32 [tokens]; raises DataError for bytes that are not UTF-8."""
+    """Returns the ids of a text, int32 [tokens]; raises DataError for bytes that are not UTF-8."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text, with U+FFFD where `ids` cut a character in two."""
+    """Returns the text of some ids, with U+FFFD where they break a character in two."""
 
 
 class ByteTokenizer:
-  """256 ids, one a byte: nothing to train, nothing to store, any text."""
+  """The tokenizer whose 256 ids are the bytes: nothing to train, nothing to store, any text."""
 
   vocabulary_size = 256
 

@@ -1,6 +1,6 @@
-"""Windows of a token stream as the arrays of a batch.
+"""Reads windows of a token stream as the arrays of a batch.
 
-Training and evaluation cut windows at different places and then need the same arrays from them.
+Training and evaluation take windows at different places and then need the same arrays from them.
 Window n of length T reads T + 1 tokens from n * T: the last is only a target, and the first input
 of window n + 1. So every token but the first is a target once.
 
@@ -8,7 +8,7 @@ of window n + 1. So every token but the first is a target once.
     window 0  a b c d
     window 1        d e f g
 
-Shapes: B rows of the batch, R rows of it that are read here, T sequence length.
+Shapes: B rows of the batch, R rows of it that this process reads, T sequence length.
 """
 
 from collections.abc import Iterable, Sequence

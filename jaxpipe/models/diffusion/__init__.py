@@ -1,5 +1,9 @@
 """The diffusion transformer (DiT) behind a frozen patch encoder, trained by flow matching.
 
-Open `dit.py` first: the stack of blocks. `flow.py` has the loss, `patch_codec.py` the frozen
-encoder, and `gaussian_velocity.py` the baseline that needs no training.
+Open `dit.py` first.
+
+    dit                 the stack: embedding, blocks and the loss of flow matching
+    patch_codec         the frozen encoder, whose latents the stack is trained on
+    flow                samples images with a trained network, step by step
+    gaussian_velocity   the best affine predictor, as a baseline that needs no training
 """

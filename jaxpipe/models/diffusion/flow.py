@@ -1,4 +1,13 @@
-"""From noise to data along a velocity field, by Euler steps."""
+"""Sampling with a network that was trained by flow matching: from noise to data by Euler steps.
+
+    dx/dt = velocity(x, t, label)       x(0) = noise, x(1) = data
+
+References:
+  Lipman et al., Flow matching for generative modeling, arXiv 2210.02747. Guidance: Ho and Salimans,
+  Classifier-free diffusion guidance, arXiv 2207.12598.
+
+Dims: B rows, N tokens, C channels of a latent.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +20,17 @@ import jax.numpy as jnp
 from jaxpipe.stack.forward import modules, run_layers
 from jaxpipe.stack.stack import LayerStack
 
+# `(latents [B, N, C], time [B], labels int [B]) -> velocity [B, N, C]`.
 Velocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def velocity_field(stack: LayerStack, params: Any, state: Any) -> Velocity:
-  """The network as a function `latents [B, N, C], time [B], labels [B] -> velocity [B, N, C]`.
+  """Returns a trained network as a velocity field, on one device.
 
   Args:
-    stack: made by `jaxpipe.models.diffusion.dit.dit`.
-    params, state: canonical.
+    stack: the network, made by `jaxpipe.models.diffusion.dit.dit`.
+    params: its canonical parameters.
+    state: its canonical model state, which holds the frozen encoder.
   """
   embed, *layers, head = modules(stack, params, state)
 
@@ -32,12 +43,12 @@ def velocity_field(stack: LayerStack, params: Any, state: Any) -> Velocity:
 
 
 def guide(velocity: Velocity, scale: float, no_class: int) -> Velocity:
-  """Classifier-free guidance: away from what the network would do without a class.
+  """Returns a field by classifier-free guidance: away from the prediction without a class.
 
   Args:
-    velocity: of a network that saw rows without a class.
-    scale: 1 leaves it as it is.
-    no_class: the label of such rows.
+    velocity: field of a network that was trained on rows with a class and on rows without.
+    scale: factor of the difference that the class makes; 1 leaves the field as it is.
+    no_class: the label of rows without a class.
   """
 
   def guided(latents: jax.Array, time: jax.Array, labels: jax.Array) -> jax.Array:
@@ -48,12 +59,12 @@ def guide(velocity: Velocity, scale: float, no_class: int) -> Velocity:
 
 
 def euler(velocity: Velocity, noise: jax.Array, labels: jax.Array, steps: int) -> jax.Array:
-  """Follows the field from t = 0 to 1.
+  """Follows a velocity field from t = 0 to t = 1 by Euler's method.
 
   Args:
     velocity: the field.
     noise: [B, N, C], standard normal.
-    labels: int [B].
+    labels: int [B], the class of each row.
     steps: number of steps of equal length.
 
   Returns:

@@ -2,11 +2,12 @@
 
 Latent diffusion (Rombach et al., arXiv 2112.10752) trains in the space of an autoencoder that no
 longer changes. For images of 8 by 8 pixels the best linear autoencoder of patches is enough, and
-that one needs no training: its weights are eigenvectors. Within the stack they are `Frozen`, which
-`LayerStack(trainable=TRAINABLE)` leaves alone.
+that one needs no training: its weights are eigenvectors of the patches' covariance. Within the
+stack they are variables of type `Frozen`, which `LayerStack(trainable=TRAINABLE)` counts as model
+state.
 
 Dims: B images, H pixels along a side, K along the side of a patch, N = (H / K)^2 patches, C
-channels of a latent.
+channels of a latent. In names of arrays, a suffix K stands for the K * K pixels of a patch.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 class Frozen(nnx.Param[jax.Array]):
-  """Weights that nothing changes."""
+  """Weights that no step changes."""
 
 
+# The filter of a stack's parameters: all of them but the frozen ones.
 TRAINABLE = nnx.All(nnx.Param, nnx.Not(Frozen))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PatchCodec:
-  """The weights of the autoencoder; the same for all patches, as in a convolution of stride K.
+  """The weights of the autoencoder, the same for all patches, as in a convolution of stride K.
 
   Attributes:
-    basis_KC: [K*K, C], pixels of a patch to channels; channels have variance 1 over the images
-      that it was fitted to.
-    inverse_CK: [C, K*K], back again.
-    mean_K: [K*K], the mean patch.
+    basis_KC: [K*K, C], from pixels of a patch to channels; channels have variance 1 over the images
+      that the codec was fitted to.
+    inverse_CK: [C, K*K], from channels to pixels.
+    mean_K: [K*K], the mean patch, which is subtracted first.
   """
 
   basis_KC: Floats
@@ -47,7 +49,7 @@ class PatchCodec:
 
   @classmethod
   def fit(cls, images_BHH: Floats, patch: int, channels: int) -> PatchCodec:
-    """Finds the directions of largest variance among all patches.
+    """Fits a codec to images: the directions of largest variance among all their patches.
 
     Args:
       images_BHH: float [B, H, H].
@@ -72,21 +74,21 @@ class PatchCodec:
 
   @property
   def patch(self) -> int:
-    """K."""
+    """K, the side of a patch in pixels."""
     return int(np.sqrt(len(self.mean_K)))
 
   @property
   def channels(self) -> int:
-    """C."""
+    """C, the channels of a latent."""
     return self.basis_KC.shape[1]
 
   def encode(self, images_BHH: Floats) -> Floats:
-    """Latents [B, N, C] of images, outside any stack."""
+    """Encodes images [B, H, H] into latents [B, N, C], in NumPy, outside any stack."""
     latents: Floats = (to_patches(images_BHH, self.patch) - self.mean_K) @ self.basis_KC
     return latents
 
   def decode(self, latents_BNC: Floats) -> Floats:
-    """Images [B, H, H] of latents."""
+    """Decodes latents [B, N, C] into images [B, H, H]."""
     return from_patches(latents_BNC @ self.inverse_CK + self.mean_K, self.patch)
 
 
@@ -104,7 +106,7 @@ class Encoder(nnx.Module):
 
 
 def to_patches(images_BHH: Any, patch: int) -> Any:
-  """[B, H, H] -> [B, N, K*K], row by row; arrays of NumPy or JAX."""
+  """Cuts images into patches, row by row: [B, H, H] -> [B, N, K*K]; arrays of NumPy or JAX."""
   rows, side, _ = images_BHH.shape
   n = side // patch
   cut = images_BHH.reshape(rows, n, patch, n, patch).swapaxes(2, 3)
@@ -112,7 +114,7 @@ def to_patches(images_BHH: Any, patch: int) -> Any:
 
 
 def from_patches(patches_BNK: Any, patch: int) -> Any:
-  """Transpose of `to_patches`."""
+  """Joins patches to images, the inverse of `to_patches`: [B, N, K*K] -> [B, H, H]."""
   rows, count, _ = patches_BNK.shape
   n = int(np.sqrt(count))
   grid = patches_BNK.reshape(rows, n, n, patch, patch).swapaxes(2, 3)

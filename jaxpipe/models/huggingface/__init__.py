@@ -1,8 +1,11 @@
-"""Hugging Face's checkpoints: GPT-2, Llama, Qwen2, Qwen3 and Mixtral, in and out, as safetensors.
+"""Reads and writes Hugging Face's checkpoints: GPT-2, Llama, Qwen2, Qwen3 and Mixtral.
 
-`config` knows config.json, `names` what their parameters are called and which way round they lie,
-`files` the safetensors of a folder, and `weights` brings all of it together: every device reads its
-own pieces of the files, and nothing is ever whole in one place.
+    config    the model's configuration from config.json, and back
+    names     the name of each parameter in the files, and which way round it lies there
+    files     the safetensors of a folder, read in slices and written in parts
+    weights   brings these together: `check_weights`, `read_params`, `export`
+
+On a mesh every device reads its own pieces of the files, and no process ever holds the whole model.
 """
 
 from jaxpipe.models.huggingface.config import read_config

@@ -1,7 +1,10 @@
-"""A transformer's configuration from config.json, and back.
+"""A transformer's configuration from Hugging Face's config.json, and back.
 
-What a file asks for and the transformer does not have is refused by name, never left out: a model
-that is slightly another one gives slightly wrong numbers, and no error.
+A field that asks for what this transformer lacks is refused by name, never left out: a model that
+is slightly another one would give slightly wrong numbers, and no error.
+
+References:
+  The fields of each kind of model: the configuration classes of huggingface.co/docs/transformers.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ _ARCHITECTURES = {
   "qwen3": "Qwen3ForCausalLM",
   "mixtral": "MixtralForCausalLM",
 }
-# What must hold for the transformer to be the model that a file describes: field, its default where
-# it is missing, and the values that are understood.
+# Conditions under which this transformer is the model that a file describes, by kind of model. Each
+# is a field, its default where it is missing, and the values that this transformer can follow.
 _GATED: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
   ("hidden_act", "silu", ("silu",)),
   ("use_sliding_window", False, (False, None)),
@@ -48,7 +51,13 @@ _NEEDED = {
 
 
 def read_config(folder: str | os.PathLike[str]) -> TransformerConfig:
-  """The configuration of a folder's model, its arithmetic in float32.
+  """Reads the configuration of a folder's model.
+
+  Args:
+    folder: holds config.json.
+
+  Returns:
+    The configuration, its arithmetic and its parameters in float32.
 
   Raises:
     ValueError: no such file, a model of another kind, or one with what the transformer lacks.
@@ -72,6 +81,7 @@ def read_config(folder: str | os.PathLike[str]) -> TransformerConfig:
 
 
 def _gpt2(fields: Fields) -> TransformerConfig:
+  """The configuration of a GPT-2 from the fields of its file."""
   return TransformerConfig(
     vocabulary_size=fields["vocab_size"],
     layers=fields["n_layer"],
@@ -90,6 +100,7 @@ def _gpt2(fields: Fields) -> TransformerConfig:
 
 
 def _gated(kind: str, fields: Fields) -> TransformerConfig:
+  """The configuration of a model with a gated MLP from its fields: all kinds but GPT-2."""
   layer_types = set(fields.get("layer_types") or ()) - {"full_attention"}
   if layer_types:
     raise ValueError(f"layer_types {sorted(layer_types)} are not supported, only full_attention")
@@ -116,6 +127,8 @@ def _gated(kind: str, fields: Fields) -> TransformerConfig:
 
 
 def _bias(kind: str, fields: Fields) -> str:
+  """Which matrices have a bias, in the words of `TransformerConfig.bias`."""
+  # Qwen2 always has these, and no field that says so.
   if kind == "qwen2":
     return "qkv"
   attention, mlp = (bool(fields.get(f"{part}_bias", False)) for part in ("attention", "mlp"))
@@ -125,7 +138,12 @@ def _bias(kind: str, fields: Fields) -> str:
 
 
 def _rope(fields: Fields, usual: float) -> tuple[float, RopeScaling | None]:
-  """Base and scaling; of the names that have been in use, all that mean the same."""
+  """Base and scaling of rotary positions, by any of the names that have been in use for them.
+
+  Args:
+    fields: of the file.
+    usual: base of the kind of model where the file names none.
+  """
   parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
   kind = parameters.get("rope_type", parameters.get("type", "default"))
   base = float(fields.get("rope_theta") or parameters.get("rope_theta") or usual)
@@ -142,6 +160,7 @@ def _rope(fields: Fields, usual: float) -> tuple[float, RopeScaling | None]:
 
 
 def _experts(fields: Fields) -> MoeConfig:
+  """Mixtral's experts, without a capacity: no token is dropped."""
   return MoeConfig(
     experts=fields["num_local_experts"],
     top_k=fields["num_experts_per_tok"],
@@ -153,10 +172,10 @@ def _experts(fields: Fields) -> MoeConfig:
 
 
 def kind_of(config: TransformerConfig) -> str:
-  """The model_type whose models have this configuration.
+  """Returns the `model_type` whose models have this configuration.
 
   Raises:
-    ValueError: none has.
+    ValueError: no kind of model that is supported has it.
   """
   c = config
   if c.completep:
@@ -183,14 +202,14 @@ def kind_of(config: TransformerConfig) -> str:
 
 
 def to_json(config: TransformerConfig, length: int) -> dict[str, Any]:
-  """What config.json holds for a configuration.
+  """Returns the fields of config.json for a configuration.
 
   Args:
     config: of the model.
     length: positions of the longest row, where the configuration does not say.
 
   Raises:
-    ValueError: no kind of model has it.
+    ValueError: no kind of model that is supported has this configuration.
   """
   kind = kind_of(config)
   fields: dict[str, Any] = {
@@ -205,6 +224,7 @@ def to_json(config: TransformerConfig, length: int) -> dict[str, Any]:
 
 
 def _gpt2_json(config: TransformerConfig) -> dict[str, Any]:
+  """The fields of a GPT-2, beside those that all kinds have."""
   return {
     "activation_function": "gelu_new",
     "n_layer": config.layers,
@@ -220,6 +240,7 @@ def _gpt2_json(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _gated_json(kind: str, config: TransformerConfig, length: int) -> dict[str, Any]:
+  """The fields of any other kind of model, beside those that all kinds have."""
   fields: dict[str, Any] = {
     "hidden_act": "silu",
     "num_hidden_layers": config.layers,

@@ -1,4 +1,10 @@
-"""The safetensors of a folder: one file or several with an index, read slice by slice.
+"""Reads and writes the safetensors of a folder: one file, or several with an index.
+
+    model.safetensors                              or    model-00001-of-00003.safetensors, ...
+                                                         model.safetensors.index.json
+
+A file is a header (name, dtype, shape and place of each tensor) and then the values, so that a part
+of one tensor can be read alone.
 
 References:
   The format: huggingface.co/docs/safetensors. Nothing in it is executed, unlike pickles (`.bin`,
@@ -28,11 +34,11 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclasses.dataclass(frozen=True)
 class WeightFiles:
-  """What lies in a folder; only headers have been read.
+  """The tensors in the files of a folder, of which only headers have been read.
 
   Attributes:
-    folder: where.
-    slices: name of a tensor -> what reads it.
+    folder: the folder.
+    slices: name of a tensor -> safetensors' handle, from which parts of the tensor are read.
   """
 
   folder: pathlib.Path
@@ -40,10 +46,11 @@ class WeightFiles:
 
   @classmethod
   def open(cls, folder: str | os.PathLike[str]) -> WeightFiles:
-    """Opens all files.
+    """Opens all files of a folder.
 
     Raises:
-      ValueError: none there, one is damaged, or there are only pickles.
+      ValueError: a folder without files or with pickles alone, a damaged file, or weights that are
+        quantized.
     """
     at = pathlib.Path(folder)
     slices: dict[str, Any] = {}
@@ -62,17 +69,17 @@ class WeightFiles:
     return cls(at, slices)
 
   def shape(self, name: str) -> Shape:
-    """Of a tensor."""
+    """Returns the shape of a tensor."""
     return tuple(self.slices[name].get_shape())
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of a tensor, in its own dtype."""
+    """Reads a part of a tensor, in its own dtype; `index` is a slice for each of its dims."""
     part: np.ndarray = self.slices[name][index]
     return part
 
 
 def _find(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files of a model."""
+  """The paths of a model's files, as its index names them where it has one."""
   if (folder / _INDEX).is_file():
     try:
       names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
@@ -101,13 +108,14 @@ def write_files(
   sizes: Mapping[str, int],
   limit: int,
 ) -> None:
-  """Writes a model's files, one or several, of which one is in memory at a time.
+  """Writes a model's files, of which one is in memory at a time.
 
   Args:
-    folder: exists.
-    tensors: name and values, in the order of `sizes`.
-    sizes: bytes of each tensor.
-    limit: bytes of a file; a larger tensor has one to itself.
+    folder: an existing folder.
+    tensors: yields name and values of each tensor, in the order of `sizes`.
+    sizes: name of a tensor -> its bytes. Known beforehand, because a file's name holds how many
+      files there are.
+    limit: bytes of a file; a larger tensor has a file to itself.
   """
   groups: list[list[str]] = [[]]
   held = 0
@@ -130,5 +138,5 @@ def write_files(
 
 
 def bytes_of(shape: Shape, dtype: Any) -> int:
-  """Bytes of a tensor."""
+  """Returns the bytes of a tensor of this shape and dtype."""
   return math.prod(shape) * np.dtype(dtype).itemsize

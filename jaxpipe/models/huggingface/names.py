@@ -1,7 +1,7 @@
-"""What Hugging Face calls each parameter, and which way round it lies there.
+"""Names of parameters in Hugging Face's files, and which way round their matrices lie there.
 
-    ours, all layers in one       theirs, one for every layer
-    layers/query/kernel [L, D, N H]  model.layers.{}.self_attn.q_proj.weight [N H, D]
+    ours, all layers in one            theirs, one for every layer
+    layers/query/kernel [L, D, N H]    model.layers.{}.self_attn.q_proj.weight [N H, D]
 
 A name takes the number of the layer, and then that of the expert, for its braces. Llama, Qwen and
 Mixtral keep matrices as outputs x inputs; GPT-2 keeps them as they are here, and queries, keys and
@@ -26,11 +26,11 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-  """One parameter in the files.
+  """Where one parameter of ours is in the files.
 
   Attributes:
-    name: with braces for the numbers of layer and expert.
-    turned: whether the last two dims stand the other way round.
+    name: name of the tensor, with braces for the numbers of layer and expert.
+    turned: whether the last two dims stand the other way round there.
   """
 
   name: str
@@ -38,11 +38,12 @@ class Stored:
 
   @property
   def leading(self) -> int:
-    """Dims of ours that their names number."""
+    """Number of our leading dims that are numbers in their names: 0, 1 or 2."""
     return self.name.count("{}")
 
 
 def _dense(ours: str, theirs: str, turned: bool) -> dict[str, Stored]:
+  """Names of the kernel and the bias of a matrix in the layers."""
   return {
     f"layers/{ours}/kernel": Stored(f"{theirs}.weight", turned),
     f"layers/{ours}/bias": Stored(f"{theirs}.bias"),
@@ -50,6 +51,7 @@ def _dense(ours: str, theirs: str, turned: bool) -> dict[str, Stored]:
 
 
 def _norm(ours: str, theirs: str) -> dict[str, Stored]:
+  """Names of the scale and the bias of a norm."""
   return {f"{ours}/scale": Stored(f"{theirs}.weight"), f"{ours}/bias": Stored(f"{theirs}.bias")}
 
 
@@ -90,20 +92,21 @@ _GPT2 = {
   **_norm("head/norm", "transformer.ln_f"),
   "head/table": Stored("lm_head.weight"),
 }
-# In older files: what attention masks with, rotary frequencies; and a tied head stands there twice.
+# Tensors of older files that are no weights (attention's mask, rotary frequencies), and the second
+# copy of a tied table.
 _IGNORED = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq|lm_head\.weight")
 _PREFIXES = ("model.", "transformer.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """What one parameter of ours holds of one tensor of theirs.
+  """The part of one tensor of theirs that one parameter of ours holds.
 
   Attributes:
-    path: of the parameter.
-    numbers: of the layer, and of the expert; empty for the ends.
-    start: its first column in the tensor, ours way round.
-    shape: without the dims that the numbers stand for.
+    path: path of the parameter.
+    numbers: number of the layer, and then of the expert; empty for embedding and head.
+    start: first column of the part in the tensor, when that lies our way round.
+    shape: shape of the part, without the dims that the numbers stand for.
   """
 
   path: str
@@ -117,8 +120,8 @@ class Names:
   """The parameters of one model, by both names.
 
   Attributes:
-    stored: path of ours -> how it is stored, in the order of the model.
-    shapes: path -> shape in the canonical tree.
+    stored: path of a parameter of ours -> how it is stored, in the order of the model.
+    shapes: path of a parameter of ours -> its shape in the canonical tree.
   """
 
   stored: Mapping[str, Stored]
@@ -126,7 +129,11 @@ class Names:
 
   @classmethod
   def of(cls, config: TransformerConfig, shapes: Any) -> Names:
-    """The names for a tree of parameters, or of its shapes."""
+    """Finds the names for a canonical tree of parameters, or of its shapes.
+
+    Raises:
+      ValueError: parameters that Hugging Face's models do not have.
+    """
     leaves = {describe(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)}
     table = _GPT2 if config.positions == "learned" else _LLAMA
     stored = {path: entry for path, entry in table.items() if path in leaves}
@@ -135,7 +142,7 @@ class Names:
     return cls(stored, leaves)
 
   def start(self, path: str) -> int:
-    """First column of a parameter in the tensor that it shares, or 0."""
+    """Returns the first column of a parameter in the tensor that it shares with others, or 0."""
     name, start = self.stored[path].name, 0
     for other, entry in self.stored.items():
       if other == path:
@@ -145,24 +152,28 @@ class Names:
     return start
 
   def tensors(self) -> Iterator[tuple[str, list[Piece]]]:
-    """Yields each tensor's name and the pieces that are its columns: the ends, then the layers."""
+    """Yields each tensor's name and the pieces that are its columns, those of the ends first."""
     found: dict[str, list[Piece]] = {}
     for path, entry in self.stored.items():
       shape, n, start = self.shapes[path], entry.leading, self.start(path)
       for numbers in itertools.product(*map(range, shape[:n])):
         piece = Piece(path, numbers, start, shape[n:])
         found.setdefault(entry.name.format(*numbers), []).append(piece)
+    # Embedding and head have no numbers, and stand first.
     yield from sorted(found.items(), key=lambda item: item[1][0].numbers)
 
   def shape(self, pieces: list[Piece]) -> Shape:
-    """Shape of the tensor that these pieces make up."""
+    """Returns the shape of the tensor that these pieces make up, their way round."""
     *rest, _ = pieces[0].shape
     whole = (*rest, sum(piece.shape[-1] for piece in pieces))
     return whole[::-1] if self.stored[pieces[0].path].turned else whole
 
 
 def known_as(name: str, present: Mapping[str, Any]) -> str:
-  """What files call a tensor: those of a model without its head leave the first word out."""
+  """Returns the name of a tensor in files that hold the names `present`.
+
+  Files of a model without its head leave the first word of the name out.
+  """
   bare = name
   for prefix in _PREFIXES:
     bare = bare.removeprefix(prefix)
@@ -170,5 +181,5 @@ def known_as(name: str, present: Mapping[str, Any]) -> str:
 
 
 def ignored(name: str) -> bool:
-  """Whether a tensor that no parameter takes is none of the model's weights."""
+  """Whether a tensor is none of the model's weights, so that a file may have it left over."""
   return bool(_IGNORED.fullmatch(name))

@@ -1,4 +1,8 @@
-"""Parameters from the files of a folder onto their places, and back into files."""
+"""Reads a model's parameters from files onto their places on a mesh, and writes them to files.
+
+`names` says which part of which tensor each parameter is. Reading goes from the mesh to the files:
+each process asks for what its own devices hold of a parameter, and that part alone is read.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.models.huggingface.config import to_json
@@ -18,6 +22,7 @@ from jaxpipe.models.huggingface.files import WeightFiles, bytes_of, write_files
 from jaxpipe.models.huggingface.names import Names, Piece, ignored, known_as
 from jaxpipe.models.transformer.config import TransformerConfig
 from jaxpipe.parallel.placing import Tree, layer_order, shardings
+from jaxpipe.parallel.protocol import ScheduleLike
 from jaxpipe.parallel.rules import describe
 from jaxpipe.stack.stack import LayerStack
 
@@ -28,7 +33,12 @@ _LIMIT = 4 * 10**9  # bytes of a file
 def check_weights(
   folder: str | os.PathLike[str], config: TransformerConfig, stack: LayerStack
 ) -> WeightFiles:
-  """Compares what the files hold with what the model needs, by their headers alone.
+  """Compares the tensors in the files with those that the model needs, by headers alone.
+
+  Args:
+    folder: a folder with safetensors.
+    config: of the model.
+    stack: `transformer(config)`.
 
   Returns:
     The files, opened.
@@ -58,6 +68,7 @@ def check_weights(
 
 
 def _show(kind: str, tensors: list[str]) -> str:
+  """A phrase of an error that names some of the tensors."""
   more = len(tensors) - _SHOWN
   return f"{kind}: {', '.join(tensors[:_SHOWN])}{f' and {more} more' if more > 0 else ''}"
 
@@ -66,24 +77,25 @@ def read_params(
   folder: str | os.PathLike[str],
   config: TransformerConfig,
   stack: LayerStack,
-  schedule: Any = None,
-  mesh: Any = None,
+  schedule: ScheduleLike | None = None,
+  mesh: Mesh | None = None,
 ) -> Tree:
   """Reads a model's parameters: the canonical tree on one device, or placed over a mesh.
 
   Every process reads what its own devices hold of each parameter, one parameter at a time.
 
   Args:
-    folder: with *.safetensors.
+    folder: a folder with *.safetensors.
     config: of the model, from `read_config` or equal in shape.
     stack: `transformer(config)`.
-    schedule, mesh: as in `stack.init`.
+    schedule: with `mesh`, says which device holds which layers; None: all on one device.
+    mesh: mesh with a `stage` axis of `schedule.devices`.
 
   Returns:
     Parameters in the stack's dtypes.
 
   Raises:
-    ValueError: see `check_weights`.
+    ValueError: tensors that are not the model's, as `check_weights` finds them.
   """
   files, shapes = check_weights(folder, config, stack), stack.param_shapes()
   names = Names.of(config, shapes)
@@ -92,9 +104,11 @@ def read_params(
     here = SingleDeviceSharding(jax.local_devices()[0])
     places = jax.tree.map(lambda _: here, shapes)
   else:
+    assert mesh is not None
     order, places = layer_order(stack.depth, schedule), shardings(shapes, stack, schedule, mesh)
 
   def one(path: Any, leaf: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
+    """One parameter, of which JAX asks for the part of each device of this process."""
     name = describe(path)
 
     def block(index: Any) -> np.ndarray:
@@ -113,18 +127,29 @@ def _block(
   index: tuple[slice, ...],
   order: np.ndarray,
 ) -> np.ndarray:
-  """ModuleSpec of a placed parameter, its layers in placement order."""
+  """Reads a rectangular part of a placed parameter.
+
+  Args:
+    files: where to read.
+    names: of all parameters.
+    path: path of the parameter.
+    leaf: its whole shape and its dtype.
+    index: the part, a slice for each dim.
+    order: canonical number of the layer at each place along the leading dim of `layers`.
+  """
   stored, start = names.stored[path], names.start(path)
   spans = [range(*part.indices(n)) for part, n in zip(index, leaf.shape, strict=True)]
   n = stored.leading
   *rest, last = (slice(span.start, span.stop) for span in spans[n:])
   inner = (*rest, slice(last.start + start, last.stop + start))
   found = np.empty([len(span) for span in spans], leaf.dtype)
+  # One tensor in the files for each layer, or for each expert of each layer.
   for at in np.ndindex(*found.shape[:n]):
     numbers = [span[i] for span, i in zip(spans, at, strict=False)]
     if n:
       numbers[0] = int(order[numbers[0]])
     name = known_as(stored.name.format(*numbers), files.slices)
+    # The part is turned, not the tensor: no more is read than the part.
     part = files.read(name, inner[::-1] if stored.turned else inner)
     found[at] = part.T if stored.turned else part
   return found
@@ -139,19 +164,19 @@ def export(
   order: np.ndarray | None = None,
   limit: int = _LIMIT,
 ) -> None:
-  """Writes a model as `transformers` reads it: config.json and safetensors.
+  """Writes a model as Hugging Face's `transformers` reads it: config.json and safetensors.
 
-  All processes of a run call it, and the first writes. Beyond one file of tensors, none holds more
-  of the model than it had.
+  All processes of a run call it, and the first writes. Besides the tensors of one file, no process
+  holds more of the model than it did before.
 
   Args:
-    folder: made if missing; must be empty.
-    params: canonical, or placed.
+    folder: the folder to write to, made if missing; must be empty.
+    params: canonical parameters, or placed ones.
     config: of the model.
     length: positions of the longest row that the model is for, where its configuration does not
       say.
-    order: of a placed tree, `layer_order(depth, schedule)`; None for a canonical one.
-    limit: bytes of a file; beyond it there are several, with an index.
+    order: of placed parameters, `layer_order(depth, schedule)`; None for canonical ones.
+    limit: bytes of a file; a larger model is written as several files with an index.
 
   Raises:
     ValueError: a model that Hugging Face has no name for, or a folder that is not empty.
@@ -165,6 +190,7 @@ def export(
   position = np.argsort(np.arange(config.layers) if order is None else order)
 
   def values() -> Iterator[tuple[str, np.ndarray]]:
+    """Yields each tensor, gathered from all devices when its turn comes."""
     for name, pieces in tensors.items():
       parts = [_whole(leaves[p.path], p, position) for p in pieces]
       joined = np.concatenate(parts, axis=-1)
@@ -172,25 +198,35 @@ def export(
       yield name, np.ascontiguousarray(joined.T if turned else joined)
 
   if jax.process_index():
-    for _ in values():  # takes part in gathering
+    # A gather takes every process, whoever writes.
+    for _ in values():
       pass
     return
   at.mkdir(parents=True, exist_ok=True)
   dtype = {name: leaves[pieces[0].path].dtype for name, pieces in tensors.items()}
   sizes = {name: bytes_of(names.shape(ps), dtype[name]) for name, ps in tensors.items()}
   write_files(at, values(), sizes, limit)
-  # Last: it is what marks a folder as a model's.
+  # Last, because a folder with config.json counts as a whole model.
   (at / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def _whole(leaf: jax.Array, piece: Piece, position: np.ndarray) -> np.ndarray:
-  """One layer's parameter, or an expert's, from wherever it lies."""
+  """One piece as a NumPy array, gathered from the devices that hold it.
+
+  Args:
+    leaf: the whole parameter, on any devices.
+    piece: the layer and the expert to take.
+    position: place of each canonical layer along the leading dim of `layers`.
+  """
   numbers = piece.numbers and (int(position[piece.numbers[0]]), *piece.numbers[1:])
   sharding = leaf.sharding
   here = NamedSharding(sharding.mesh, Spec()) if isinstance(sharding, NamedSharding) else sharding
+  # Taken in the program, so that one layer is gathered and not the whole leaf; replicated, so that
+  # this process has it.
   part = jax.jit(_take, out_shardings=here)(leaf, numbers)
   return np.asarray(part.addressable_data(0))
 
 
 def _take(leaf: jax.Array, numbers: tuple[jax.Array, ...]) -> jax.Array:
+  """The entry of a leaf at some numbers of its leading dims."""
   return leaf[numbers]

@@ -1,7 +1,11 @@
-"""Connectionist temporal classification: the loss, and how far what is heard is from what was said.
+"""Connectionist temporal classification (CTC): the loss, greedy decoding, and edit distances.
 
-A network gives every frame a symbol or a blank; a word is heard by leaving out repetitions, then
-blanks. The loss is that of all the ways in which the frames can spell the word.
+A network gives every frame a symbol or a blank. A word is decoded by leaving out repetitions, then
+blanks. The loss is the negative logarithm of the probability of all the ways in which the frames
+can spell the word:
+
+    frames    h h - e - l l - l o        (- is blank)
+    decoded   h     e   l     l o
 
 Dims: B rows, T frames, N symbols of the longest word, K symbols with the blank, which is 0.
 
@@ -17,12 +21,12 @@ import optax
 
 
 def ctc_losses(logits_BTK: jax.Array, frames_B: jax.Array, labels_BN: jax.Array) -> jax.Array:
-  """Loss of every row, [B].
+  """Returns the loss of every row in nats, [B].
 
   Args:
-    logits_BTK: float.
-    frames_B: how many frames count.
-    labels_BN: int, 1 to K - 1; 0 fills up.
+    logits_BTK: float, logits of the symbols at each frame.
+    frames_B: int, number of frames of each row that count; the others are padding.
+    labels_BN: int, the symbols of the word, 1 to K - 1, then zeros.
   """
   silent_BT = _beyond(frames_B, logits_BTK.shape[1]).astype(logits_BTK.dtype)
   unsaid_BN = (labels_BN == 0).astype(logits_BTK.dtype)
@@ -32,7 +36,15 @@ def ctc_losses(logits_BTK: jax.Array, frames_B: jax.Array, labels_BN: jax.Array)
 
 
 def hear(logits_BTK: jax.Array, frames_B: jax.Array) -> jax.Array:
-  """The likeliest symbol of every frame, 0 where it is blank, repeated or beyond: int [B, T]."""
+  """Decodes greedily: the likeliest symbol of every frame that begins one.
+
+  Args:
+    logits_BTK: float, logits of the symbols at each frame.
+    frames_B: int, number of frames of each row that count.
+
+  Returns:
+    int [B, T]: a symbol, or 0 where the frame is blank, repeats the frame before, or is padding.
+  """
   best_BT = logits_BTK.argmax(axis=-1)
   before_BT = jnp.pad(best_BT, ((0, 0), (1, 0)))[:, :-1]
   new_BT = (best_BT != before_BT) & ~_beyond(frames_B, best_BT.shape[1])
@@ -40,14 +52,15 @@ def hear(logits_BTK: jax.Array, frames_B: jax.Array) -> jax.Array:
 
 
 def edit_distances(heard_BT: jax.Array, labels_BN: jax.Array) -> jax.Array:
-  """Insertions, deletions and substitutions between what was heard and said, int [B].
+  """Returns the least number of insertions, deletions and substitutions, int [B] (Levenshtein).
 
   Args:
-    heard_BT: symbols, zeros anywhere are skipped.
-    labels_BN: symbols, then zeros.
+    heard_BT: int, symbols as `hear` returns them; zeros anywhere are skipped.
+    labels_BN: int, symbols of the word, then zeros.
   """
   B, N = labels_BN.shape
-  # distances[j]: of all that was heard so far to the first j symbols.
+  # Dynamic programming, one row of the table at a time: entry j is the distance between all that
+  # was heard so far and the first j symbols of the word.
   start = jnp.broadcast_to(jnp.arange(N + 1), (B, N + 1))
 
   def more(t: jax.Array, before: jax.Array) -> jax.Array:
@@ -65,5 +78,5 @@ def edit_distances(heard_BT: jax.Array, labels_BN: jax.Array) -> jax.Array:
 
 
 def _beyond(frames_B: jax.Array, frames: int) -> jax.Array:
-  """True [B, T] for frames that do not count."""
+  """Where frames are padding: bool [B, T]."""
   return jnp.arange(frames)[None] >= frames_B[:, None]

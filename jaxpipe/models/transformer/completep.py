@@ -1,6 +1,8 @@
 """CompleteP: learning rates that were found on a small model, for a wider and deeper one.
 
-With m_N = width / base width and m_L = layers / base layers, and where a rule is left out, 1:
+CompleteP multiplies initial values, activations and the optimizer's settings by factors, so that
+the best learning rate stays the same when the model grows. With m_N = width / base width and m_L =
+layers / base layers, and a factor of 1 where the table is empty:
 
                            init variance   forward   learning rate   decay   Adam's epsilon
     tables, final norm                                                       1 / m_N
@@ -9,8 +11,8 @@ With m_N = width / base width and m_L = layers / base layers, and where a rule i
     what a branch adds                     1 / m_L
     logits                                 1 / m_N
 
-Rates of layers have a factor m_L^(alpha - 1) besides, and branches m_L^(-alpha); CompleteP is
-alpha = 1. Heads keep their width: a wider model has more of them.
+The method is a family: rates of layers have another factor m_L^(alpha - 1), and branches
+m_L^(-alpha); CompleteP is alpha = 1. Heads keep their width: a wider model has more of them.
 
 References:
   Dey et al., Don't be lazy: CompleteP enables compute-efficient deep transformers (table 1, as two
@@ -24,7 +26,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-  """What one parameter's learning rate, decay and epsilon are multiplied by."""
+  """The factors of one parameter in the optimizer.
+
+  Attributes:
+    rate: multiplies the learning rate.
+    decay: multiplies the weight decay.
+    epsilon: multiplies Adam's epsilon.
+  """
 
   rate: float
   decay: float
@@ -33,11 +41,11 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompleteP:
-  """The rules between one model and its base.
+  """The rules between one model and its base model.
 
   Attributes:
-    width: m_N.
-    depth: m_L.
+    width: m_N, the model's width over the base's.
+    depth: m_L, the model's number of layers over the base's.
   """
 
   width: float
@@ -45,11 +53,12 @@ class CompleteP:
 
   @classmethod
   def parse(cls, base: str, width: int, layers: int) -> CompleteP:
-    """Reads the base's WIDTHxLAYERS.
+    """Reads the base model's size as a flag gives it.
 
     Args:
-      base: such as 256x4.
-      width, layers: of the model.
+      base: WIDTHxLAYERS of the base, such as 256x4.
+      width: width of the model.
+      layers: layers of the model.
 
     Raises:
       ValueError: not two counts.
@@ -61,25 +70,25 @@ class CompleteP:
 
   @property
   def branch(self) -> float:
-    """Multiplies what a layer's branches add to the stream."""
+    """Factor of what a layer's branches add to the residual stream."""
     return 1 / self.depth
 
   @property
   def logits(self) -> float:
-    """Multiplies the logits."""
+    """Factor of the logits."""
     return 1 / self.width
 
   @property
   def deviation(self) -> float:
-    """Multiplies the standard deviation of fresh matrices in layers."""
+    """Factor of the standard deviation of fresh matrices in layers."""
     return self.width**-0.5
 
   def factors(self, path: str, rank: int) -> Factors:
-    """Of one parameter.
+    """Returns the optimizer's factors for one parameter.
 
     Args:
-      path: such as `layers/query/kernel`.
-      rank: its dims, without that of the layers.
+      path: of the parameter, such as `layers/query/kernel`.
+      rank: number of its dims, without that of the layers.
     """
     matrix = rank >= 2
     if not path.startswith("layers/"):

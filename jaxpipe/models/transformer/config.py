@@ -1,6 +1,8 @@
 """Shape and arithmetic of a decoder-only transformer, as one frozen value.
 
-The defaults are Llama's; with other values it is GPT-2, Qwen2 or Qwen3 (see `presets`).
+The defaults are Llama's (Touvron et al., arXiv 2302.13971): RMSNorm, SwiGLU, rotary positions, no
+biases. With other values it is GPT-2, Qwen2, Qwen3 or Mixtral (see `presets`). Where one choice
+excludes another, the configuration is refused when it is made.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from jaxpipe.models.transformer.rotary import RopeScaling
 
 Attention = Callable[..., jax.Array]
 
-# Values of the fields that choose among a few.
+# Field -> the values that it may have, for the fields that choose among a few.
 CHOICES = {
   "mlp": ("swiglu", "gelu"),
   "norm": ("rmsnorm", "layernorm"),
@@ -32,37 +34,48 @@ class TransformerConfig:
   """Shape and arithmetic of the model.
 
   Attributes:
-    vocabulary_size: V.
+    vocabulary_size: V, number of tokens of the vocabulary, which is the number of rows of the
+      embedding's table and of the head's.
     layers: number of layers.
-    width: D.
-    heads: N.
-    kv_heads: K, a divisor of N; N itself gives plain multi-head attention.
-    head_width: H; 0 takes D / N. Rotary positions pair its elements, so that it must be even.
-    mlp: `swiglu` or `gelu` (by tanh, as GPT-2's).
-    mlp_width: F; 0 takes 4 D for `gelu` and 8 D / 3, rounded up to a multiple of 32, for `swiglu`.
-    norm: `rmsnorm`, or `layernorm` with a scale and a bias.
-    norm_epsilon: what the norms add to the mean square.
+    width: D, width of the residual stream.
+    heads: N, number of query heads.
+    kv_heads: K, number of key/value heads, a divisor of N; N itself gives plain multi-head
+      attention.
+    head_width: H, width of a head; 0 takes D / N. Rotary positions pair its elements, so that it
+      must be even.
+    mlp: kind of MLP, `swiglu` or `gelu` (by tanh, as GPT-2's).
+    mlp_width: F, hidden width of the MLP, or of each expert; 0 takes 4 D for `gelu` and 8 D / 3,
+      rounded up to a multiple of 32, for `swiglu`.
+    norm: kind of norm, `rmsnorm`, or `layernorm` with a scale and a bias.
+    norm_epsilon: number that the norms add to the mean square before they divide by its root.
     qk_norm: whether queries and keys are normed, each head by itself, before they are rotated.
-    bias: matrices that have one: `none`; `qkv`, those of queries, keys and values; or `all`, of
+    bias: matrices that have a bias: `none`; `qkv`, those of queries, keys and values; or `all`, of
       attention and MLP. The head has none.
-    positions: `rotary`, or `learned`, a table that is added to the tokens' own.
-    max_positions: rows of that table.
+    positions: kind of positions, `rotary`, or `learned`, a table that is added to the tokens' own.
+    max_positions: rows of the table of learned positions. With rotary positions nothing is limited
+      by it: it is the context that a checkpoint names, 0 where none does.
     rope_base: base of the rotary frequencies.
-    rope_scaling: slows them for long contexts.
-    dropout: rate after attention and after the MLP.
+    rope_scaling: how rotary frequencies are slowed for contexts longer than those of the first
+      training; None: not at all.
+    dropout: dropout rate of what attention and the MLP add to the residual stream, in [0, 1).
     tied: whether the head multiplies by the embedding's own table.
-    dtype: of the arithmetic; losses and softmaxes are float32 at least.
-    param_dtype: of the parameters.
-    attention: `(query [B,T,N,H], key [B,T,K,H], value [B,T,K,H], is_causal=True) -> [B,T,N,H]`.
-      The default softmaxes in float32 whatever its inputs, so a float64 oracle gives its own.
+    dtype: dtype of the arithmetic; losses and softmaxes are float32 at least.
+    param_dtype: dtype of the parameters.
+    attention: attention of whole rows, called as
+      `(query [B,T,N,H], key [B,T,K,H], value [B,T,K,H], is_causal=True) -> [B,T,N,H]`. The default
+      computes softmaxes in float32 whatever its inputs; a float64 oracle gives a function of its
+      own.
     positions_cut: whether activations between attention and MLP are cut over `tensor` by positions
-      (sequence parallelism: Korthikanti et al., arXiv 2205.05198); the same bytes are sent, and
-      norms, dropouts and what travels between stages are divided by `tensor` too.
-    ulysses: of the devices along `sequence`, how many exchange heads for positions; the others
-      exchange keys and values in a ring. 1: all in the ring.
-    logits_chunk: positions whose logits live at once; 0: all of a microbatch's.
-    moe: experts of width `mlp_width` in place of every layer's MLP, gated; None: no experts.
-    completep: how it differs from a base model, so that both learn alike; None: it does not.
+      (sequence parallelism: Korthikanti et al., arXiv 2205.05198). As many bytes are sent; norms,
+      dropouts and what travels between stages are divided by `tensor` too.
+    ulysses: number of devices along `sequence` that exchange heads for positions with each other;
+      groups of so many exchange keys and values. 1: every device is a group.
+    logits_chunk: number of positions of a microbatch's rows whose logits are in memory at once; 0:
+      all positions.
+    moe: a mixture of gated experts of hidden width F in place of every layer's MLP; None: no
+      experts.
+    completep: how this model differs in width and depth from a base model whose learning rate it
+      shall share; None: initial values and branches are not scaled.
 
   Raises:
     ValueError: shapes that do not divide, or an unknown choice.
@@ -119,6 +132,7 @@ class TransformerConfig:
       raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
 
   def _check_heads(self) -> None:
+    """Raises ValueError for heads that do not divide, or whose width has no pairs to rotate."""
     odd = self.positions == "rotary" and self.H % 2
     if self.head_width and odd:
       raise ValueError(f"head width {self.head_width} is odd; rotary positions take an even one")
@@ -132,21 +146,26 @@ class TransformerConfig:
 
   @property
   def H(self) -> int:
-    """Width of a head."""
+    """Width of a head, as it was given or D / N."""
     return self.head_width or self.width // self.heads
 
   @property
   def hidden(self) -> int:
-    """F."""
+    """F, hidden width of the MLP or of each expert, as it was given or by the kind of MLP."""
     wide = -(-8 * self.width // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.width
     return self.mlp_width or wide
 
 
 def flops_per_token(config: TransformerConfig, sequence_length: int) -> int:
-  """Model FLOPs of one training token, forward and backward, nothing recomputed.
+  """Returns the model FLOPs of one training token, forward and backward, nothing recomputed.
 
-  6 per weight that multiplies (the embedding only looks up), and 12 * N * H * T per layer for
-  scores and mixing, as PaLM counts them (arXiv 2204.02311, appendix B).
+  6 for each weight that multiplies (the embedding only looks up), and 12 * N * H * T for each
+  layer's scores and mixing, as PaLM counts them (arXiv 2204.02311, appendix B). Of experts only
+  those that a token visits count.
+
+  Args:
+    config: of the model.
+    sequence_length: T, positions of a row.
   """
   D, H, F = config.width, config.H, config.hidden
   attention = D * H * (2 * config.heads + 2 * config.kv_heads)

@@ -1,7 +1,15 @@
 """A decoder-only transformer: pre-norm attention and MLP, of the kinds its configuration names.
 
-With experts in place of the MLP, x is a pair: the residual stream, and of every row the losses of
-its routers so far, which the head adds to its own.
+    x -+- norm - query, key, value - attention - attention_out - + -+- norm - MLP - + -> x
+       '---------------------------------------------------------'  '---------------'
+
+Both branches are cut over `tensor`: heads in one, hidden units in the other
+(`jaxpipe.parallel.tensor`). With experts in place of the MLP, x is a pair: the residual stream, and
+for every row the losses of its routers so far, which the head adds to its own.
+
+References:
+  Vaswani et al., Attention Is All You Need, arXiv 1706.03762; Radford et al., GPT-2, 2019; Touvron
+  et al., Llama, arXiv 2302.13971.
 
 Dims: B batch rows, T positions (those of this device, S of the whole row), D model width, N query
 heads, K key/value heads, H head width, F MLP width, V vocabulary.
@@ -36,16 +44,17 @@ from jaxpipe.stack.vocabulary import Tables
 class Layer(nnx.Module):
   """Pre-norm attention and MLP, each added to its input.
 
-  Each enters `tensor` with what it multiplies by matrices cut along their outputs, and leaves it
-  with the sum of what matrices cut along their inputs give (Megatron-LM, arXiv:1909.08053), to
-  which their biases are then added.
+  Each branch enters `tensor` with what it multiplies by matrices cut along their outputs, and
+  leaves it with the sum of what matrices cut along their inputs give (Megatron-LM,
+  arXiv:1909.08053), to which their biases are then added.
 
-  What a residual policy can keep by name: `query` and `key` (as attention takes them), `value`,
+  A residual policy can keep by name: `query` and `key` (as attention takes them), `value`,
   `attention` (the values mixed), `attention_out`, `mlp_up`, and with `swiglu` `mlp_gate`.
   """
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.config, rules = config, config.completep
+    # 0.02 is the standard deviation of fresh matrices, of those that end a branch `out`.
     usual = 0.02 * (rules.deviation if rules else 1)
     # Keeps the residual stream's scale at any depth, unless branches are scaled as they are added.
     out = usual / (2 * config.layers / (rules.depth if rules else 1)) ** 0.5
@@ -75,11 +84,13 @@ class Layer(nnx.Module):
     cut, moe = self.config.positions_cut, self.config.moe
     x_BTD, length = x.x if moe else x, context.batch["tokens"].shape[1]
     at_T = own_positions(length)
-    mine = own_piece(at_T, cut)
+    outside_T = own_piece(at_T, cut)
     rate, rules = self.config.dropout, self.config.completep
 
     def drop(y_BTD: jax.Array) -> jax.Array:
-      y_BTD = context.dropout(y_BTD, rate, positions=mine)
+      """Dropout and scale of what a branch adds."""
+      # By global positions, so that masks are the same on every mesh.
+      y_BTD = context.dropout(y_BTD, rate, positions=outside_T)
       return y_BTD * rules.branch if rules else y_BTD
 
     h_BTD = enter_tensor(self.attention_norm(x_BTD), cut)
@@ -95,7 +106,14 @@ class Layer(nnx.Module):
   def attend(
     self, x_BTD: jax.Array, at_T: jax.Array, length: int, segments: jax.Array | None
   ) -> jax.Array:
-    """Causal attention over the row, with this device's heads: its part of the sum."""
+    """Returns causal attention with this device's heads, its part of the sum over `tensor`.
+
+    Args:
+      x_BTD: normed x, with all positions of `tensor`.
+      at_T: int [T], the global positions of x.
+      length: S, positions of the whole row.
+      segments: int [B, S], the document of each position; None: each row is one document.
+    """
     B, T, _ = x_BTD.shape
     config = self.config
     query, key, value = (
@@ -104,22 +122,26 @@ class Layer(nnx.Module):
     )
     if config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
+    # By global positions: those of a device need not begin at 0, nor be neighbours.
     if config.positions == "rotary":
       query, key = (rotate(x, config.rope_base, at_T, config.rope_scaling) for x in (query, key))
     query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
     value = checkpoint_name(value, "value")
     mixed = attend(
-      *(query, key, value),
+      query,
+      key,
+      value,
       core=config.attention,
       ulysses=config.ulysses,
       segments_BS=segments,
       length=length,
     )
     mixed = checkpoint_name(mixed.reshape(B, T, -1), "attention")
+    # Without the bias, which every device along `tensor` would add: it waits for their sum.
     return checkpoint_name(self.attention_out.multiply(mixed), "attention_out")
 
   def mix(self, x_BTD: jax.Array) -> jax.Array:
-    """The MLP, with this device's hidden units: its part of the sum."""
+    """Returns the MLP of x [B, T, D] with this device's hidden units: its part of the sum."""
     up = checkpoint_name(self.up(x_BTD), "mlp_up")
     if self.config.mlp == "gelu":
       return self.down.multiply(nnx.gelu(up))
@@ -128,15 +150,19 @@ class Layer(nnx.Module):
 
 
 def transformer(config: TransformerConfig) -> LayerStack:
-  """Returns the model as a stack that the pipeline can cut."""
-  layer = lambda rngs: Layer(config, rngs)  # noqa: E731 - one object, so that layers are one kind
+  """Returns the model as a stack that the pipeline can cut, with rules for all six mesh axes.
+
+  Its batches have `tokens` and `targets` int [B, S], `weights` float [B, S], 0 for padding, and
+  perhaps `segments` int [B, S], the document of each position.
+  """
   stack = LayerStack(
-    embed=lambda rngs: Embed(config, rngs),
-    layers=[layer] * config.layers,
-    head=lambda rngs: Head(config, rngs),
+    embed=functools.partial(Embed, config),
+    layers=[functools.partial(Layer, config)] * config.layers,
+    head=functools.partial(Head, config),
     tied={"head/table": "embed/table"} if config.tied else {},
     vocabulary=Tables(embed="table", head="table"),
   )
+  # Rules are written from the parameters' shapes, which a stack knows once it is made.
   rules = transformer_rules(
     stack.param_shapes(),
     config.width,
@@ -149,7 +175,15 @@ def transformer(config: TransformerConfig) -> LayerStack:
 
 
 def check_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> None:
-  """Raises ValueError where the model cannot be cut over a mesh of these sizes."""
+  """Checks that the model can be cut over a mesh.
+
+  Args:
+    config: of the model.
+    sizes: mesh axis -> number of devices; an axis left out has one.
+
+  Raises:
+    ValueError: heads or experts that the mesh's axes do not divide.
+  """
   t, c = sizes.get(TENSOR, 1), sizes.get(SEQUENCE, 1)
   check_heads(config.heads, config.kv_heads, t, config.ulysses, c)
   if config.moe:
@@ -158,11 +192,13 @@ def check_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> None:
 
 
 def _expert_rules(config: TransformerConfig) -> list[tuple[str, tuple[str | None, ...]]]:
+  """Rules for the experts' parameters, which have more dims than Redco's rules cover."""
   dims = expert_dims(config.moe) if config.moe else {}
   return [(f"layers/experts/{name}", names) for name, names in dims.items()]
 
 
 def _expert_places(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
+  """The mesh axes over which experts lie, and their hidden units."""
   if not config.moe:
     return {}
   # Experts that lie over `tensor` are not cut by it in themselves.
@@ -171,6 +207,7 @@ def _expert_places(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _experts(config: TransformerConfig, rngs: nnx.Rngs, out_scale: float) -> Experts:
+  """The experts of one layer; `out_scale` is the deviation of the matrices that end a branch."""
   assert config.moe is not None
   return Experts(
     config.moe,

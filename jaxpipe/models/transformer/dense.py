@@ -2,7 +2,7 @@
 
 Along `tensor` a matrix is cut along its outputs, and its bias with it; or along its inputs, and
 then what comes out is a part of a sum: its bias is added once, to the whole sum (Megatron-LM,
-arXiv:1909.08053).
+Shoeybi et al., arXiv:1909.08053).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from jaxpipe.models.transformer.config import TransformerConfig
 class Dense(nnx.Module):
   """A matrix [in, out], perhaps with a bias [out], whole or this device's piece.
 
-  Cut along its outputs it is called; cut along its inputs, `shift` follows the sum of `multiply`.
+  A matrix that is cut along its outputs is called. For one that is cut along its inputs, call
+  `multiply`, add up over `tensor`, and call `shift` on the sum.
   """
 
   def __init__(
@@ -33,21 +34,32 @@ class Dense(nnx.Module):
     scale: float,
     rngs: Any,
   ):
+    """Makes a matrix of normal values, and a bias of zeros.
+
+    Args:
+      fan_in: elements of the input.
+      out: elements of the output.
+      bias: whether there is a bias.
+      dtype: of the arithmetic.
+      param_dtype: of the parameters.
+      scale: standard deviation of the matrix's values.
+      rngs: gives one key of its stream `params`.
+    """
     self.dtype = dtype
     shape = (fan_in, out)
     self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), shape, param_dtype))
     self.bias = nnx.Param(jnp.zeros(out, param_dtype)) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[..., in] -> [..., out]."""
+    """Returns the product with the bias added: [..., in] -> [..., out]."""
     return self.shift(self.multiply(x))
 
   def multiply(self, x: jax.Array) -> jax.Array:
-    """The product alone."""
+    """Returns the product without the bias: [..., in] -> [..., out]."""
     return jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
 
   def shift(self, y: jax.Array) -> jax.Array:
-    """Adds the bias, if there is one."""
+    """Adds the bias, if there is one, to y [..., out]."""
     if self.bias is None:
       return y
     bias = self.bias[...].astype(self.dtype)
@@ -57,7 +69,12 @@ class Dense(nnx.Module):
 def make_dense(
   config: TransformerConfig, fan_in: int, out: int, rngs: nnx.Rngs, *, bias: bool, scale: float
 ) -> Dense:
-  """A matrix whose weights have this standard deviation; biases begin at 0."""
+  """Returns a matrix in the configuration's dtypes.
+
+  Args:
+    config: of the model.
+    fan_in, out, rngs, bias, scale: see `Dense`.
+  """
   types: dict[str, Any] = dict(dtype=config.dtype, param_dtype=config.param_dtype)
   return Dense(fan_in, out, bias=bias, scale=scale, rngs=rngs, **types)
 
@@ -65,11 +82,18 @@ def make_dense(
 def make_norm(
   config: TransformerConfig, rngs: nnx.Rngs, width: int = 0
 ) -> nnx.RMSNorm | nnx.LayerNorm:
-  """The norm that the configuration names, over the model's width or another."""
+  """Returns the norm that the configuration names.
+
+  Args:
+    config: of the model.
+    rngs: as Flax takes it; scales start at 1 and biases at 0.
+    width: elements that are normed together; 0: the model's width.
+  """
   options: dict[str, Any] = dict(
     epsilon=config.norm_epsilon, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
   )
   if config.norm == "rmsnorm":
     return nnx.RMSNorm(width or config.width, **options)
-  # The mean of squares less the square of the mean loses what the two have in common.
+  # The variance is not the mean of squares less the square of the mean, as Flax computes it by
+  # default: that difference loses the digits that both have in common.
   return nnx.LayerNorm(width or config.width, use_fast_variance=False, **options)

@@ -1,4 +1,7 @@
-"""Both ends of the transformer: what is looked up for tokens, and what is lost on their targets.
+"""Both ends of the transformer: the embedding of tokens, and the head with its cross-entropy.
+
+Both have the methods that a schedule needs to cut their tables over the stages (see
+`jaxpipe.Tables`): the embedding `ids` and `enter`, the head `features` and `targets`.
 
 Dims: B batch rows, T positions (those of this device, S of the whole row), D model width, V
 vocabulary.
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpipe.models.tables import make_table, table_logits
 from jaxpipe.models.transformer.config import TransformerConfig
 from jaxpipe.models.transformer.cross_entropy import cross_entropy, look_up
 from jaxpipe.models.transformer.dense import make_norm
@@ -22,14 +26,19 @@ from jaxpipe.parallel.tensor import enter_tensor, leave_tensor, own_piece
 
 
 class Stream(NamedTuple):
-  """What layers with experts pass on: x [B, T, D], and losses of its routers for every row [B]."""
+  """What layers with experts pass on; layers without experts pass on x alone.
+
+  Attributes:
+    x: [B, T, D], the residual stream.
+    aux: [B], for every row the losses of the routers so far, float32 at least.
+  """
 
   x: jax.Array
   aux: jax.Array
 
 
 class Embed(nnx.Module):
-  """`batch["tokens"]` int [B, S] -> x [B, T, D], this device's positions."""
+  """The embedding: `batch["tokens"]` int [B, S] -> x [B, T, D], this device's positions."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.config = config
@@ -40,15 +49,25 @@ class Embed(nnx.Module):
   def __call__(self, batch: Any) -> jax.Array | Stream:
     pieces = axes.size(TENSOR) if self.config.positions_cut else 1
     check_divides(batch["tokens"].shape[1], axes.size(SEQUENCE), pieces)
+    # The table may be cut over `tensor`: every device looks up its rows, and they are added.
     rows_BTD = look_up(self.table[...], self.ids(batch))
     return self.enter(leave_tensor(rows_BTD, self.config.positions_cut), batch)
 
   def ids(self, batch: Any) -> jax.Array:
-    """Rows of the table, [B, T]."""
+    """Returns the rows of the table that this device's positions look up, int [B, T]."""
     return take_own(batch["tokens"])
 
   def enter(self, rows_BTD: jax.Array, batch: Any) -> jax.Array | Stream:
-    """x, of the rows that were looked up."""
+    """Makes x of the rows that were looked up.
+
+    Args:
+      rows_BTD: rows of the table.
+      batch: the microbatch's inputs; the length of its rows is read.
+
+    Returns:
+      x [B, T, D] in the arithmetic's dtype, with learned positions added; in a model with experts,
+      as a `Stream` whose losses are 0.
+    """
     x_BTD = rows_BTD.astype(self.config.dtype)
     if self.config.positions == "learned":
       x_BTD = x_BTD + self._own_positions(batch["tokens"].shape[1])
@@ -57,16 +76,18 @@ class Embed(nnx.Module):
     return Stream(x_BTD, jnp.zeros(len(x_BTD), jnp.promote_types(x_BTD.dtype, jnp.float32)))
 
   def _own_positions(self, length: int) -> jax.Array:
-    """Learned positions, [1, T, D]: every device has the whole table."""
+    """Learned positions, [1, T, D]: every device has the whole table of them."""
     check_positions(self.config, length)
     at_T = own_piece(own_positions(length), self.config.positions_cut)
     return jnp.take(self.positions[...], at_T, axis=0)[None].astype(self.config.dtype)
 
 
 class Head(nnx.Module):
-  """x -> summed cross-entropy (nats), number of targets, metrics.
+  """The head: x -> summed cross-entropy (nats), sum of the weights, metrics.
 
   Reads `batch["targets"]` int [B, S] and `batch["weights"]` float [B, S], 0 where there is padding.
+  Metrics: `correct`, the weights of targets that had the largest logit; with experts also
+  `router_loss`, which is part of the loss.
   """
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
@@ -75,7 +96,7 @@ class Head(nnx.Module):
     self.table = _table(config, config.vocabulary_size, rngs)
 
   def __call__(self, x: Any, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    # The table as it is: its gradient is summed over the chunks in its own precision.
+    # The table goes in uncast: its gradient is summed over the chunks in its own precision.
     h_BTD, chunk = self.features(x, batch), self.config.logits_chunk
     sums = cross_entropy(h_BTD, self.table[...], *self.targets(batch), chunk)
     if not self.config.moe:
@@ -85,24 +106,27 @@ class Head(nnx.Module):
 
   def logits(self, x: Any) -> jax.Array:
     """Returns logits [B, T, V], float32 at least."""
-    table_VD = self.table[...].astype(self.config.dtype)
-    wide = jnp.promote_types(self.config.dtype, jnp.float32)
-    return jnp.einsum("BTD,VD->BTV", self.features(x, None), table_VD, preferred_element_type=wide)
+    return table_logits(self.table[...].astype(self.config.dtype), self.features(x, None))
 
   def features(self, x: Any, batch: Any) -> jax.Array:
-    """What the table multiplies, [B, T, D]."""
+    """Returns what the table multiplies, [B, T, D] with all positions of `tensor`.
+
+    Args:
+      x: what the last layer returns.
+      batch: not read.
+    """
     h_BTD = self.norm(x.x if self.config.moe else x)
     if self.config.completep:
       h_BTD = h_BTD * self.config.completep.logits
     return enter_tensor(h_BTD, self.config.positions_cut)
 
   def targets(self, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """Targets int [B, T] and their weights [B, T], of this device's positions."""
+    """Returns targets int [B, T] and their weights [B, T], of this device's positions."""
     return take_own(batch["targets"]), take_own(batch["weights"])
 
 
 def check_positions(config: TransformerConfig, length: int) -> None:
-  """Raises ValueError where rows are longer than the table of learned positions."""
+  """Raises ValueError where rows of `length` tokens are longer than the learned positions."""
   if config.positions == "learned" and length > config.max_positions:
     raise ValueError(
       f"rows of {length} tokens, and {config.max_positions} learned positions; use rows of"
@@ -111,5 +135,5 @@ def check_positions(config: TransformerConfig, length: int) -> None:
 
 
 def _table(config: TransformerConfig, rows: int, rngs: nnx.Rngs) -> nnx.Param:
-  shape = (rows, config.width)
-  return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, config.param_dtype))
+  """A table [rows, D] of normal values of standard deviation 0.02."""
+  return make_table(rows, config.width, 0.02, rngs, config.param_dtype)

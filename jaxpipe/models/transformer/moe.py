@@ -1,13 +1,25 @@
 """A mixture of experts in place of an MLP: every token visits few of many MLPs.
 
+    tokens -> router -> top_k experts of each token -> dispatch -> experts -> back -> weighted sum
+               |
+               '-> losses that keep the experts evenly loaded, added to the model's loss by the head
+
 Experts lie over any of the mesh axes along which devices hold different tokens, also those that
 attention uses for something else (MoE Parallel Folding, arXiv 2504.14960): with the experts over
 `sequence`, eight devices cut both the row and the experts in eight. Tokens go to their experts and
-come back in one of two ways, with a capacity or without one; `dispatch.py` says what each sends.
-A capacity holds capacity_factor * top_k * n slots for n tokens a device, full or not; the way
-without one holds ep * n * min(top_k, E / ep) rows for ep devices, the most that can come. The TPU
-compiler has kernels for rows sorted by expert, except in the gradients of the weights, where all
-rows are masked for each local expert (seen with jax 0.10.2); on CPU everywhere, and slow.
+come back in one of two ways, with a capacity or without one; `dispatch` says what each sends. For n
+tokens a device and ep devices to the experts:
+
+    with a capacity      capacity_factor * top_k * n slots on a device, computed full or not
+    without (dropless)   ep * n * min(top_k, E / ep) rows on a device, the most that can come
+
+For the rows of the second way, which are sorted by expert, the TPU compiler has kernels, except in
+the gradients of the weights, where all rows are masked for each local expert (seen with jax
+0.10.2). On CPU that is done everywhere, and is slow.
+
+References:
+  Shazeer et al., Sparsely-gated mixture of experts, arXiv 1701.06538; GShard, Lepikhin et al.,
+  arXiv 2006.16668; Mixtral, Jiang et al., arXiv 2401.04088.
 
 Dims: B rows and T positions that a device holds, D width, F hidden width, E experts.
 """
@@ -34,19 +46,20 @@ from jaxpipe.parallel.mesh import AXES, FSDP, SEQUENCE, STAGE, TENSOR
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-  """How many experts, who visits them, and where they lie.
+  """How many experts there are, how tokens choose among them, and where they lie.
 
   Attributes:
-    experts: E, over all devices.
-    top_k: K, experts that a token visits.
-    capacity_factor: slots of an expert over what an even split would bring it; 0: dropless. First
-      choices are seated before second ones, so that a later position can displace an earlier one:
-      with a capacity, training is not strictly causal.
-    group: contiguous positions of a row that share the slots, ceil(capacity_factor * group * K / E)
-      of them at each expert. It decides who is dropped, so it must divide what a device holds on
-      end, on every mesh that shall give the same result. 0: the whole row.
+    experts: E, number of experts over all devices.
+    top_k: K, number of experts that a token visits.
+    capacity_factor: slots of an expert over the number of tokens that an even split would bring it;
+      0: dropless. First choices get slots before second ones, so that a later position can displace
+      an earlier one: with a capacity, training is not strictly causal.
+    group: number of contiguous positions of a row that share slots, of which each expert has
+      ceil(capacity_factor * group * K / E) for them. It decides which tokens are dropped, so it
+      must divide each contiguous run that a device holds, on every mesh that shall give the same
+      result. 0: the whole row.
     balance: coefficient of the load-balance loss, see `routing.row_losses`.
-    z: coefficient of the router's z-loss.
+    z: coefficient of the router's z-loss, see `routing.row_losses`.
     shared: hidden width of an expert that every token visits besides, with weight 1; 0: none.
     normalize: whether the weights of a token's experts are made to sum to 1, as Mixtral does.
     axes: mesh axes over which the experts lie, the first outermost; () keeps all on every device.
@@ -87,7 +100,7 @@ class MoeConfig:
     return TENSOR in self.axes
 
   def capacity(self, positions: int) -> int:
-    """C, slots that a group of so many positions has at each expert."""
+    """Returns C, the slots that a group of so many positions has at each expert."""
     factor = Fraction(str(self.capacity_factor))  # 1.1 is meant, not the double next to it
     return min(positions, math.ceil(factor * positions * self.top_k / self.experts))
 
@@ -96,8 +109,8 @@ def check_experts(config: MoeConfig, sizes: Mapping[str, int]) -> None:
   """Refuses a mesh whose devices cannot hold equally many experts.
 
   Args:
-    config: the experts.
-    sizes: devices along each mesh axis; an axis left out has one.
+    config: of the experts.
+    sizes: mesh axis -> number of devices; an axis left out has one.
 
   Raises:
     ValueError: with both numbers and the nearest that work.
@@ -126,7 +139,7 @@ def check_folded(config: MoeConfig, tensor: int, positions_cut: bool) -> None:
 
 
 def expert_dims(config: MoeConfig) -> dict[str, tuple[str | None, ...]]:
-  """Returns what the dims of each parameter of `Experts` mean, by the parameter's name.
+  """Returns rules for the parameters of `Experts`: parameter -> a name for each of its dims.
 
   `experts` lies over `config.axes`; `mlp` over `tensor`, unless `config.folded`; `embed` is D.
   """
@@ -165,15 +178,15 @@ class Experts(nnx.Module):
     """Makes all experts, whole.
 
     Args:
-      config: how many, and how tokens find them.
-      width: D.
-      hidden: F of each expert.
-      dtype: of the experts' arithmetic; the router's is float32 at least.
-      param_dtype: of the parameters.
+      config: how many experts, and how tokens choose them.
+      width: D, width of a token.
+      hidden: F, hidden width of each expert.
+      dtype: dtype of the experts' arithmetic; the router's is float32 at least.
+      param_dtype: dtype of the parameters.
       positions_cut: whether the positions of activations are cut over `tensor` outside of matmuls
         (Megatron's sequence parallelism).
-      rngs: the stream `params`.
-      out_scale: standard deviation of the weights that lead out; of the others it is 0.02.
+      rngs: gives keys of its stream `params`.
+      out_scale: standard deviation of the last matrix of each expert; of the others it is 0.02.
     """
     self.config, self.dtype, self.positions_cut = config, dtype, positions_cut
 
@@ -189,14 +202,15 @@ class Experts(nnx.Module):
       self.shared_down = param(shared, D, scale=out_scale)
 
   def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Applies them.
+    """Sends tokens to their experts, applies these, and adds up the results by token.
 
     Args:
       x_BTD: the rows and positions that this device holds.
 
     Returns:
-      y_BTD, and this device's share of each row's losses [B], for a loss that is a sum over
-      positions: over `sequence` shares add up, along `tensor` every device has the same.
+      y_BTD, which is to be added to the residual stream, and this device's share of each row's
+      router losses [B], for a loss that is a sum over positions: over `sequence` shares add up,
+      along `tensor` every device has the same.
 
     Raises:
       ValueError: groups that what a device holds does not divide into, or experts over `tensor`
@@ -204,6 +218,7 @@ class Experts(nnx.Module):
     """
     config = self.config
     if self.positions_cut and not config.folded:
+      # Each device of `tensor` has a part of F of every expert, and needs all tokens for it.
       x_BTD = axes.gather(x_BTD, TENSOR, 1)
     group = self._group(x_BTD.shape[1])
     routes = route(x_BTD, self.router[...], config.top_k, config.normalize)
@@ -217,10 +232,11 @@ class Experts(nnx.Module):
     return y_BTD, aux_B
 
   def _visit(self, x_BTD: jax.Array, routes: Routes, group: int) -> jax.Array:
-    """What the experts add up to; where F is cut, a part of the sum."""
+    """The sum of each token's experts, [B, T, D]; where F is cut, this device's part of it."""
     config = self.config
     experts = self._cast(self.gate, self.up, self.down)
     L, over = len(experts[0]), config.axes
+    # With shards of another size, tokens would go to experts that are not there.
     if L * axes.size(over) != config.experts:
       raise ValueError(
         f"{L} experts on each of {axes.size(over)} devices along {over} are not the"
@@ -235,14 +251,16 @@ class Experts(nnx.Module):
       )
     if not config.shared:
       return y_BTD
+    # Cut over `tensor` as the experts are, so that it is a part of the same sum.
     shared = self._cast(self.shared_gate, self.shared_up, self.shared_down)
     return y_BTD + _swiglu(jnp.matmul, shared, x_BTD)
 
   def _cast(self, *weights: nnx.Param) -> list[jax.Array]:
+    """Weights in the dtype of the arithmetic."""
     return [w[...].astype(self.dtype) for w in weights]
 
   def _group(self, positions: int) -> int:
-    """S, having seen to it that groups are the same on every mesh."""
+    """S, or 0 without a capacity; checks that groups are the same on every mesh."""
     config, tensor, sequence = self.config, axes.size(TENSOR), axes.size(SEQUENCE)
     check_folded(config, tensor, self.positions_cut)
     if not config.capacity_factor:
@@ -255,6 +273,7 @@ class Experts(nnx.Module):
 def _swiglu(
   multiply: Callable[[jax.Array, jax.Array], jax.Array], weights: Sequence[jax.Array], x: jax.Array
 ) -> jax.Array:
+  """A gated MLP, or several; `multiply(x, w)` multiplies rows with one matrix or with several."""
   gate, up, down = weights
   inner = checkpoint_name(multiply(x, up), "mlp_up")
   opened = nnx.silu(checkpoint_name(multiply(x, gate), "mlp_gate"))

@@ -1,7 +1,7 @@
-"""Shapes of known models, by name.
+"""Configurations of known models, by the name that a flag takes.
 
-Those of checkpoints are what their config.json says, with the checkpoint's own number of parameters
-(`tests/models/transformer/test_presets.py`). Those of papers have the paper's size, in this
+Shapes of checkpoints are those of their config.json, with the checkpoint's own number of parameters
+(`tests/models/transformer/test_presets.py`). Shapes of papers have the paper's size, in this
 transformer's own architecture.
 """
 
@@ -16,14 +16,18 @@ from jaxpipe.models.transformer.rotary import RopeScaling
 
 
 def _model(layers: int, width: int, heads: int, mlp_width: int, **more: Any) -> TransformerConfig:
+  """A model with as many key/value heads as heads, unless `more` says otherwise."""
   shape = dict(layers=layers, width=width, heads=heads, mlp_width=mlp_width)
   return TransformerConfig(**{"kv_heads": heads, **shape, **more})
 
 
 def _gpt2(layers: int, width: int, heads: int) -> TransformerConfig:
-  """Radford et al., Language Models are Unsupervised Multitask Learners, 2019."""
+  """A model of Radford et al., Language Models are Unsupervised Multitask Learners, 2019."""
   return _model(
-    *(layers, width, heads, 4 * width),
+    layers,
+    width,
+    heads,
+    4 * width,
     vocabulary_size=50257,
     mlp="gelu",
     norm="layernorm",
@@ -38,9 +42,12 @@ def _gpt2(layers: int, width: int, heads: int) -> TransformerConfig:
 def _llama3(
   layers: int, width: int, heads: int, mlp_width: int, factor: float, **more: Any
 ) -> TransformerConfig:
-  """The Llama 3 herd of models, arXiv 2407.21783; versions 3.1 and 3.2."""
+  """A model of The Llama 3 herd of models, arXiv 2407.21783; versions 3.1 and 3.2."""
   return _model(
-    *(layers, width, heads, mlp_width),
+    layers,
+    width,
+    heads,
+    mlp_width,
     vocabulary_size=128256,
     kv_heads=8,
     norm_epsilon=1e-5,
@@ -54,10 +61,13 @@ def _llama3(
 def _qwen2(
   layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, **more: Any
 ) -> TransformerConfig:
-  """Qwen2.5, arXiv 2412.15115."""
+  """A model of the Qwen2.5 technical report, arXiv 2412.15115."""
   options: dict[str, Any] = dict(vocabulary_size=151936, max_positions=32768, tied=True)
   return _model(
-    *(layers, width, heads, mlp_width),
+    layers,
+    width,
+    heads,
+    mlp_width,
     kv_heads=kv_heads,
     bias="qkv",
     rope_base=1e6,
@@ -68,9 +78,12 @@ def _qwen2(
 def _qwen3(
   layers: int, width: int, heads: int, mlp_width: int, tied: bool = True
 ) -> TransformerConfig:
-  """Qwen3, arXiv 2505.09388."""
+  """A model of the Qwen3 technical report, arXiv 2505.09388."""
   return _model(
-    *(layers, width, heads, mlp_width),
+    layers,
+    width,
+    heads,
+    mlp_width,
     vocabulary_size=151936,
     kv_heads=8,
     head_width=128,
@@ -82,6 +95,7 @@ def _qwen3(
 
 
 def _moe(experts: int, top_k: int, balance: float, z: float, shared: int = 0) -> MoeConfig:
+  """Experts without a capacity: no token is dropped."""
   return MoeConfig(
     experts=experts, top_k=top_k, capacity_factor=0, group=0, balance=balance, z=z, shared=shared
   )
@@ -108,7 +122,10 @@ PRESETS: dict[str, TransformerConfig] = {
   "qwen3-8b": _qwen3(36, 4096, 32, 12288, tied=False),
   # Mixtral of Experts (arXiv 2401.04088): 12.9B of its parameters for a token.
   "mixtral-8x7b": _model(
-    *(32, 4096, 32, 14336),
+    layers=32,
+    width=4096,
+    heads=32,
+    mlp_width=14336,
     vocabulary_size=32000,
     kv_heads=8,
     norm_epsilon=1e-5,
@@ -125,7 +142,10 @@ PRESETS: dict[str, TransformerConfig] = {
   # DeepSeek-V3 (arXiv 2412.19437): 256 experts and a shared one in each of 64 layers (61 there, the
   # first three without), grouped heads in place of its latent attention.
   "deepseek-v3": _model(
-    *(64, 7168, 128, 2048),
+    layers=64,
+    width=7168,
+    heads=128,
+    mlp_width=2048,
     vocabulary_size=129280,
     kv_heads=8,
     moe=_moe(256, 8, balance=0.0001, z=0.001, shared=2048),
@@ -134,10 +154,10 @@ PRESETS: dict[str, TransformerConfig] = {
 
 
 def find_preset(name: str) -> TransformerConfig:
-  """The preset of a name.
+  """Returns the configuration that a name stands for.
 
   Raises:
-    ValueError: there is none; names the nearest.
+    ValueError: the name is unknown; the message has the nearest one.
   """
   if name in PRESETS:
     return PRESETS[name]

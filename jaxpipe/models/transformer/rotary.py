@@ -1,5 +1,9 @@
 """Rotary positions: queries and keys turned by angles that grow with their position.
 
+The elements of a head are taken as H/2 pairs, (h, h + H/2), and each pair is turned by its own
+frequency times the position. The product of a turned query and a turned key then depends on how far
+apart they are, not on where they are.
+
 References:
   RoFormer: Su et al., arXiv 2104.09864.
   The Llama 3 herd of models, arXiv 2407.21783: longer contexts by slower turns. What is slowed by
@@ -25,9 +29,10 @@ class RopeScaling:
   than `low` times is divided by `factor`, and between them both are mixed.
 
   Attributes:
-    factor: of the slowest turns.
-    low, high: turns within `length`.
-    length: positions of the first training.
+    factor: number that the slowest frequencies are divided by, 1 or more.
+    low: turns within `length` positions below which a frequency is divided.
+    high: turns within `length` positions above which a frequency stays.
+    length: positions of the rows of the first training.
 
   Raises:
     ValueError: numbers that leave nothing to mix.
@@ -66,7 +71,7 @@ class RopeScaling:
     return f"{self.factor:g},{self.low:g},{self.high:g},{self.length}"
 
   def __call__(self, frequency_h: jax.Array) -> jax.Array:
-    """The frequencies, radians a position, after slowing."""
+    """Slows frequencies, float [H / 2] in radians a position; returns as many."""
     turns_h = frequency_h * (self.length / (2 * math.pi))
     kept_h = jnp.clip((turns_h - self.low) / (self.high - self.low), 0, 1)
     return frequency_h * (kept_h + (1 - kept_h) / self.factor)
@@ -75,15 +80,19 @@ class RopeScaling:
 def rotate(
   x_BTNH: jax.Array, base: float, at_T: jax.Array, scaling: RopeScaling | None = None
 ) -> jax.Array:
-  """Turns the pair (h, h + H/2) by t * base^(-2h/H).
+  """Turns the pair (h, h + H/2) of every head by the angle t * base^(-2h/H).
 
   Args:
     x_BTNH: queries or keys; H is even.
-    base: of the frequencies.
+    base: base of the frequencies.
     at_T: int [T], the positions t.
-    scaling: slows the frequencies first.
+    scaling: slows the frequencies first; None leaves them.
+
+  Returns:
+    [B, T, N, H] in the dtype of `x_BTNH`; angles are computed in float32 at least.
   """
   H = x_BTNH.shape[3]
+  # In bfloat16, positions above 256 would be rounded.
   wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
   frequency = base ** (-jnp.arange(0, H, 2, dtype=wide) / H)
   if scaling:

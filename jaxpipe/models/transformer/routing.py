@@ -1,4 +1,4 @@
-"""Which experts a token visits, which of their slots it gets, and what uneven routing costs.
+"""Routing of tokens to experts: the choice, the slots of a capacity, and the losses of unevenness.
 
 A router scores the experts for every token, the `top_k` best are visited, and their results are
 added with weights from the softmax (Mixtral, arXiv 2401.04088). Where an expert has a capacity
@@ -23,12 +23,12 @@ from jaxpipe.parallel import axes
 
 
 class Routes(NamedTuple):
-  """Where tokens go.
+  """The experts that each token visits, and with which weights.
 
   Attributes:
     logits_BTE: the router's scores, float32 at least.
-    chosen_BTK: int32, the experts, best first; of equal scores the lower number.
-    weights_BTK: what each result is multiplied by, in the dtype of the scores.
+    chosen_BTK: int32, numbers of the experts, best first; of equal scores the lower number.
+    weights_BTK: factor of each expert's result, in the dtype of the scores.
   """
 
   logits_BTE: jax.Array
@@ -37,7 +37,10 @@ class Routes(NamedTuple):
 
 
 class Slots(NamedTuple):
-  """Who sits where; both ways, so that nothing of width D is ever sorted or scattered.
+  """The tokens in the slots of the experts, and the slots of the tokens.
+
+  Both directions are held, so that tokens go to slots and back by reading rows: nothing of width D
+  is ever sorted or scattered.
 
   Attributes:
     token_EGC: int, the token in each slot, counted through the groups; N where it is empty.
@@ -52,10 +55,13 @@ def route(x_BTD: jax.Array, router_DE: jax.Array, top_k: int, normalize: bool) -
   """Chooses the experts of every token.
 
   Args:
-    x_BTD: what the router sees.
-    router_DE: a column for each expert.
-    top_k: K.
+    x_BTD: the tokens, as the router sees them.
+    router_DE: the router's matrix, a column for each expert.
+    top_k: K, experts that a token visits.
     normalize: whether a token's weights are made to sum to 1.
+
+  Returns:
+    The routes. Gradients reach the router through scores and weights, not through the choice.
   """
   wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
   # On TPU float32 is multiplied in bfloat16 unless told otherwise, and near ties would go astray.
@@ -72,7 +78,7 @@ def route(x_BTD: jax.Array, router_DE: jax.Array, top_k: int, normalize: bool) -
 def row_losses(
   routes: Routes, balance: float, z: float, cut: tuple[str, ...], whole: tuple[str, ...]
 ) -> jax.Array:
-  """Returns this device's share of every row's losses, [B], summed over positions.
+  """Returns this device's share of the router losses of every row, [B], summed over positions.
 
   Of a row of T positions in all, with p the softmax of the logits and count_e its choices of e:
 
@@ -84,14 +90,16 @@ def row_losses(
   no derivative.
 
   Args:
-    routes: of the positions that this device holds.
-    balance, z: coefficients.
+    routes: routes of the positions that this device holds.
+    balance: coefficient of the balance loss.
+    z: coefficient of the z-loss.
     cut: mesh axes over which a row's positions lie.
     whole: those of them along which every device returns the sum of all shares.
   """
   E, (_, T, K) = routes.logits_BTE.shape[-1], routes.chosen_BTK.shape
   probability_BE = jnp.sum(jax.nn.softmax(routes.logits_BTE), axis=1)
   counts_BE = axes.total(_counts(routes.chosen_BTK.reshape(-1, T * K), E), cut)
+  # A whole row has T positions on each of the devices along `cut`.
   often_BE = counts_BE.astype(probability_BE.dtype) * (E / (K * T * axes.size(cut)))
   top_BT = jax.nn.logsumexp(routes.logits_BTE, axis=-1)
   uneven_B = jnp.sum(often_BE * probability_BE, axis=-1)
@@ -99,13 +107,13 @@ def row_losses(
 
 
 def group_size(group: int, positions: int, pieces: int, runs: int) -> int:
-  """Returns S, having seen to it that groups are the same on every mesh.
+  """Returns S, the positions of a group, after checking that groups are the same on every mesh.
 
   Args:
     group: S as it was asked for; 0 is the whole row.
-    positions: how many of each row this device holds.
-    pieces: over how many devices a row lies.
-    runs: equally long runs that its positions make up, each contiguous in the row.
+    positions: number of positions of each row that this device holds.
+    pieces: number of devices over which a row lies.
+    runs: number of equally long runs that these positions make up, each contiguous in the row.
 
   Raises:
     ValueError: 0 where the row lies on several devices, or a group that crosses what one holds.
@@ -129,25 +137,38 @@ def group_size(group: int, positions: int, pieces: int, runs: int) -> int:
 
 
 def assign(chosen_GSK: jax.Array, experts: int, capacity: int) -> Slots:
-  """Seats the tokens of each group: all first choices before all second ones, in their order.
+  """Gives the tokens of each group slots at their experts, first come, first served.
+
+  All first choices of a group come before all second ones, each in the order of the positions.
+
+      [1] Sort the choices of a group by expert, stably: expert 0's queue, then expert 1's, ...
+      [2] A choice's rank in its queue is its place in the sorted list less the queue's start. Ranks
+          below C are slots; the others are dropped.
+      [3] The other way round, slot c of an expert holds the token at place start + c, unless the
+          queue is shorter.
 
   Args:
     chosen_GSK: int, the experts that each token wants, no expert twice.
     experts: E.
     capacity: C.
+
+  Returns:
+    Tokens by slots and slots by tokens.
   """
   G, S, K = chosen_GSK.shape
   E, C = experts, capacity
   wanted_GP = chosen_GSK.transpose(0, 2, 1).reshape(G, K * S)
-  order_GP = jnp.argsort(wanted_GP, axis=1, stable=True)  # expert 0's queue, then expert 1's, ...
+  order_GP = jnp.argsort(wanted_GP, axis=1, stable=True)  # [1]
   counts_GE = _counts(wanted_GP, E)
   starts_GE = jnp.cumsum(counts_GE, axis=1) - counts_GE
   group_G1 = jnp.arange(G)[:, None]
 
+  # [2]: the sort of a permutation is its inverse, here the place of each choice in the list.
   rank_GP = jnp.argsort(order_GP, axis=1) - jnp.take_along_axis(starts_GE, wanted_GP, axis=1)
   slot_GP = jnp.where(rank_GP < C, (wanted_GP * G + group_G1) * C + rank_GP, E * G * C)
   slot_NK = slot_GP.reshape(G, K, S).transpose(0, 2, 1).reshape(G * S, K)
 
+  # [3]: places beyond the list are clipped here, and masked by the counts below.
   rank_11C = jnp.arange(C)[None, None, :]
   place_GEC = jnp.minimum(starts_GE[:, :, None] + rank_11C, K * S - 1)
   token_GX = jnp.take_along_axis(order_GP, place_GEC.reshape(G, E * C), axis=1) % S
@@ -157,6 +178,6 @@ def assign(chosen_GSK: jax.Array, experts: int, capacity: int) -> Slots:
 
 
 def _counts(chosen_GP: jax.Array, experts: int) -> jax.Array:
-  """How often each expert is chosen, int32 [G, E]."""
+  """The number of times that each expert is chosen: int [G, P] -> int32 [G, E]."""
   same_GPE = chosen_GP[:, :, None] == jnp.arange(experts)[None, None, :]
   return jnp.sum(same_GPE, axis=1, dtype=jnp.int32)

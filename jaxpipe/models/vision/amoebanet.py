@@ -1,18 +1,19 @@
 """AmoebaNet-D, the evolved convolutional network that GPipe grew to 1.8 billion parameters.
 
 Every cell is a layer of the stack, and no two groups of them are alike: each reduction cell halves
-the picture and doubles the channels, and a cell reads the outputs of the two cells before it.
+the picture and doubles the channels. A cell reads the outputs of the two cells before it. With L
+normal cells in three groups:
 
     images -> stem [-> reduction, reduction] -> L/3 normal -> reduction -> L/3 normal -> reduction
            -> L/3 normal -> head
 
-What travels between layers is `{"now": [B, H, W, C], "before": [B, H', W', C']}`: the output of the
-last cell, and that of the one before it. After the stem there is only `now`.
+Layers pass on `{"now": [B, H, W, C], "before": [B, H', W', C']}`: the output of the last cell, and
+that of the cell before it. After the stem there is only `now`.
 
 References:
   The network: Real et al., arXiv:1802.01548. Its sizes: Huang et al. (GPipe), arXiv:1811.06965.
 
-Dims: B batch rows, H and W picture, C channels.
+Dims: B batch rows, H and W height and width of the picture, C channels.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ from jaxpipe.models.vision.amoebanet_cells import (
   REDUCTION,
   AmoebaNetConfig,
   Cell,
-  Place,
+  CellShape,
   conv,
   norm,
 )
 from jaxpipe.models.vision.images import classify
 from jaxpipe.stack.context import Context
+from jaxpipe.stack.module_spec import Factory
 from jaxpipe.stack.stack import LayerStack
 
 
 class Images(nnx.Module):
-  """`batch["image"]` [B, H, W, C] in the arithmetic's dtype; nothing to learn."""
+  """The embedding: `batch["image"]` [B, H, W, C] in the arithmetic's dtype, without parameters."""
 
   def __init__(self, config: AmoebaNetConfig):
     self.dtype = config.dtype
@@ -50,7 +52,10 @@ class Images(nnx.Module):
 
 
 class Stem(nnx.Module):
-  """The first convolution, 3x3, which halves the picture where stem cells follow, and its norm."""
+  """The first layer: a convolution of 3x3 and its norm; it halves the picture if stem cells follow.
+
+  Each of the stem cells doubles the channels, so that the stem has as many fewer.
+  """
 
   def __init__(self, config: AmoebaNetConfig, rngs: nnx.Rngs):
     channels = (config.image_channels, config.filters // 2**config.stem_cells)
@@ -63,7 +68,7 @@ class Stem(nnx.Module):
 
 
 class Classifier(nnx.Module):
-  """ReLU, the mean over the picture, a linear map to the logits of the classes -> `classify`."""
+  """The head: ReLU, mean over the picture, logits of the classes, and `classify` of them."""
 
   def __init__(self, config: AmoebaNetConfig, channels: int, rngs: nnx.Rngs):
     self.logits = nnx.Linear(
@@ -76,15 +81,15 @@ class Classifier(nnx.Module):
     return classify(self.logits(jnp.mean(nnx.relu(x["now"]), axis=(1, 2))), batch)
 
 
-def places(config: AmoebaNetConfig) -> list[Place]:
-  """The cells in their order."""
+def cell_shapes(config: AmoebaNetConfig) -> list[CellShape]:
+  """Returns the wiring and the channels of every cell, in the order of the network."""
   group = [NORMAL] * (config.layers // GROUPS)
   middle = [cell for _ in range(GROUPS - 1) for cell in [*group, REDUCTION]]
   channels = now = before = config.filters // 2**config.stem_cells
   found, halved = [], False
   for genotype in [*[REDUCTION] * config.stem_cells, *middle, *group]:
     channels *= genotype.stride
-    found.append(Place(genotype, channels, now, before, halved))
+    found.append(CellShape(genotype, channels, now, before, halved))
     now, before, halved = channels * len(genotype.out), now, genotype is REDUCTION
   return found
 
@@ -92,15 +97,15 @@ def places(config: AmoebaNetConfig) -> list[Place]:
 def amoebanet(config: AmoebaNetConfig) -> LayerStack:
   """Returns the model as a stack: the stem and every cell are layers, pooling is in the head."""
 
-  # One factory for each place, so that cells of the same place are layers of one kind.
+  # One factory for each shape, so that cells of the same shape are layers of one kind.
   @functools.cache
-  def cell(place: Place) -> Any:
-    return lambda rngs: Cell(config, place, rngs)
+  def cell(shape: CellShape) -> Factory:
+    return functools.partial(Cell, config, shape)
 
-  cells = places(config)
+  cells = cell_shapes(config)
   channels = cells[-1].channels * len(cells[-1].genotype.out)
   return LayerStack(
     embed=lambda rngs: Images(config),
-    layers=[lambda rngs: Stem(config, rngs), *map(cell, cells)],
-    head=lambda rngs: Classifier(config, channels, rngs),
+    layers=[functools.partial(Stem, config), *map(cell, cells)],
+    head=functools.partial(Classifier, config, channels),
   )

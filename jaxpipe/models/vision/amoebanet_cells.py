@@ -1,11 +1,16 @@
-"""The cells of AmoebaNet-D: what evolution found, and the operations it chose from.
+"""The cells of AmoebaNet-D: the wiring that evolution found, and the operations that it chose from.
 
-A cell reads the outputs of the two cells before it, adds pairs of operations on them to new states,
-and joins some of the states. The wiring is that of Real et al. (arXiv:1802.01548, figure of
-AmoebaNet-D) as GPipe (Huang et al., arXiv:1811.06965, Table 1) ran it: a normal cell also passes on
-its own first state, without which the parameters of GPipe's table do not come out.
+A cell reads the outputs of the two cells before it as states 0 and 1. Each new state is the sum of
+two operations on states that there are, and the cell's output joins some of the states along the
+channels:
 
-Dims: B batch rows, H and W picture, C channels.
+    0 = last cell's output    1 = output of the cell before it    2 = op(state) + op(state)    ...
+
+The wiring is that of Real et al. (arXiv:1802.01548, figure of AmoebaNet-D) as GPipe (Huang et al.,
+arXiv:1811.06965, Table 1) ran it: a normal cell also passes on its own first state, without which
+the parameters of GPipe's table do not come out.
+
+Dims: B batch rows, H and W height and width of the picture, C channels.
 """
 
 from __future__ import annotations
@@ -21,8 +26,8 @@ from jaxpipe.models.batch_norm import BatchNorm
 from jaxpipe.models.vision.pictures import Convolution, max_pool
 from jaxpipe.stack.context import Context
 
-GROUPS = 3  # of normal cells, a reduction cell between each two
-_EPSILON = 1e-3
+GROUPS = 3  # groups of normal cells, with a reduction cell between each two
+_EPSILON = 1e-3  # of every batch norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,16 +36,16 @@ class AmoebaNetConfig:
 
   Attributes:
     layers: L, number of normal cells, a multiple of 3.
-    filters: D, channels of the cells of the first group; later groups have 2 D and 4 D.
+    filters: D, number of channels of the cells of the first group; later groups have 2 D and 4 D.
     classes: number of labels.
-    image_channels: of the input, 3 for colours.
-    stem_cells: reduction cells before the first group. The published 2 follow a stem that halves
-      the picture too, which is for large pictures; 0 keeps small ones whole.
-    momentum: of the running averages of every batch norm; published 0.9997, which wants tens of
-      thousands of steps.
-    convolution: how to convolve; `pictures.convolve` on a CPU.
-    dtype: of the arithmetic; norms and the loss are float32 at least.
-    param_dtype: of the parameters.
+    image_channels: number of channels of the input, 3 for colours.
+    stem_cells: number of reduction cells before the first group. The published 2 follow a stem that
+      halves the picture too, which is for large pictures; 0 keeps small ones whole.
+    momentum: share that the running averages of every batch norm keep of themselves at each step;
+      published 0.9997, which takes tens of thousands of steps to settle.
+    convolution: how to convolve; `pictures.convolve` is the fast way on a CPU.
+    dtype: dtype of the arithmetic; norms and the loss are float32 at least.
+    param_dtype: dtype of the parameters.
 
   Raises:
     ValueError: shapes that do not divide.
@@ -61,7 +66,8 @@ class AmoebaNetConfig:
       raise ValueError(f"{self.layers} normal cells do not fill {GROUPS} groups; use a multiple")
     if self.stem_cells < 0:
       raise ValueError(f"{self.stem_cells} stem cells; use 0 for small pictures, 2 for large ones")
-    unit = max(4, 2 ** (self.stem_cells + 1))  # bottlenecks take a quarter of the least channels
+    # Each stem cell doubles the channels, and bottlenecks take a quarter of the least channels.
+    unit = max(4, 2 ** (self.stem_cells + 1))
     if self.filters < unit or self.filters % unit:
       raise ValueError(
         f"{self.filters} filters with {self.stem_cells} stem cells; use a multiple of {unit}"
@@ -69,13 +75,13 @@ class AmoebaNetConfig:
 
 
 class Genotype(NamedTuple):
-  """How a cell is wired: what evolution found.
+  """The wiring of a cell, as evolution found it.
 
   Attributes:
-    pairs: for each new state, the two operations whose results are added: (state that it reads,
-      its name). State 0 is the last cell's output, 1 that of the cell before it.
-    out: states whose concatenation is the cell's output.
-    stride: of the operations that read states 0 and 1.
+    pairs: for each new state, from state 2 on, the two operations whose results are added; each is
+      (number of the state that it reads, name of the operation).
+    out: numbers of the states whose concatenation along the channels is the cell's output.
+    stride: stride of the operations that read states 0 and 1; 2 in a reduction cell.
   """
 
   pairs: tuple[tuple[tuple[int, str], tuple[int, str]], ...]
@@ -107,10 +113,16 @@ REDUCTION = Genotype(
 )
 
 
-class Place(NamedTuple):
-  """Where a cell stands: its wiring, its channels C, and those of the two outputs that it reads.
+class CellShape(NamedTuple):
+  """The wiring of one cell of a network, and the shapes of what it reads.
 
-  `halved`: whether the older of these is twice as high and wide as the other.
+  Attributes:
+    genotype: its wiring.
+    channels: C, number of channels of each of its states.
+    now: number of channels of the last cell's output.
+    before: number of channels of the output of the cell before that.
+    halved: whether the older output is twice as high and wide as the newer one, for the last cell
+      was a reduction cell.
   """
 
   genotype: Genotype
@@ -121,7 +133,7 @@ class Place(NamedTuple):
 
 
 class Convolve(nnx.Module):
-  """ReLU, a convolution without bias, batch norm."""
+  """ReLU, a convolution without bias, batch norm: [B, H, W, channels[0]] -> [..., channels[1]]."""
 
   def __init__(
     self,
@@ -139,7 +151,10 @@ class Convolve(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-  """Convolutions on a quarter of the channels, between two of 1x1 that narrow and widen."""
+  """Convolutions on a quarter of the channels, between two of 1x1 that narrow and widen.
+
+  With a stride of 2, a kernel halves the picture along each dim that it is wider than 1 along.
+  """
 
   def __init__(
     self,
@@ -150,7 +165,11 @@ class Bottleneck(nnx.Module):
     rngs: nnx.Rngs,
   ):
     few = channels // 4
-    step = lambda size: stride if size > 1 else 1  # noqa: E731
+
+    def step(size: int) -> int:
+      """The stride along a dim, by the kernel's size there."""
+      return stride if size > 1 else 1
+
     self.convolve = nnx.List(
       [
         Convolve(config, (channels, few), rngs),
@@ -166,7 +185,7 @@ class Bottleneck(nnx.Module):
 
 
 class FactorizedReduction(nnx.Module):
-  """Halves a picture and loses none of it: half the channels see even pixels, half odd ones."""
+  """Halves a picture without skipping pixels: half the channels read even ones, half odd ones."""
 
   def __init__(self, config: AmoebaNetConfig, channels: tuple[int, int], rngs: nnx.Rngs):
     half = (channels[0], channels[1] // 2)
@@ -177,13 +196,18 @@ class FactorizedReduction(nnx.Module):
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     x_BHWC = nnx.relu(x_BHWC)
     H, W = x_BHWC.shape[1:3]
+    # A picture of odd size has one pixel more at even places: zeros fill up the odd ones.
     odd_BHWC = jnp.pad(x_BHWC, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)))[:, 1::2, 1::2]
     halves = [self.even(x_BHWC[:, ::2, ::2]), self.odd(odd_BHWC)]
     return self.norm(jnp.concatenate(halves, axis=-1))
 
 
 class Pool(nnx.Module):
-  """Maximum or mean of square windows; what lies outside the picture is in none of them."""
+  """Maximum or mean over square windows; pixels outside the picture are in no window.
+
+  The attribute `kind` is `max` or `avg`, `size` the window's height and width, `stride` the pixels
+  from one window to the next.
+  """
 
   def __init__(self, kind: str, size: int, stride: int):
     self.kind, self.size, self.stride = kind, size, stride
@@ -196,23 +220,23 @@ class Pool(nnx.Module):
 
 
 class Skip(nnx.Module):
-  """The state as it is."""
+  """The identity, as an operation among the others."""
 
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     return x_BHWC
 
 
 class Cell(nnx.Module):
-  """One cell: both inputs brought to its channels and size, then what its genotype says."""
+  """One cell: both inputs brought to its channels and size, then the operations of its wiring."""
 
-  def __init__(self, config: AmoebaNetConfig, place: Place, rngs: nnx.Rngs):
-    C, self.genotype = place.channels, place.genotype
-    self.now = Convolve(config, (place.now, C), rngs)
+  def __init__(self, config: AmoebaNetConfig, shape: CellShape, rngs: nnx.Rngs):
+    C, self.genotype = shape.channels, shape.genotype
+    self.now = Convolve(config, (shape.now, C), rngs)
     self.before: nnx.Module = Skip()
-    if place.halved:
-      self.before = FactorizedReduction(config, (place.before, C), rngs)
-    elif place.before != C:
-      self.before = Convolve(config, (place.before, C), rngs)
+    if shape.halved:
+      self.before = FactorizedReduction(config, (shape.before, C), rngs)
+    elif shape.before != C:
+      self.before = Convolve(config, (shape.before, C), rngs)
     self.operations = nnx.List(
       [
         _operation(name, config, C, self.genotype.stride if state < 2 else 1, rngs)
@@ -222,6 +246,7 @@ class Cell(nnx.Module):
     )
 
   def __call__(self, x: dict[str, jax.Array], context: Context) -> dict[str, jax.Array]:
+    # Behind the stem there is one output alone, which is read twice.
     states = [self.now(x["now"]), self.before(x.get("before", x["now"]))]
     results = iter(self.operations)
     for (a, _), (b, _) in self.genotype.pairs:
@@ -233,6 +258,7 @@ class Cell(nnx.Module):
 def _operation(
   name: str, config: AmoebaNetConfig, channels: int, stride: int, rngs: nnx.Rngs
 ) -> nnx.Module:
+  """The module of one operation of a genotype, by its name, from and to as many channels."""
   kind, _, size = name.partition("_")
   if kind in ("max", "avg"):
     return Pool(kind, int(size[0]), stride)
@@ -251,7 +277,7 @@ def conv(
   kernel: tuple[int, int] = (1, 1),
   strides: tuple[int, int] = (1, 1),
 ) -> nnx.Conv:
-  """A convolution without bias, from one number of channels to another."""
+  """Returns a convolution without bias, from `channels[0]` to `channels[1]` channels."""
   return nnx.Conv(
     *channels,
     kernel,
@@ -266,7 +292,7 @@ def conv(
 
 
 def norm(config: AmoebaNetConfig, channels: int, rngs: nnx.Rngs) -> BatchNorm:
-  """Batch norm, with the configuration's momentum."""
+  """Returns a batch norm over so many channels, with the configuration's momentum."""
   return BatchNorm(
     channels,
     momentum=config.momentum,

@@ -1,4 +1,4 @@
-"""gMLP: MLPs over channels, and a gate that mixes patches; no attention.
+"""gMLP: layers of an MLP over channels and a gate that mixes patches, without attention.
 
     x -> norm -> U -> gelu -> [ a | b ] -> a * (W norm(b) + c) -> V -> + x
                                              over patches
@@ -12,32 +12,29 @@ Dims: as in `images`, and F hidden channels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpipe.models.vision.images import PatchConfig, PatchEmbed, PooledHead
+from jaxpipe.models.vision.images import PatchConfig, patch_network
 from jaxpipe.stack.context import Context
 from jaxpipe.stack.stack import LayerStack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GmlpConfig(PatchConfig):
-  """Shape and arithmetic of the model.
+  """Shape and arithmetic of the model, in addition to those of `PatchConfig`.
 
   Attributes:
-    layers: blocks.
-    hidden: F, even: half of it is gated by the other half.
-    dropout: rate after each block.
+    hidden: F, number of hidden channels, even: half of them is gated by the other half.
 
   Raises:
     ValueError: shapes that do not divide.
   """
 
-  layers: int = 8
   hidden: int = 256
-  dropout: float = 0.0
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -46,7 +43,10 @@ class GmlpConfig(PatchConfig):
 
 
 class SpatialGate(nnx.Module):
-  """The spatial gating unit: [B, T, F] -> [B, T, F / 2]."""
+  """The spatial gating unit: half of the channels times a mixture of the other half over patches.
+
+  [B, T, F] -> [B, T, F / 2].
+  """
 
   def __init__(self, config: GmlpConfig, rngs: nnx.Rngs):
     half, T = config.hidden // 2, config.patches
@@ -63,7 +63,7 @@ class SpatialGate(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One block, added to its input."""
+  """One layer: widen, gate, narrow; added to its input [B, T, D]."""
 
   def __init__(self, config: GmlpConfig, rngs: nnx.Rngs):
     self.rate = config.dropout
@@ -79,9 +79,4 @@ class Block(nnx.Module):
 
 def gmlp(config: GmlpConfig) -> LayerStack:
   """Returns the model as a stack; its batches have `image`, `label` and `weights`."""
-  block = lambda rngs: Block(config, rngs)  # noqa: E731 - one object, so that layers are one kind
-  return LayerStack(
-    embed=lambda rngs: PatchEmbed(config, rngs),
-    layers=[block] * config.layers,
-    head=lambda rngs: PooledHead(config, rngs),
-  )
+  return patch_network(config, functools.partial(Block, config))

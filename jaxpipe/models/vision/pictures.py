@@ -1,9 +1,13 @@
-"""What networks on pictures are made of: convolution, maximum over windows.
+"""Convolution and maximum over windows as operations on shifted pictures, which are fast on a CPU.
 
-XLA has operations for both. But on a CPU, inside a loop (and a pipeline is one), the
-backward of a convolution takes 4 to 25 times as long as that of a matrix product of shifted
-pictures, and the backward of a maximum 4 times as long as over shifted pictures. An accelerator
-wants XLA's own convolution, `lax.conv_general_dilated`.
+XLA has operations for both. But on a CPU, inside a loop (and a pipeline is one), the backward of
+XLA's convolution takes 4 to 25 times as long as that of a matrix product of shifted pictures, and
+the backward of its maximum over windows 4 times as long as that of a maximum of shifted pictures.
+On an accelerator take XLA's own convolution, `lax.conv_general_dilated`. For windows of 3 and
+stride 1, along one dim:
+
+    x                      a b c d
+    shifted by 0, 1, 2     0 a b c     a b c d     b c d 0       window i: element i of each
 
 Dims: B batch rows, H and W picture, C and D channels.
 """
@@ -18,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# A convolution as `nnx.Conv(conv_general_dilated=...)` takes it.
 Convolution = Callable[..., jax.Array]
 
 
@@ -29,9 +34,9 @@ def convolve(
   Args:
     x_BHWC: float [B, H, W, C].
     kernel: float [height, width, C, D].
-    strides: between windows, along H and W.
-    padding: `SAME`, the only one that there is.
-    **options: what `nnx.Conv` passes on besides, of which only `precision` is heeded.
+    strides: pixels from one window to the next, along H and along W.
+    padding: `SAME`; no other is supported.
+    **options: the other arguments that `nnx.Conv` passes; only `precision` has an effect.
 
   Returns:
     [B, ceil(H / strides[0]), ceil(W / strides[1]), D].
@@ -52,17 +57,17 @@ def convolve(
   return jnp.matmul(jnp.concatenate(windows, axis=-1), matrix, precision=options.get("precision"))
 
 
-# By name, for flags.
+# Convolutions by the names that flags take.
 CONVOLUTIONS: dict[str, Convolution] = {"matmul": convolve, "xla": lax.conv_general_dilated}
 
 
 def max_pool(x_BHWC: jax.Array, size: int, stride: int) -> jax.Array:
-  """Maximum over windows of `size` x `size`, padded as `SAME` pads; equals share the gradient.
+  """Returns the maximum over square windows, padded as `SAME` pads; equals share the gradient.
 
   Args:
     x_BHWC: float [B, H, W, C].
-    size: of the window.
-    stride: between windows.
+    size: height and width of a window.
+    stride: pixels from one window to the next.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), C].
@@ -73,7 +78,15 @@ def max_pool(x_BHWC: jax.Array, size: int, stride: int) -> jax.Array:
 
 
 def _shifted(x: jax.Array, dim: int, size: int, stride: int, edge: float) -> list[jax.Array]:
-  """Element i of every window along a dim, for i in 0 ... size - 1; `edge` lies outside of x."""
+  """Arrays with element i of every window along a dim, for i in 0 ... size - 1.
+
+  Args:
+    x: [...].
+    dim: the dim along which windows lie.
+    size: elements of a window.
+    stride: elements from one window to the next.
+    edge: value of the elements of windows that lie outside of x.
+  """
   long = x.shape[dim]
   short = -(-long // stride)
   missing = max((short - 1) * stride + size - long, 0)

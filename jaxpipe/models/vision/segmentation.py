@@ -1,21 +1,26 @@
-"""A convolutional network that names every pixel: U-Net, whose skip connections cross stages.
+"""A U-Net: a convolutional network that names every pixel, with skip connections across stages.
 
-The left half halves the picture again and again and lays what it has seen on a stack; the right
-half doubles it and takes from there (Ronneberger et al., arXiv:1505.04597; Long et al.,
-arXiv:1411.4038). The stack travels between layers inside x, `{"h": [B, H, W, C], "skips": (...)}`,
-so that layers of any depth may lie on any stages.
+The left half halves the picture again and again and pushes each result onto a list of skips; the
+right half doubles the picture and pops the skip of its size. The list travels between layers inside
+x, `{"h": [B, H, W, C], "skips": (...)}`, so that any two layers may lie on any two stages: a skip
+passes through all stages between them.
 
     down   down   down   bottom   up   up   up      pictures of H, H/2, H/4, H/8, H/4, H/2, H
       |      |      '---------------'    |    |
       |      '---------------------------'    |
       '---------------------------------------'
 
-Dims: B batch rows, H and W picture, C channels, K classes.
+References:
+  Ronneberger et al., U-Net, arXiv:1505.04597. Long et al., Fully convolutional networks for
+  semantic segmentation, arXiv:1411.4038.
+
+Dims: B batch rows, H and W height and width of the picture, C channels, K classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,6 +32,7 @@ from jaxpipe.models.vision.pictures import Convolution, max_pool
 from jaxpipe.stack.context import Context
 from jaxpipe.stack.stack import LayerStack
 
+# What layers pass on: `h`, the picture so far, and `skips`, a tuple of pictures of earlier sizes.
 Flow = dict[str, Any]
 
 
@@ -35,14 +41,14 @@ class SegmentationConfig:
   """Shape and arithmetic of the model.
 
   Attributes:
-    classes: K, the background among them.
-    widths: channels at each size of the picture, the whole one first; each next one is half as
-      high and wide, so that H and W are to be multiples of 2 ** (len(widths) - 1).
-    image_channels: of the input.
-    momentum: of the running averages of every batch norm.
-    convolution: how to convolve; `pictures.convolve` on a CPU.
-    dtype: of the arithmetic; norms and the loss are float32 at least.
-    param_dtype: of the parameters.
+    classes: K, number of classes, the background among them.
+    widths: number of channels at each size of the picture, the whole one first. Each next size is
+      half as high and wide, so that H and W are to be multiples of 2 ** (len(widths) - 1).
+    image_channels: number of channels of the input.
+    momentum: share that the running averages of every batch norm keep of themselves at each step.
+    convolution: how to convolve; `pictures.convolve` is the fast way on a CPU.
+    dtype: dtype of the arithmetic; norms and the loss are float32 at least.
+    param_dtype: dtype of the parameters.
 
   Raises:
     ValueError: fewer than two widths.
@@ -62,7 +68,7 @@ class SegmentationConfig:
 
 
 class Convolutions(nnx.Module):
-  """Two convolutions of 3x3, each with batch norm and ReLU."""
+  """Two convolutions of 3x3, each with batch norm and ReLU: [B, H, W, fan_in] -> [B, H, W, C]."""
 
   def __init__(self, config: SegmentationConfig, fan_in: int, channels: int, rngs: nnx.Rngs):
     dtypes: dict[str, Any] = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
@@ -78,7 +84,11 @@ class Convolutions(nnx.Module):
 
 
 class Picture(nnx.Module):
-  """`batch["image"]` [B, H, W, C], and no skips yet; nothing to learn."""
+  """The embedding: `batch["image"]` [B, H, W, C] as it is, and no skips; it has no parameters.
+
+  Raises:
+    ValueError: pictures that cannot be halved as often as there are widths.
+  """
 
   def __init__(self, config: SegmentationConfig):
     self.config = config
@@ -95,7 +105,10 @@ class Picture(nnx.Module):
 
 
 class Down(nnx.Module):
-  """Convolutions; their result is kept for the layer that comes back to this size, then halved."""
+  """Convolutions, whose result becomes a skip for the layer that comes back to this size.
+
+  Then the picture is halved by maxima over 2x2 pixels.
+  """
 
   def __init__(self, config: SegmentationConfig, fan_in: int, channels: int, rngs: nnx.Rngs):
     self.convolutions = Convolutions(config, fan_in, channels, rngs)
@@ -106,7 +119,7 @@ class Down(nnx.Module):
 
 
 class Bottom(nnx.Module):
-  """Convolutions on the smallest picture."""
+  """Convolutions on the picture of the smallest size; the skips pass by."""
 
   def __init__(self, config: SegmentationConfig, fan_in: int, channels: int, rngs: nnx.Rngs):
     self.convolutions = Convolutions(config, fan_in, channels, rngs)
@@ -116,7 +129,7 @@ class Bottom(nnx.Module):
 
 
 class Up(nnx.Module):
-  """Doubles the picture, sets it beside what was kept of this size, and convolves both."""
+  """Doubles the picture, joins it with the skip of its new size, and convolves both."""
 
   def __init__(self, config: SegmentationConfig, fan_in: int, channels: int, rngs: nnx.Rngs):
     # A 2x2 convolution transposed, of stride 2: each pixel times a matrix gives four.
@@ -135,12 +148,12 @@ class Up(nnx.Module):
 
 
 class Pixels(nnx.Module):
-  """A linear map at every pixel: cross-entropy (nats) summed over pixels, their number, metrics.
+  """The head: a linear map at every pixel; cross-entropy (nats) and number of pixels, summed.
 
   Reads `batch["label"]` int [B, H, W] and `batch["weights"]` float [B], 0 for rows of padding.
 
-  Metrics: `correct` pixels, and of every class [K] the pixels that truth and answer share
-  (`intersection`) and those that either has (`union`); see `mean_iou`.
+  Metrics: `correct` pixels, and for every class [K] the pixels where label and answer are both that
+  class (`intersection`) and where at least one is (`union`); see `mean_iou`.
   """
 
   def __init__(self, config: SegmentationConfig, rngs: nnx.Rngs):
@@ -155,12 +168,17 @@ class Pixels(nnx.Module):
   def __call__(self, x: Flow, batch: Any) -> Any:
     logits_BHWK = self.linear(x["h"])
     logits_BHWK = logits_BHWK.astype(jnp.promote_types(logits_BHWK.dtype, jnp.float32))
+    # As one-hot vectors, so that all counts below are sums of products.
     truth_BHWK = jax.nn.one_hot(batch["label"], logits_BHWK.shape[-1], dtype=logits_BHWK.dtype)
     answer_BHWK = jax.nn.one_hot(
       jnp.argmax(logits_BHWK, axis=-1), logits_BHWK.shape[-1], dtype=logits_BHWK.dtype
     )
     weights_B = batch["weights"].astype(logits_BHWK.dtype)
-    count = lambda a_BHWK: jnp.einsum("BHWK,B->K", a_BHWK, weights_B)  # noqa: E731
+
+    def count(a_BHWK: jax.Array) -> jax.Array:
+      """The sum over pixels, rows weighted."""
+      return jnp.einsum("BHWK,B->K", a_BHWK, weights_B)
+
     shared_K = count(truth_BHWK * answer_BHWK)
     union_K = count(truth_BHWK) + count(answer_BHWK) - shared_K
     return (
@@ -171,9 +189,13 @@ class Pixels(nnx.Module):
 
 
 def mean_iou(intersection_K: Any, union_K: Any) -> float:
-  """Intersection over union, averaged over the classes that occur in truth or answer."""
-  here_K = union_K > 0
-  return float((intersection_K[here_K] / union_K[here_K]).mean())
+  """Returns intersection over union, averaged over the classes that occur in labels or answers.
+
+  Args:
+    intersection_K, union_K: the metrics of those names, summed over all batches.
+  """
+  occurs_K = union_K > 0
+  return float((intersection_K[occurs_K] / union_K[occurs_K]).mean())
 
 
 def segmentation(config: SegmentationConfig) -> LayerStack:
@@ -182,15 +204,12 @@ def segmentation(config: SegmentationConfig) -> LayerStack:
   *down, last = zip(fan_ins, config.widths, strict=False)
   up = zip(config.widths[:0:-1], config.widths[-2::-1], strict=True)
 
-  def layer(kind: Any, fan_in: int, channels: int) -> Any:
-    return lambda rngs: kind(config, fan_in, channels, rngs)
-
   return LayerStack(
     embed=lambda rngs: Picture(config),
     layers=[
-      *(layer(Down, *sizes) for sizes in down),
-      layer(Bottom, *last),
-      *(layer(Up, *sizes) for sizes in up),
+      *(functools.partial(Down, config, *sizes) for sizes in down),
+      functools.partial(Bottom, config, *last),
+      *(functools.partial(Up, config, *sizes) for sizes in up),
     ],
-    head=lambda rngs: Pixels(config, rngs),
+    head=functools.partial(Pixels, config),
   )

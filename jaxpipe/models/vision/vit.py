@@ -1,4 +1,4 @@
-"""A Vision Transformer: patches, pre-norm blocks of attention and MLP, the mean over patches.
+"""A Vision Transformer: patches, pre-norm layers of attention and MLP, the mean over patches.
 
 References:
   Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv:2010.11929.
@@ -9,36 +9,34 @@ Dims: as in `images`, and N heads of width H.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 from flax import nnx
 
-from jaxpipe.models.vision.images import PatchConfig, PatchEmbed, PooledHead
+from jaxpipe.models.vision.images import PatchConfig, patch_network
 from jaxpipe.stack.context import Context
 from jaxpipe.stack.stack import LayerStack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitConfig(PatchConfig):
-  """Shape and arithmetic of the model.
+  """Shape and arithmetic of the model, in addition to those of `PatchConfig`.
 
   Attributes:
-    layers: blocks.
-    heads: N, a divisor of the width.
+    heads: N, number of attention heads, a divisor of the width.
     mlp_width: hidden width of the MLP.
-    dropout: rate after attention and after the MLP.
-    attention: `(query, key, value, is_causal=False) -> values mixed`, all [B, T, N, H]. The default
-      softmaxes in float32 whatever its inputs, so a float64 oracle gives its own.
+    attention: the attention itself, called as `(query, key, value, is_causal=False) -> mixed`, all
+      [B, T, N, H]. The default computes softmaxes in float32 whatever its inputs; a float64 oracle
+      gives a function of its own.
 
   Raises:
     ValueError: shapes that do not divide.
   """
 
-  layers: int = 8
   heads: int = 4
   mlp_width: int = 128
-  dropout: float = 0.0
   attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
 
   def __post_init__(self) -> None:
@@ -48,7 +46,7 @@ class VitConfig(PatchConfig):
 
 
 class Block(nnx.Module):
-  """Pre-norm attention over all patches and MLP, each added to its input."""
+  """One layer: pre-norm attention over all patches and MLP, each added to its input [B, T, D]."""
 
   def __init__(self, config: VitConfig, rngs: nnx.Rngs):
     self.config, D = config, config.width
@@ -66,7 +64,7 @@ class Block(nnx.Module):
     return x_BTD + context.dropout(self.down(hidden_BTF), rate)
 
   def attend(self, x_BTD: jax.Array) -> jax.Array:
-    """Every patch looks at every patch."""
+    """Returns attention in which every patch sees every patch: [B, T, D] -> [B, T, D]."""
     B, T, D = x_BTD.shape
     N = self.config.heads
     parts = self.query_key_value(x_BTD).reshape(B, T, 3, N, D // N)
@@ -76,9 +74,4 @@ class Block(nnx.Module):
 
 def vit(config: VitConfig) -> LayerStack:
   """Returns the model as a stack; its batches have `image`, `label` and `weights`."""
-  block = lambda rngs: Block(config, rngs)  # noqa: E731 - one object, so that layers are one kind
-  return LayerStack(
-    embed=lambda rngs: PatchEmbed(config, rngs),
-    layers=[block] * config.layers,
-    head=lambda rngs: PooledHead(config, rngs),
-  )
+  return patch_network(config, functools.partial(Block, config))

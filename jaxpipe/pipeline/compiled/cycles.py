@@ -1,8 +1,14 @@
-"""What the compiler believes that its program costs, in cycles, by action.
+"""Sums the compiler's estimates of cycles, by branch and by loop.
 
-The TPU compiler writes an estimate beside every instruction that its cost model knows. They are
-summed over loops, whose lengths are in the text or follow from their conditions, and kept apart by
-branch: on each tick every device takes the branch of its own action.
+The TPU compiler writes an estimate beside every instruction that its cost model knows:
+
+    %dot.3 = bf16[2,8]{1,0} fusion(%p), kind=kOutput, calls=%fused, backend_config={
+      "window_config":{"estimated_cycles":"100"}}
+
+They are summed over loops, whose lengths are in the text or follow from their conditions, and kept
+separate by branch of the outermost conditionals, since on each tick a device takes the branch of
+its own action. Programs for CPU have no estimates: their sums are 0, with a count of what is
+unknown.
 """
 
 from __future__ import annotations
@@ -11,22 +17,25 @@ import collections
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator
 
-from jaxpipe.pipeline.compiled.hlo import Computation, Instruction, Module, visits
+from jaxpipe.pipeline.compiled.hlo import Computation, HloModule, Instruction
+from jaxpipe.pipeline.compiled.walk import visits
 
-# Instructions that certainly take time; without an estimate they make a sum too small.
+# Opcodes that certainly take time: without an estimate of them a sum is too small.
 _HEAVY = frozenset(("fusion", "convolution", "dot", "custom-call", "scatter", "sort", "copy"))
-_LARGE = 8192  # elements; what is smaller takes no time that anyone would miss
+# Elements of a result below which a heavy instruction takes negligible time.
+_LARGE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Estimated cycles.
+  """Estimated cycles of a piece of the program.
 
   Attributes:
-    least: where every conditional takes its cheapest branch.
-    most: where every conditional takes its dearest branch.
-    unknown: heavy instructions without an estimate, and loops without a known length (they count
-      as one iteration): the figures are too small by these.
+    least: cycles if every conditional takes its cheapest branch.
+    most: cycles if every conditional takes its most expensive branch.
+    unknown: number of heavy instructions without an estimate (counted as 0 cycles) and of loops
+      without a known length (counted as one iteration). If it is not 0, `least` and `most` are too
+      small.
   """
 
   least: int = 0
@@ -35,24 +44,26 @@ class Cost:
 
   @classmethod
   def sum(cls, costs: Iterable[Cost]) -> Cost:
-    """One after the other."""
+    """Returns the cost of doing all of these, one after the other."""
     parts = list(costs)
     return cls(*(sum(getattr(c, f.name) for c in parts) for f in dataclasses.fields(cls)))
 
   def times(self, count: int) -> Cost:
-    """The same work again and again; what is unknown stays one unknown."""
+    """Returns the cost of `count` repetitions; an unknown instruction still counts once."""
     return Cost(self.least * count, self.most * count, self.unknown)
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-  """One branch of a conditional that stands in no other: an action, or its absence.
+  """One branch of a conditional that is in no other conditional: an action, or its absence.
 
   Attributes:
-    conditional, index: which branch of which conditional.
-    scope: the name scope that most of it comes from, of those asked for; None if none.
-    in_loop: whether the conditional stands in a loop.
-    cost: of one execution.
+    conditional: name of the conditional.
+    index: number of the branch, from 0.
+    scope: the name scope that most of the branch was traced under, of those asked for; None if it
+      was traced under none of them.
+    in_loop: whether the conditional is in a loop.
+    cost: of one execution of the branch.
   """
 
   conditional: str
@@ -64,11 +75,12 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-  """A loop that stands in no other.
+  """A loop that is in no other loop and in no conditional, such as the loop over the ticks.
 
   Attributes:
-    name, trips: iterations, None if unknown.
-    outside: cost of one iteration without its conditionals: what every tick pays.
+    name: of the `while` instruction.
+    trips: number of iterations; None if unknown.
+    outside: cost of one iteration without its conditionals, which every tick pays on every device.
   """
 
   name: str
@@ -77,39 +89,50 @@ class Loop:
 
 
 class Estimates:
-  """Costs of the instructions and computations of one program; each is summed once."""
+  """Costs of the instructions and computations of one program; each computation is summed once."""
 
-  def __init__(self, module: Module):
+  def __init__(self, module: HloModule):
     self._module = module
     self._known: dict[str, Cost] = {}
 
-  def of(self, one: Instruction) -> Cost:
-    """Cost of an instruction, with all that it runs."""
-    inner = [self.of_computation(name) for name in one.runs]
-    if one.opcode == "while":
-      trips = trip_count(self._module, one)
+  def of(self, instruction: Instruction) -> Cost:
+    """Returns the cost of an instruction, including the computations that it runs."""
+    inner = [self.of_computation(name) for name in instruction.runs]
+    if instruction.opcode == "while":
+      trips = trip_count(self._module, instruction)
       total = Cost.sum(inner).times(1 if trips is None else trips)
       return Cost.sum([total, Cost(unknown=int(trips is None))])
-    if one.opcode == "conditional" and inner:
+    if instruction.opcode == "conditional" and inner:
+      # Of the branches one runs, and which one is known only when the program runs.
       least, most = min(c.least for c in inner), max(c.most for c in inner)
       return Cost(least, most, max(c.unknown for c in inner))
-    own = one.cycles or 0
-    silent = one.cycles is None and one.opcode in _HEAVY and one.target != "AllocateBuffer"
-    large = any(shape.size >= _LARGE for shape in one.shapes)
-    return Cost.sum([Cost(own, own, int(silent and large)), *inner])
+    # A call's own estimate and those of what it runs; a fusion has only its own.
+    own = instruction.cycles or 0
+    return Cost.sum([Cost(own, own, int(_is_unknown(instruction))), *inner])
 
   def of_computation(self, name: str) -> Cost:
-    """Cost of running a computation once."""
+    """Returns the cost of running a computation once."""
     if name not in self._known:
       self._known[name] = Cost.sum(self.of(one) for one in self._module[name])
     return self._known[name]
 
 
-def trip_count(module: Module, loop: Instruction) -> int | None:
-  """Iterations of a `while`, None if unknown.
+def _is_unknown(instruction: Instruction) -> bool:
+  """Whether an instruction takes time about which the text says nothing."""
+  # `lax.empty` is a custom call on TPU, which reserves memory and does nothing.
+  silent = instruction.cycles is None and instruction.target != "AllocateBuffer"
+  large = any(shape.size >= _LARGE for shape in instruction.shapes)
+  return silent and large and instruction.opcode in _HEAVY
 
-  Where the text does not say, the condition does: JAX's loops of known length count from 0, and go
-  on while the counter is less than a constant.
+
+def trip_count(module: HloModule, loop: Instruction) -> int | None:
+  """Returns the number of iterations of a `while`, None if it is unknown.
+
+  Where the text does not say it, the condition does: JAX's loops of known length count from 0 and
+  go on while the counter is less than a constant. The comparison may be fused:
+
+      %n = s32[] constant(4)                  %n = s32[] constant(4)
+      ROOT %c = pred[] compare(%i, %n)        ROOT %c = pred[] fusion(%i, %n), calls=%compare
   """
   if loop.trips is not None:
     return loop.trips
@@ -122,38 +145,43 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
   elif root.opcode != "compare":
     return None
   known = [bound for bound in bounds if bound is not None]
+  # With two constants, or none, the condition is not of this form.
   return known[0] if len(known) == 1 else None
 
 
-def _constant(where: Computation, name: str) -> int | None:
-  """Value of an integer constant, through copies."""
-  one = where.instructions.get(name)
-  while one is not None and one.opcode in ("copy", "bitcast"):
-    one = where.instructions.get(one.operands[0])
-  literal = one.literal if one is not None and one.opcode == "constant" else ""
+def _constant(computation: Computation, name: str) -> int | None:
+  """Value of the integer constant that an instruction is, or copies; None if it is no constant."""
+  found = computation.instructions.get(name)
+  while found is not None and found.opcode in ("copy", "bitcast"):
+    found = computation.instructions.get(found.operands[0])
+  literal = found.literal if found is not None and found.opcode == "constant" else ""
   return int(literal) if literal.isdecimal() else None
 
 
-def branches(module: Module, scopes: Collection[str] = ()) -> Iterator[Branch]:
-  """Yields the branches of every conditional that stands in no other.
+def branches(module: HloModule, scopes: Collection[str] = ()) -> Iterator[Branch]:
+  """Yields the branches of every conditional that is in no other conditional.
 
   Args:
     module: the program.
-    scopes: see `Branch.scope`.
+    scopes: name scopes by which branches are to be told apart; see `Branch.scope`.
   """
   estimates = Estimates(module)
   for visit in visits(module):
-    one = visit.instruction
-    if one.opcode != "conditional" or visit.conditional:
+    conditional = visit.instruction
+    if conditional.opcode != "conditional" or visit.conditional:
       continue
-    for index, name in enumerate(one.runs):
+    for index, name in enumerate(conditional.runs):
       scope = _scope(module, name, scopes)
       cost = estimates.of_computation(name)
-      yield Branch(one.name, index, scope, visit.loops > 0, cost)
+      yield Branch(conditional.name, index, scope, visit.loops > 0, cost)
 
 
-def _scope(module: Module, name: str, scopes: Collection[str]) -> str | None:
-  """The scope that most of a computation's cycles, or where there are none instructions, bear."""
+def _scope(module: HloModule, name: str, scopes: Collection[str]) -> str | None:
+  """The scope under which most of a computation was traced; None if under none of `scopes`.
+
+  Every scheduled instruction votes for its scope, with its cycles and one more, so that without
+  estimates the number of instructions decides.
+  """
   votes: collections.Counter[str] = collections.Counter()
   for visit in visits(dataclasses.replace(module, entry=name)):
     path = visit.instruction.op_name.split("/")
@@ -163,19 +191,22 @@ def _scope(module: Module, name: str, scopes: Collection[str]) -> str | None:
   return votes.most_common(1)[0][0] if votes else None
 
 
-def loops(module: Module) -> Iterator[Loop]:
-  """Yields the loops that stand in no other, and in no conditional."""
+def loops(module: HloModule) -> Iterator[Loop]:
+  """Yields the loops that are in no other loop and in no conditional."""
   estimates = Estimates(module)
   for visit in visits(module):
-    one = visit.instruction
-    if one.opcode != "while" or visit.loops or visit.conditional:
+    loop = visit.instruction
+    if loop.opcode != "while" or visit.loops or visit.conditional:
       continue
-    body = [i for name in one.runs for i in module[name] if i.opcode != "conditional"]
-    yield Loop(one.name, trip_count(module, one), Cost.sum(map(estimates.of, body)))
+    # The conditionals hold the actions, whose costs `branches` gives one by one.
+    body = [i for name in loop.runs for i in module[name] if i.opcode != "conditional"]
+    yield Loop(loop.name, trip_count(module, loop), Cost.sum(map(estimates.of, body)))
 
 
-def outside_loops(module: Module) -> Cost:
-  """Cost of what runs once a step: what stands in no loop, and in no conditional."""
+def outside_loops(module: HloModule) -> Cost:
+  """Returns the cost of what runs once in a step: all that is in no loop and in no conditional."""
   estimates = Estimates(module)
   once = (v.instruction for v in visits(module) if not (v.loops or v.conditional))
+  # An instruction that runs computations is a loop, a conditional or a call, whose instructions are
+  # visited by themselves.
   return Cost.sum(estimates.of(i) for i in once if not i.runs)

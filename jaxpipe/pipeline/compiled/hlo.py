@@ -1,8 +1,23 @@
-"""Reads XLA's text of an optimized program: computations, instructions, who calls whom.
+"""Parses the text of an optimized HLO module, the only full record of what XLA compiled.
 
 A compiled program says everything about itself in `compiled.as_text()` and almost nothing through
-an API. Only what `compiled.py` asks for is read; the text has no promised format, so whatever is
-not understood is left out rather than guessed.
+an API. The text lists computations, and a computation lists its instructions in the order in which
+they were scheduled. Loops, conditionals, calls and fusions name the computations that they run:
+
+    %body (arg: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+      %x = f32[4,8]{1,0:T(8,128)} get-tuple-element(%arg), index=1
+      ROOT %out = (s32[], f32[4,8]{1,0}) tuple(%i, %x), metadata={op_name="jit(step)/F/add"}
+    }
+
+    ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+      %loop = (s32[], f32[4,8]{1,0}) while(%init), condition=%more, body=%body
+    }
+
+`parse` returns it as an `HloModule` of `Computation`s of `Instruction`s; `walk.py` goes through the
+instructions that run. The format of the text is not promised. Only the fields that this folder uses
+are read, and a line that is not understood is left out rather than guessed at.
+
+Reference: XLA's operation semantics, https://openxla.org/xla/operation_semantics.
 """
 
 from __future__ import annotations
@@ -12,27 +27,63 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
+from jax.typing import DTypeLike
 
+# The first line of a computation. XLA can print names with or without the `%`.
+#     %body (arg: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+#     ENTRY %main (p: f32[4,8]) -> f32[4,8] {
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+
+# An instruction, up to the type of its result; ROOT marks the result of the computation.
+#     %x = f32[4,8]{1,0} ...
+#     ROOT %out = (s32[], f32[4,8]{1,0}) ...
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+
+# The opcode, which follows the result's type and precedes the operands.
+#     get-tuple-element(%arg), index=1
+#     add(%a, %b)
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
+
+# One array in a type: dtype and dims. The layout in braces that may follow is skipped.
+#     bf16[4,8]{1,0:T(8,128)(2,1)S(1)}     -> bf16, "4,8"
+#     (s32[], /*index=1*/f32[6]{0})        -> s32, "" and f32, "6"
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+
+# The width of an element: 16 in bf16, 8 in f8e4m3fn; `pred` and `token` have none.
 _BITS = re.compile(r"[a-z]+(\d+)")
+
+# A reference to an instruction or a computation.
 _NAME = re.compile(r"%([\w.\-]+)")
+
+# Where JAX traced the instruction, as the path of its name scopes; quotes inside are escaped.
+#     metadata={op_name="jit(step)/while/body/F/cond/branch_1_fun/dot_general" stack_frame_id=3}
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+
+# The TPU compiler's estimate, and the length of a loop. Both numbers may stand in quotes or not.
+#     backend_config={"window_config":{"estimated_cycles":"100"}}
+#     backend_config={"known_trip_count":{"n":"6"}}
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
-_INDEX = re.compile(r"\bindex=(\d+)")
+
+# The computations that an instruction runs, each with its role.
+#     while(%init), condition=%more, body=%body
+#     conditional(%index, %a, %b), branch_computations={%idle, %work}
 _CALLED = re.compile(
   r"\b(body|condition|to_apply|calls|true_computation|false_computation|branch_computations)="
   r"(\{[^}]*\}|%[\w.\-]+)"
 )
-# What the TPU compiler writes where its cost model knows nothing.
+
+# The kernel or library function that a custom call stands for.
+#     custom-call(), custom_call_target="AllocateBuffer"
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+
+# The TPU compiler writes the largest int64 for an instruction that its cost model does not know.
 _NO_ESTIMATE = 2**62
 
-# The roles under which an instruction runs scheduled instructions. What a fusion `calls`, or what a
-# reduction is `to_apply`, is no program of its own.
+# The roles of the computations whose instructions are scheduled one by one: not what a fusion
+# `calls`, since a fusion is scheduled whole, nor a reduction's operator (`to_apply`).
 _RUNS = {
   "while": ("condition", "body"),
   "conditional": ("branch_computations", "true_computation", "false_computation"),
@@ -44,20 +95,20 @@ _RUNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Type of one array, in XLA's words.
+  """Dtype and dims of one array, as XLA names them.
 
   Attributes:
-    dtype: such as `bf16`, `f32`, `s32`, `pred`.
-    dims: without the layout.
+    dtype: XLA's name of the element type, such as `bf16`, `f32`, `s32`, `pred`.
+    dims: sizes of the dims, major to minor as JAX sees them; empty for a scalar.
   """
 
   dtype: str
   dims: tuple[int, ...]
 
   @classmethod
-  def of(cls, dtype: object, dims: tuple[int, ...]) -> Shape:
-    """The shape of a NumPy or JAX array."""
-    return cls(_dtype_name(np.dtype(dtype)), tuple(dims))  # type: ignore[call-overload]
+  def of(cls, dtype: DTypeLike, dims: tuple[int, ...]) -> Shape:
+    """Returns the shape of a NumPy or JAX array with this dtype and these dims."""
+    return cls(_dtype_name(np.dtype(dtype)), tuple(dims))
 
   @property
   def size(self) -> int:
@@ -66,10 +117,10 @@ class Shape:
 
   @property
   def bytes(self) -> int:
-    """What it holds, without what tiles add; nothing for what is no array, such as a token."""
+    """Bytes of the elements, without the padding of tiles; 0 for a type that is no array."""
     bits = _BITS.match(self.dtype)
     width = int(bits[1]) if bits else 8 * (self.dtype == "pred")
-    return -(-self.size * width // 8)
+    return -(-self.size * width // 8)  # rounded up: elements may be narrower than a byte
 
   def __str__(self) -> str:
     return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -80,19 +131,21 @@ class Instruction:
   """One line of a computation.
 
   Attributes:
-    name, opcode: as in the text.
-    shapes: of the result; of a tuple, one for each array in it.
-    layout: of the result's first array, with its type: dims from minor to major, tiles, memory.
-    operands: names of its operands.
-    literal: what stands in the parentheses, such as the value of a constant.
-    called: computations that it runs, by attribute (`body`, `calls`, ...), in order.
-    op_name: where it came from: the path of JAX's name scopes; empty if the compiler made it.
-    cycles: the compiler's estimate, None if it gives none.
-    trips: iterations of a loop, where the text says so.
-    index: of a `get-tuple-element`.
-    target: of a custom call.
-    attributes: what stands behind the operands, as in the text.
-    root: whether it is the computation's result.
+    name: unique in its computation, without the `%`.
+    opcode: such as `fusion`, `while`, `all-reduce-start`.
+    shapes: the result's array; for a tuple, one shape for each array in it, nested ones included.
+    layout: type of the result's first array as it is written, with its layout: `f32[4,8]{1,0}`
+      says that dim 1 is the most minor; tiles (`T(8,128)`) and memory space (`S(1)`) may follow.
+    operands: names of the instructions that it reads, in order.
+    literal: the text in the parentheses, which for a constant is its value.
+    called: (role, computation) for each computation that it names, in order; roles are attributes
+      such as `body`, `condition`, `calls`.
+    op_name: path of the JAX name scopes that it was traced under; empty if the compiler made it.
+    cycles: the compiler's estimate of one execution; None if it gives none, as on CPU.
+    trips: number of iterations of a `while`; None where the text does not say.
+    target: of a custom call, the function that it calls; else empty.
+    attributes: the text after the operands.
+    root: whether it is the result of its computation.
   """
 
   name: str
@@ -105,20 +158,19 @@ class Instruction:
   op_name: str
   cycles: int | None
   trips: int | None
-  index: int | None
   target: str
   attributes: str
   root: bool
 
   @property
   def runs(self) -> tuple[str, ...]:
-    """Names of the computations whose instructions it executes one by one."""
+    """Names of the computations that it runs whose instructions are scheduled one by one."""
     roles = _RUNS.get(self.opcode, ())
     return tuple(name for role, name in self.called if role in roles)
 
   @property
   def holds(self) -> tuple[str, ...]:
-    """The same, and of a fusion what it fuses."""
+    """Names of all computations that it runs: those of `runs`, or the one that it fuses."""
     if self.opcode == "fusion":
       return tuple(name for role, name in self.called if role == "calls")
     return self.runs
@@ -126,11 +178,11 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """Instructions in the order in which they were scheduled.
+  """A named list of instructions, in the order in which they were scheduled.
 
   Attributes:
-    name: as in the text.
-    instructions: by name, in order.
+    name: unique in the module, without the `%`.
+    instructions: name -> instruction, in that order.
   """
 
   name: str
@@ -141,17 +193,17 @@ class Computation:
 
   @property
   def root(self) -> Instruction:
-    """Its result."""
+    """The instruction whose result is the computation's."""
     return next(i for i in self if i.root)
 
 
 @dataclasses.dataclass(frozen=True)
-class Module:
+class HloModule:
   """A whole program.
 
   Attributes:
-    computations: by name.
-    entry: name of the one that runs first.
+    computations: name -> computation, in the order of the text.
+    entry: name of the computation that runs first.
   """
 
   computations: Mapping[str, Computation]
@@ -161,74 +213,23 @@ class Module:
     return self.computations[name]
 
 
-@dataclasses.dataclass(frozen=True)
-class Visit:
-  """An instruction that runs, and what it stands in.
-
-  Attributes:
-    instruction, computation: the instruction, and where it is scheduled.
-    loops: number of loops round it.
-    conditional: name of the outermost conditional round it, if any.
-  """
-
-  instruction: Instruction
-  computation: Computation
-  loops: int
-  conditional: str | None
-
-
-def visits(module: Module) -> Iterator[Visit]:
-  """Yields every instruction that is scheduled by itself, once for each kind of surroundings."""
-  seen: set[tuple[str, bool, str | None]] = set()
-  todo: list[tuple[str, int, str | None]] = [(module.entry, 0, None)]
-  while todo:
-    name, loops, conditional = todo.pop()
-    if (name, loops > 0, conditional) in seen:
-      continue
-    seen.add((name, loops > 0, conditional))
-    for one in module[name]:
-      yield Visit(one, module[name], loops, conditional)
-      outer = conditional or (one.name if one.opcode == "conditional" else None)
-      todo += [(inner, loops + (one.opcode == "while"), outer) for inner in one.runs]
-
-
-@dataclasses.dataclass(frozen=True)
-class Entered:
-  """One step on the way from the entry computation down to an instruction.
-
-  Attributes:
-    instruction: a loop, a conditional, a call or a fusion.
-    where: name of the computation that it stands in.
-    into: name of the computation that it runs.
-  """
-
-  instruction: Instruction
-  where: str
-  into: str
-
-
-def walk(
-  module: Module, name: str = "", way: tuple[Entered, ...] = ()
-) -> Iterator[tuple[Instruction, Computation, tuple[Entered, ...]]]:
-  """Yields every instruction that runs, those inside fusions too, where it stands, and the way.
-
-  Unlike `visits`, once for every way there is: a computation that stands in several places runs in
-  all of them.
+def module_of(program: str | HloModule | jax.stages.Compiled) -> HloModule:
+  """Returns the parsed module of a program in any of its forms.
 
   Args:
-    module: the program.
-    name, way: the computation to begin with, and the way there; default, the entry.
+    program: what `jax.jit(f).lower(...).compile()` returns, its `as_text()`, or a parsed module,
+      which is returned as it is.
+
+  Raises:
+    ValueError: a text that has no entry computation.
   """
-  here = module[name or module.entry]
-  for one in here:
-    yield one, here, way
-    for into in one.holds:
-      if into in module.computations:
-        yield from walk(module, into, (*way, Entered(one, here.name, into)))
+  if isinstance(program, HloModule):
+    return program
+  return parse(program if isinstance(program, str) else program.as_text() or "")
 
 
-def parse(text: str) -> Module:
-  """Returns the program that `compiled.as_text()` describes.
+def parse(text: str) -> HloModule:
+  """Returns the module that `compiled.as_text()` describes.
 
   Raises:
     ValueError: the text has no entry computation.
@@ -245,10 +246,11 @@ def parse(text: str) -> Module:
       inside[found.name] = found
   if not entry:
     raise ValueError("no ENTRY computation in the text; pass compiled.as_text()")
-  return Module({name: Computation(name, body) for name, body in computations.items()}, entry)
+  return HloModule({name: Computation(name, body) for name, body in computations.items()}, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
+  """Reads `[ROOT] %name = TYPE opcode(operands), attributes`; None for any other line."""
   head = _INSTRUCTION.match(line)
   if not head:
     return None
@@ -259,7 +261,7 @@ def _instruction(line: str) -> Instruction | None:
   end = _closing(rest, opcode.end() - 1)
   inner, attributes = rest[opcode.end() : end], rest[end + 1 :]
   cycles = _number(_CYCLES, attributes)
-  target = re.search(r'custom_call_target="([^"]*)"', attributes)
+  target = _TARGET.search(attributes)
   name = _OP_NAME.search(attributes)
   return Instruction(
     name=head[2],
@@ -269,12 +271,13 @@ def _instruction(line: str) -> Instruction | None:
     operands=tuple(_NAME.findall(inner)),
     literal=inner,
     called=tuple(
-      (role, one) for role, names in _CALLED.findall(attributes) for one in _NAME.findall(names)
+      (role, callee)
+      for role, names in _CALLED.findall(attributes)
+      for callee in _NAME.findall(names)
     ),
     op_name=name[1] if name else "",
     cycles=None if cycles is None or cycles >= _NO_ESTIMATE else cycles,
     trips=_number(_TRIPS, attributes),
-    index=_number(_INDEX, attributes),
     target=target[1] if target else "",
     attributes=attributes,
     root=bool(head[1]),
@@ -282,18 +285,23 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
+  """All arrays in the text of a type, in order."""
   arrays = _ARRAY.findall(text)
   return tuple(Shape(dtype, tuple(map(int, filter(None, d.split(","))))) for dtype, d in arrays)
 
 
 def _type(text: str) -> tuple[str, str]:
-  """The result's type, which is an array or a tuple in parentheses, and what follows it."""
+  """Divides `TYPE opcode(...)` after the type, which is an array or a tuple in parentheses."""
+  # The type of a tuple has spaces inside, that of an array ends at the first one.
   end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
   return text[:end], text[end:]
 
 
 def _closing(text: str, start: int) -> int:
-  """Where the parenthesis that opens at `start` closes: layouts have some of their own."""
+  """Index of the parenthesis that closes the one at `start`; the length of the text if none does.
+
+  Tiles in layouts, such as `T(8,128)`, have parentheses too, so the first `)` need not be it.
+  """
   depth = 0
   for at in range(start, len(text)):
     depth += (text[at] == "(") - (text[at] == ")")
@@ -303,11 +311,13 @@ def _closing(text: str, start: int) -> int:
 
 
 def _number(pattern: re.Pattern[str], text: str) -> int | None:
+  """The number in the first match of a pattern, None without a match."""
   found = pattern.search(text)
   return int(found[1]) if found else None
 
 
 def _dtype_name(dtype: np.dtype) -> str:
+  """XLA's name of a NumPy dtype: `f32` for float32, `s32` for int32, `pred` for bool."""
   short = {"bool": "pred", "bfloat16": "bf16"}
   if dtype.name in short:
     return short[dtype.name]

@@ -1,9 +1,12 @@
-"""What a compiled program multiplies, by action: the FLOPs of its matrix products.
+"""Counts the FLOPs of a compiled program's matrix products, by action of the schedule.
 
-XLA's own count takes the body of a loop once, and nothing of what stands in a conditional but the
-dearest branch. Here loops count as often as they turn, and branches as often as the schedule has
-their action. Only `dot`s are read, as the CPU compiler leaves them: TPU makes convolutions of them
-and GPU calls of libraries.
+XLA's own count takes the body of a loop once, and of a conditional the most expensive branch. Here
+a loop counts as often as it runs, and a branch as often as the schedule has its action. Only `dot`s
+are read, which the CPU compiler leaves as they are; the TPU compiler makes convolutions of them and
+the GPU compiler calls of libraries, so that their programs would count too little:
+
+    %dot = f32[4,16] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+    with %x = f32[4,8]:   2 * (4 * 16) * 8 FLOPs
 """
 
 from __future__ import annotations
@@ -14,60 +17,79 @@ import math
 import re
 from collections.abc import Mapping
 
-from jaxpipe.pipeline.compiled.action_paths import ActionSite, every, once_each, runs
-from jaxpipe.pipeline.compiled.hlo import Computation, Instruction, Module, parse
+from jaxpipe.pipeline.compiled.action_paths import ActionSite, locate, once_each, runs
+from jaxpipe.pipeline.compiled.hlo import Computation, HloModule, Instruction, module_of
 from jaxpipe.schedules import Schedule
 
+# The dims of the first operand that are summed over.
+#     dot(%x, %w), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, ...
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Matmul:
-  """A product of two arrays.
+  """A matrix product.
 
   Attributes:
     name: of the instruction.
-    flops: of one product, a multiplication and an addition each counting one.
-    place: the action that it belongs to, and how often it runs.
+    flops: of one execution on one device; a multiplication and an addition count one each.
+    site: the action that it belongs to, and how often it runs there.
   """
 
   name: str
   flops: int
-  place: ActionSite
+  site: ActionSite
 
 
-def matmuls(program: str | Module) -> tuple[Matmul, ...]:
-  """Returns the matrix products of a program, in the order of the text.
+def matmuls(program: str | HloModule) -> tuple[Matmul, ...]:
+  """Returns the matrix products of a program, once for every path of calls that leads to one.
 
   Args:
     program: `compiled.as_text()`, or what `parse` made of it.
   """
-  module = parse(program) if isinstance(program, str) else program
   return tuple(
-    Matmul(name=one.name, flops=_flops(one, where), place=place)
-    for one, where, _, place in every(module, lambda opcode: opcode == "dot")
+    Matmul(
+      name=found.instruction.name,
+      flops=_flops(found.instruction, found.computation),
+      site=found.site,
+    )
+    for found in locate(module_of(program), lambda opcode: opcode == "dot")
   )
 
 
-def flops_of_actions(program: str | Module) -> dict[tuple[str, ...], int]:
-  """Path of scopes -> FLOPs of its matrix products each time that the action is done.
+def flops_of_actions(program: str | HloModule) -> dict[tuple[str, ...], int]:
+  """Returns the FLOPs of the matrix products of each action, each time that it is done.
 
-  Under `()` stands what belongs to no action, of one step.
+  Args:
+    program: `compiled.as_text()`, or what `parse` made of it.
+
+  Returns:
+    Path of an `ActionSite` -> FLOPs on one device. Under `()` are the FLOPs in one step of what
+    belongs to no action.
   """
   sums: dict[tuple[str, ...], int] = collections.defaultdict(int)
-  for one in once_each(matmuls(program), lambda one: one.flops):
-    sums[one.place.path] += one.flops * one.place.times
+  for matmul in once_each(matmuls(program), lambda matmul: matmul.flops):
+    sums[matmul.site.path] += matmul.flops * matmul.site.times
   return dict(sums)
 
 
 def flops_of_step(actions: Mapping[tuple[str, ...], int], schedule: Schedule) -> tuple[int, ...]:
-  """FLOPs of one step by device along `stage`: those of each action times its runs."""
+  """Returns the FLOPs of one step: those of each action times the number of its runs.
+
+  Args:
+    actions: from `flops_of_actions`.
+    schedule: of the step.
+
+  Returns:
+    FLOPs of each device along `stage`.
+  """
   each = [[flops * n for n in runs(schedule, path)] for path, flops in actions.items()]
   return tuple(map(sum, zip(*each, strict=True)))
 
 
-def _flops(one: Instruction, where: Computation) -> int:
-  (left,) = where.instructions[one.operands[0]].shapes
-  found = _CONTRACTED.search(one.attributes)
+def _flops(dot: Instruction, computation: Computation) -> int:
+  """FLOPs of one execution: two for every element of the result and of the contracted dims."""
+  (left,) = computation.instructions[dot.operands[0]].shapes
+  found = _CONTRACTED.search(dot.attributes)
   dims = [int(dim) for dim in found[1].split(",") if dim] if found else []
-  return 2 * one.shapes[0].size * math.prod(left.dims[dim] for dim in dims)
+  return 2 * dot.shapes[0].size * math.prod(left.dims[dim] for dim in dims)

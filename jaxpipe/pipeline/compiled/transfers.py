@@ -1,7 +1,12 @@
-"""Transfers between devices, and what the compiled program does meanwhile.
+"""Finds the transfers between stages, and what the compiled program does while they are under way.
 
-A transfer is free only if it starts early and ends late: the text lists instructions in the order
-in which they were scheduled, so whatever stands between its start and its end runs beside it.
+A transfer costs no time only if it starts early and ends late. The text lists instructions in the
+order in which they were scheduled, so that whatever stands between a transfer's start and its end
+runs beside it:
+
+    %start = (bf16[2,8], bf16[2,8], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+    %choice = bf16[2,8] conditional(%kind, %a, %b), branch_computations={%idle, %work}   beside it
+    %done = bf16[2,8] collective-permute-done(%start)
 """
 
 from __future__ import annotations
@@ -10,7 +15,8 @@ import dataclasses
 from collections.abc import Iterator
 
 from jaxpipe.pipeline.compiled.cycles import Cost, Estimates
-from jaxpipe.pipeline.compiled.hlo import Computation, Instruction, Module, visits
+from jaxpipe.pipeline.compiled.hlo import Computation, HloModule, Instruction
+from jaxpipe.pipeline.compiled.walk import visits
 
 _PERMUTE = "collective-permute"
 
@@ -20,13 +26,14 @@ class Permute:
   """A transfer between devices.
 
   Attributes:
-    name, computation: of the instruction that starts it.
-    asynchronous: whether other instructions may run before it is done.
-    conditional: the conditional that it stands in, if any. Devices may take different branches, and
-      those that do not come are waited for: a dead-lock.
+    name: of the instruction that starts the transfer.
+    computation: name of the computation that this instruction stands in.
+    asynchronous: whether other instructions may run before the transfer is done.
+    conditional: name of the outermost conditional round it; None if there is none. Devices may take
+      different branches of it, and the transfer waits for those that do not come: a dead-lock.
     in_loop: whether it stands in a loop.
-    under: what is scheduled between its start and its end, apart from other transfers, as (name,
-      opcode, op_name, cost); only what takes time.
+    under: (name, opcode, op_name, cost) of each instruction that is scheduled between its start and
+      its end and takes time, other transfers excepted.
   """
 
   name: str
@@ -38,53 +45,59 @@ class Permute:
 
   @property
   def hidden(self) -> Cost:
-    """Cost of all that runs meanwhile: `least` on a device that takes no costly branch."""
+    """Cost of all that runs beside it; `least` is that of a device which has no action then."""
     return Cost.sum(cost for *_, cost in self.under)
 
 
-def permutes(module: Module) -> list[Permute]:
-  """Lists the program's transfers between devices, in the order of the text."""
-  cost = Estimates(module)
+def permutes(module: HloModule) -> list[Permute]:
+  """Lists the transfers between devices, each instruction that starts one once.
+
+  A computation may be called from several places: a transfer in it is in a loop, or in a
+  conditional, if that is so for any of them.
+  """
+  estimates = Estimates(module)
   found: dict[tuple[str, str], Permute] = {}
   for visit in visits(module):
-    one, where = visit.instruction, visit.computation
-    carrier = _carrier(module, one)
-    if carrier is None:
+    instruction, computation = visit.instruction, visit.computation
+    asynchronous = _starts(module, instruction)
+    if asynchronous is None:
       continue
-    # The same computation may stand in several places; the worst of them counts.
-    before = found.get((where.name, one.name))
-    found[where.name, one.name] = Permute(
-      name=one.name,
-      computation=where.name,
-      asynchronous=carrier,
+    before = found.get((computation.name, instruction.name))
+    found[computation.name, instruction.name] = Permute(
+      name=instruction.name,
+      computation=computation.name,
+      asynchronous=asynchronous,
       conditional=visit.conditional or (before.conditional if before else None),
       in_loop=bool(visit.loops) or bool(before and before.in_loop),
-      under=tuple(_between(where, one, cost)) if carrier else (),
+      under=tuple(_between(computation, instruction, estimates)) if asynchronous else (),
     )
   return list(found.values())
 
 
-def _carrier(module: Module, one: Instruction) -> bool | None:
-  """Whether an instruction starts a transfer: True if asynchronously, None if it starts none."""
-  if one.opcode == "async-start":
-    inner = [i.opcode for name in one.runs for i in module[name]]
+def _starts(module: HloModule, instruction: Instruction) -> bool | None:
+  """Whether an instruction starts a transfer: True asynchronously, None if it starts none."""
+  # The generic form wraps the transfer in a computation of its own:
+  #     %start = ((bf16[2,8]), bf16[2,8]) async-start(%x), calls=%wrapped
+  if instruction.opcode == "async-start":
+    inner = [i.opcode for name in instruction.runs for i in module[name]]
     return True if _PERMUTE in inner else None
-  return {_PERMUTE: False, f"{_PERMUTE}-start": True}.get(one.opcode)
+  return {_PERMUTE: False, f"{_PERMUTE}-start": True}.get(instruction.opcode)
 
 
 def _between(
-  where: Computation, start: Instruction, cost: Estimates
+  computation: Computation, start: Instruction, estimates: Estimates
 ) -> Iterator[tuple[str, str, str, Cost]]:
-  """What is scheduled from a transfer's start to its end and takes time."""
-  names = list(where.instructions)
+  """Yields what takes time among the instructions from a transfer's start to its end."""
+  names = list(computation.instructions)
+  # Names that stand for the transfer: its start, and each `async-update` of it.
   carried = {start.name}
   for name in names[names.index(start.name) + 1 :]:
-    one = where.instructions[name]
-    if carried & set(one.operands):
-      if one.opcode.endswith("-done"):
+    instruction = computation.instructions[name]
+    if carried & set(instruction.operands):
+      if instruction.opcode.endswith("-done"):
         return
-      carried.add(name)  # async-update
-    elif _PERMUTE not in one.opcode:
-      spent = cost.of(one)
-      if spent.most or spent.unknown:
-        yield name, one.opcode, one.op_name, spent
+      carried.add(name)
+    elif _PERMUTE not in instruction.opcode:
+      cost = estimates.of(instruction)
+      if cost.most or cost.unknown:
+        yield name, instruction.opcode, instruction.op_name, cost

@@ -1,9 +1,12 @@
-"""What each layer of a stack costs, counted or measured, for the partitioner.
+"""What layers cost in time, counted or measured, for plans made before anything has run.
 
 A layer's forward, input gradient and weight gradient are the slices that the pipeline would run.
-Counted, their costs are FLOPs, as XLA counts them before it optimizes; measured, seconds on this
-process's first device, the least of several runs. The embedding counts with the first layer and the
-head with the last, for they are always in one stage.
+Counted, their costs are FLOPs as XLA counts them before it optimizes, the body of a loop once;
+measured, seconds on this process's first device, the least of several runs.
+
+    layer_costs     every layer, for the partitioner: the first with the embedding, the last with
+                    the head, for they are always in one stage
+    counted_costs   a device's share of layers of one kind, for the choice of a schedule
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from jaxpipe.pipeline.layer.residuals import AUTO, Policy, residual_policy
 from jaxpipe.pipeline.layer.slices import LayerSplit, Slice
 from jaxpipe.pipeline.layer.split import split
 from jaxpipe.pipeline.storage.rings import wide
+from jaxpipe.schedules import Costs
 from jaxpipe.schedules.partition.layer import LayerCost
+from jaxpipe.stack.context import LayerInputs, microbatch_inputs
+from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
 # What a slice costs.
@@ -30,14 +36,14 @@ _REPEATS = 5
 
 
 def layer_costs(
-  stack: Any,
+  stack: LayerStack,
   microbatch: Tree,
   *,
   measured: bool = False,
   residuals: str | Policy = AUTO,
   moments: int = 2,
 ) -> list[LayerCost]:
-  """Costs of the layers, in model order.
+  """Returns the cost of every layer, in model order.
 
   Args:
     stack: a `LayerStack`.
@@ -57,15 +63,15 @@ def layer_costs(
   seen: list[tuple[Any, Any, tuple[float, float, float]]] = []
   x, found = None, []
   for module, spec in stack.network.specs.items():
-    cut, y = _cut(stack, module, shapes, x, policy.layer if not policy.stage_input else None)
-    known = (prices for one, was, prices in seen if one.same_kind(spec) and was == _types(x))
+    one, y = _split(stack, module, shapes, x, policy.layer if not policy.stage_input else None)
+    known = (prices for same, was, prices in seen if same.same_kind(spec) and was == _types(x))
     prices = next(known, None)
     if prices is None:
-      prices = price(cut.forward), price(cut.input_grad), price(cut.weight_grad)
+      prices = price(one.forward), price(one.input_grad), price(one.weight_grad)
       seen.append((spec, _types(x), prices))
     forward, input_grad, weight_grad = prices
     again = forward if policy.stage_input else 0.0
-    kept = 0 if policy.stage_input else sum(_bytes(saved) for saved in cut.saved)
+    kept = 0 if policy.stage_input else sum(_bytes(saved) for saved in one.saved)
     params = jax.tree.leaves(stack.network.own(module, spec.shapes))
     found.append(
       LayerCost(
@@ -102,18 +108,26 @@ def _joined(a: LayerCost, b: LayerCost, named: LayerCost) -> LayerCost:
   )
 
 
-def _cut(
-  stack: Any, module: str, batch: Tree, x: Tree, keep: Policy | None
+def _split(
+  stack: LayerStack, module: str, batch: Tree, x: Tree, keep: Policy | None
 ) -> tuple[LayerSplit, Tree]:
-  """A module's slices, and the shapes of what it returns."""
+  """Splits a module; returns its slices and the shapes of what it returns.
+
+  Args:
+    stack: the `LayerStack`.
+    module: its name, such as `layers/3`.
+    batch: shapes of a microbatch.
+    x: shapes of what the module before returned; None for the embedding.
+    keep: the residual policy of a layer; None keeps everything.
+  """
   spec, rows = stack.network.specs[module], jax.tree.leaves(batch)[0].shape[0]
   numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
   number, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(jax.random.key, 0)
   inputs = dict(batch=batch, key=key, microbatch=number, rows=numbers, state=spec.state)
 
   def run(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Tree]:
-    rest = {**{name: value for name, value in inputs.items() if name != "state"}, "layer": 0}
-    y, after = stack.network.call(module, params, inputs["state"], x, True, rest)
+    given = microbatch_inputs(inputs)
+    y, after = stack.network.call(module, params, inputs["state"], x, True, given)
     return jax.tree.map(jnp.asarray, y), jax.tree.map(jnp.asarray, after)
 
   y, _ = jax.eval_shape(run, spec.shapes, inputs, x)
@@ -121,12 +135,57 @@ def _cut(
   return split(run, spec.shapes, inputs, () if x is None else x, keep), y
 
 
+def counted_costs(
+  stack: LayerStack, microbatch: Tree, devices: int, residuals: str | Policy = "dots"
+) -> Costs:
+  """Returns durations of F, I and W of a P-th part of the layers, and of the head, by their FLOPs.
+
+  The unit is that F. What waits for memory in place of arithmetic takes longer than this says.
+
+  Args:
+    stack: a uniform `LayerStack`.
+    microbatch: shapes of one microbatch on one data shard, leaves `[rows, ...]`.
+    devices: P.
+    residuals: as for `pipeline_value_and_grad`.
+  """
+  policy, shapes = residual_policy(residuals), stack.param_shapes()
+  x, rows = stack.check_shapes(microbatch), jax.tree.leaves(microbatch)[0].shape[0]
+  numbers = jnp.arange(rows, dtype=jnp.int32)
+  key, number = jax.random.key(0), jnp.int32(0)
+  inputs = LayerInputs(batch=microbatch, key=key, layer=number, microbatch=number, rows=numbers)
+  layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), shapes["layers"])
+
+  def apply(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Tree]:
+    return stack.apply_layer(params, x, True, inputs), ()
+
+  one = policy.traced(lambda keep: split(apply, layer, inputs, x, keep))
+  head = jax.value_and_grad(stack.apply_head, argnums=(0, 1), has_aux=True, allow_int=True)
+  forward = _flops(one.forward) or 1.0
+  again = 1.0 if policy.stage_input else 0.0
+  # The head runs on one device, beside that device's P-th part of the layers.
+  top = _flops_of(head, stack.head_params(shapes), x, microbatch) * devices / stack.depth
+  return Costs(
+    1.0,
+    again + _flops(one.input_grad) / forward,
+    _flops(one.weight_grad) / forward,
+    # A third each for the head's forward, input gradient and weight gradient.
+    head=top / forward / 3,
+  )
+
+
 def _flops(part: Slice) -> float:
-  counted = jax.jit(part).lower(*_arguments(part)).cost_analysis()
+  """FLOPs of a slice."""
+  return _flops_of(part, *_arguments(part))
+
+
+def _flops_of(function: Callable[..., Any], *arguments: Any) -> float:
+  """FLOPs of a function of these arguments, or stand-ins; 0 where XLA does not say."""
+  counted = jax.jit(function).lower(*arguments).cost_analysis()
   return float(counted.get("flops", 0)) if counted else 0.0
 
 
 def _seconds(part: Slice) -> float:
+  """Seconds of a slice on this process's first device, the least of several runs."""
   if not part.outputs:
     return 0.0
   run = jax.jit(part).lower(*_arguments(part)).compile()

@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import FSDP
 from jaxpipe.parallel.placing import map_param_trees, shardings
-from jaxpipe.pipeline.batch import microbatches
-from jaxpipe.pipeline.costs.workspace import workspace
+from jaxpipe.pipeline.costs.workspace import tree_bytes, workspace
 from jaxpipe.pipeline.device.device import Device
-from jaxpipe.pipeline.executor import Execution, lower_on
-from jaxpipe.pipeline.layer.residuals import AUTO, Policy, residual_policy
+from jaxpipe.pipeline.execution import Execution
+from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.storage.rings import wide
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
 
@@ -84,7 +84,7 @@ class MemoryReport:
 
 
 def memory_report(
-  stack: Any,
+  stack: LayerStack,
   schedule: Schedule,
   mesh: Mesh,
   example_batch: Tree,
@@ -105,74 +105,60 @@ def memory_report(
   Raises:
     ValueError, ScheduleError: as for `pipeline_value_and_grad`.
   """
-  stack = stack.laid_out(schedule)
-  policy = residual_policy(residuals, stack.uniform)
-  program = lower_on(schedule, mesh, policy, slack, head_apart=stack.uniform)
-  pipeline = Execution(stack, program, mesh, schedule, policy)
-  # The pieces of `parameters` are a step's arguments, and stay beside what is gathered from them.
-  gathers = schedule.placement.replicated or dict(mesh.shape).get(FSDP, 1) > 1
-  found: dict[str, int] = {}
-  saved: list[tuple[int, int]] = []
-
-  def local(params: Tree, state: Tree, batch: Tree, key: jax.Array) -> tuple[()]:
-    device, cells = pipeline.build(params, state, batch, key)
-    found.update(_count(device, cells, gathers))
-    saved.append(_saved_bytes(device))
-    return ()
-
-  shapes = stack.param_shapes()
+  execution = Execution.of(stack, schedule, mesh, residuals=residuals, slack=slack)
+  laid_out, shapes = execution.stack, execution.stack.param_shapes()
 
   def stored(tree: Tree) -> int:
-    here = lambda place, leaf: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize  # noqa: E731
-    places = shardings(tree, stack, schedule, mesh)
-    return sum(jax.tree.leaves(jax.tree.map(here, places, tree)))
+    """Bytes that one device holds of a placed tree of the shape of the parameters, or of state."""
+    places = shardings(tree, laid_out, schedule, mesh)
+    pairs = zip(jax.tree.leaves(places), jax.tree.leaves(tree), strict=True)
+    return sum(
+      math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for place, leaf in pairs
+    )
 
   def moments_of(params: Tree) -> Tree:
     return optimizer.init(jax.tree.map(lambda p: p.astype(wide(p.dtype)), params))
 
-  def start(params: Tree, state: Tree, batch: Tree, key: jax.Array) -> Any:
-    cut = microbatches(batch, schedule.microbatches, pipeline.shards)
-    return pipeline.over_mesh(local, ())(params, state, cut, key)
-
-  key = jax.eval_shape(jax.random.key, 0)
-  jax.eval_shape(start, shapes, pipeline.state_shapes, example_batch, key)
   moments = jax.eval_shape(moments_of, shapes) if optimizer else ()
-  kept, waits = saved[-1]
+  # What a device owns of the parameters is an argument of the step, and stays beside what is
+  # gathered from it.
+  gathers = schedule.placement.replicated or dict(mesh.shape).get(FSDP, 1) > 1
+  held, (kept, waits) = execution.inspect(
+    example_batch, lambda device: (_held(device, gathers), _saved_bytes(device))
+  )
   unit = kept or 1  # a layer that only adds a bias keeps nothing
   return MemoryReport(
     {
       "parameters": stored(shapes),
-      "optimizer": sum(jax.tree.leaves(map_param_trees(stored, moments, _bytes))),
-      "batch": _bytes(example_batch) // pipeline.shards,
-      **({"state": stored(pipeline.state_shapes)} if stack.has_state else {}),
-      **found,
+      "optimizer": sum(jax.tree.leaves(map_param_trees(stored, moments, tree_bytes))),
+      "batch": tree_bytes(example_batch) // execution.shards,
+      **({"state": stored(execution.state_shapes)} if laid_out.has_state else {}),
+      **held,
     },
     (kept / unit, (waits - kept) / unit, -waits / unit),
     unit,
   )
 
 
-def _count(device: Device, cells: Any, gathers: bool) -> dict[str, int]:
-  """What one device holds beside what it is given; inside `shard_map`."""
-  state = device.start()
+def _held(device: Device, gathers: bool) -> dict[str, int]:
+  """Kind -> bytes of what a device holds beside its arguments; called inside `shard_map`."""
+  carry = device.start()
   return {
-    "gathered": _bytes((device.weights.kept(), device.local.params)) if gathers else 0,
-    "weights": _bytes(state.weights),
-    "gradients": _bytes(state.grads),
-    "activations": _bytes(state.activations),
-    "gradient_ring": _bytes(state.gradients),
-    "saved": _bytes(state.pools),
-    "vocabulary": _bytes(state.vocabulary),
-    "shared": _bytes(device.local.params.get("shared", ())),
-    "workspace": workspace(device, state, cells),
+    "gathered": tree_bytes((device.weights.kept(), device.context.params)) if gathers else 0,
+    "weights": tree_bytes(carry.weights),
+    "gradients": tree_bytes(carry.grads),
+    "activations": tree_bytes(carry.activations),
+    "gradient_ring": tree_bytes(carry.gradients),
+    "saved": tree_bytes(carry.pools),
+    "vocabulary": tree_bytes(carry.vocabulary),
+    "shared": tree_bytes(device.context.params.get("shared", ())),
+    "workspace": workspace(device, carry),
   }
 
 
 def _saved_bytes(device: Device) -> tuple[int, int]:
-  """What F keeps of one stage and microbatch, and what W waits for."""
+  """Bytes that F keeps of one stage and microbatch, and bytes that wait for its W."""
   kept, waits = device.stage.saved_bytes()
-  return kept + (_bytes(device.local.x) if device.local.program.keeps_input else 0), waits
-
-
-def _bytes(tree: Tree) -> int:
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  if device.context.program.keeps_input:
+    kept += tree_bytes(device.context.x)
+  return kept, waits

@@ -1,30 +1,30 @@
-"""What it costs that unlike stages share arrays of one shape: bytes that are held, and needed.
+"""Bytes that padding costs where stages are not alike: what devices hold, and what they need.
 
-Every device holds as much as the hungriest needs of each kind, and the hungriest of one kind need
-not be that of another. The waste of a kind is what all devices hold over what all need.
+One program runs on all devices, so their arrays have one shape: of each kind of memory, every
+device holds as much as the device that needs most of that kind. Which device that is may differ
+from kind to kind. The waste of a kind is the bytes that all devices hold over those that all
+devices need.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.flat import ROW, Flat
 from jaxpipe.parallel.replicas import owned
-from jaxpipe.pipeline.batch import microbatches
-from jaxpipe.pipeline.costs.workspace import live_peak
+from jaxpipe.pipeline.costs.workspace import slice_peak, tree_bytes
 from jaxpipe.pipeline.device.device import Device
 from jaxpipe.pipeline.device.switched_stages import SwitchedStages
-from jaxpipe.pipeline.executor import Execution, lower_on
-from jaxpipe.pipeline.layer.residuals import AUTO, Policy, residual_policy
+from jaxpipe.pipeline.execution import Execution
+from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.storage.rings import wide
-from jaxpipe.schedules import Schedule
+from jaxpipe.schedules import Placement, Schedule
+from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
 
@@ -72,7 +72,7 @@ class PackingReport:
 
 
 def packing_report(
-  stack: Any,
+  stack: LayerStack,
   schedule: Schedule,
   mesh: Mesh,
   example_batch: Tree,
@@ -91,97 +91,120 @@ def packing_report(
   Raises:
     ValueError: the stack is uniform, and nothing is packed.
   """
-  stack = stack.laid_out(schedule)
-  if stack.uniform:
-    raise ValueError("the stack's layers are alike: they lie stacked, and nothing is packed")
-  policy = residual_policy(residuals, stack.uniform)
-  program = lower_on(schedule, mesh, policy, 0, head_apart=False)
-  pipeline = Execution(stack, program, mesh, schedule, policy)
-  found: list[PackingReport] = []
+  execution = Execution.of(stack, schedule, mesh, residuals=residuals)
 
-  def local(params: Tree, state: Tree, batch: Tree, key: jax.Array) -> tuple[()]:
-    device, _ = pipeline.build(params, state, batch, key)
-    found.append(_report(device, schedule, moments))
-    return ()
+  def report(device: Device) -> PackingReport:
+    if not isinstance(device.stage, SwitchedStages):
+      raise ValueError("the stack's layers are alike: they lie stacked, and nothing is packed")
+    return _report(device, device.stage, schedule, moments)
 
-  def start(params: Tree, state: Tree, batch: Tree, key: jax.Array) -> Any:
-    cut = microbatches(batch, schedule.microbatches, pipeline.shards)
-    return pipeline.over_mesh(local, ())(params, state, cut, key)
-
-  key = jax.eval_shape(jax.random.key, 0)
-  jax.eval_shape(start, stack.param_shapes(), pipeline.state_shapes, example_batch, key)
-  return found[-1]
+  found: PackingReport = execution.inspect(example_batch, report)
+  return found
 
 
-def _report(device: Device, schedule: Schedule, moments: int) -> PackingReport:
-  stages, program = device.stage, device.local.program
-  assert isinstance(stages, SwitchedStages)
-  packed, placement = stages.packed, schedule.placement
+def _report(
+  device: Device, stages: SwitchedStages, schedule: Schedule, moments: int
+) -> PackingReport:
+  """Counts what a device holds, and what each device's own stages need; inside `shard_map`."""
+  inside = [
+    max(map(slice_peak, (s.forward, s.recompute, s.backward, s.input_grad, s.weight_grad)))
+    for s in stages.splits
+  ]
+  return PackingReport(
+    _held(device, stages, moments, len(owned(schedule.placement)[0]), max(inside)),
+    _needed(device, stages, moments, schedule.placement, inside),
+  )
+
+
+def _held(
+  device: Device, stages: SwitchedStages, moments: int, rows: int, workspace: int
+) -> dict[str, int]:
+  """Kind -> bytes that every device holds, padding included.
+
+  Args:
+    device, stages: the device and its actions, traced.
+    moments: float32 copies of the parameters that the optimizer keeps.
+    rows: packed rows that a device owns, one for each of its stages.
+    workspace: bytes of the inside of the largest action of any stage.
+  """
+  packed, carry = stages.packed, device.start()
+  arenas = carry.pools[: len(stages.layout.arenas.pools)]
+  return {
+    "parameters": rows * _row_bytes(packed.widths),
+    "optimizer": moments * rows * _row_bytes(packed.widths, widened=True),
+    "state": rows * _row_bytes(packed.state_widths),
+    "gradients": tree_bytes(carry.grads["layers"]),
+    "activations": tree_bytes(carry.activations),
+    "gradient_ring": tree_bytes(carry.gradients),
+    "saved": tree_bytes(arenas),
+    "workspace": workspace,
+    "shared": tree_bytes(dict(stages.shared)) + tree_bytes(carry.grads["shared"]),
+  }
+
+
+def _needed(
+  device: Device,
+  stages: SwitchedStages,
+  moments: int,
+  placement: Placement,
+  inside: Sequence[int],
+) -> dict[str, list[int]]:
+  """Kind -> bytes that the stages of each device need, without padding.
+
+  Args:
+    device, stages, moments: as for `_held`.
+    placement: which device holds which stages; with replicas, a device holds more than it owns.
+    inside: for each stage, bytes of the inside of its largest action.
+  """
+  program, packed = device.context.program, stages.packed
   own = owned(placement)
   holds = [
     [placement.stage(d, v) for v in range(placement.chunks)] for d in range(placement.devices)
   ]
-  slots, floats = program.slots, stages.boundaries
-  each: dict[str, list[int]] = {
+  slots, flats = program.slots, stages.boundaries.flats
+  bytes_of_row = [ROW * shape.dtype.itemsize for shape in stages.layout.arenas.shapes]
+  rows_used = stages.layout.arenas.cells(program)[1]
+  return {
     "parameters": [sum(_used(packed.params[s]) for s in mine) for mine in own],
     "optimizer": [
       moments * sum(_used(packed.params[s], widened=True) for s in mine) for mine in own
     ],
     "state": [sum(_used(packed.state[s]) for s in mine) for mine in own],
     "gradients": [sum(_used(packed.params[s], widened=True) for s in mine) for mine in holds],
-    "activations": [slots["activations"] * max(_used(floats[s]) for s in mine) for mine in holds],
+    "activations": [slots["activations"] * max(_used(flats[s]) for s in mine) for mine in holds],
     "gradient_ring": [
-      slots["gradients"] * max(_used(floats[s + 1], floats_only=True) for s in mine)
+      slots["gradients"] * max(_used(flats[s + 1], floats_only=True) for s in mine)
+      for mine in holds
+    ],
+    "saved": [int(sum(n * b for n, b in zip(row, bytes_of_row, strict=True))) for row in rows_used],
+    "workspace": [max(inside[s] for s in mine) for mine in holds],
+    # Each borrowed leaf, and the sum of its gradient.
+    "shared": [
+      2 * sum(tree_bytes(stages.shared[of]) for s in mine for of in packed.borrowed[s].values())
       for mine in holds
     ],
   }
-  bytes_of_row = [ROW * shape.dtype.itemsize for shape in stages.layout.arenas.shapes]
-  rows = stages.layout.arenas.cells(program)[1]
-  each["saved"] = [int(sum(n * b for n, b in zip(row, bytes_of_row, strict=True))) for row in rows]
-  inside = [_inside(one) for one in stages.splits]
-  each["workspace"] = [max(inside[s] for s in mine) for mine in holds]
-  state = device.start()
-  arenas = state.pools[: len(bytes_of_row)]
-  row_bytes = sum(w * jnp.dtype(n).itemsize for n, w in packed.widths.items())
-  wide_bytes = sum(w * wide(jnp.dtype(n)).itemsize for n, w in packed.widths.items())
-  state_bytes = sum(w * jnp.dtype(n).itemsize for n, w in packed.state_widths.items())
-  borrowed = [
-    sum(_leaf_bytes(stages.shared[owner]) for s in mine for owner in packed.borrowed[s].values())
-    for mine in holds
-  ]
-  each["shared"] = [2 * n for n in borrowed]
-  held = {
-    "parameters": len(own[0]) * row_bytes,
-    "optimizer": moments * len(own[0]) * wide_bytes,
-    "state": len(own[0]) * state_bytes,
-    "gradients": _bytes(state.grads["layers"]),
-    "activations": _bytes(state.activations),
-    "gradient_ring": _bytes(state.gradients),
-    "saved": _bytes(arenas),
-    "workspace": max(inside),
-    "shared": _bytes(dict(stages.shared)) + _bytes(state.grads["shared"]),
-  }
-  return PackingReport(held, each)
 
 
-def _used(flat: Flat, *, widened: bool = False, floats_only: bool = False) -> int:
-  """Bytes of a layout's leaves."""
-  dtypes = {name: jnp.dtype(name) for name in flat.used}
+def _row_bytes(widths: Mapping[str, int], *, widened: bool = False) -> int:
+  """Bytes of one packed row; `widened`, in the precision in which sums are kept."""
+  dtypes = {name: jnp.dtype(name) for name in widths}
   return sum(
-    flat.used[name] * (wide(dtype) if widened else dtype).itemsize
-    for name, dtype in dtypes.items()
-    if not floats_only or jnp.issubdtype(dtype, jnp.inexact)
+    widths[name] * (wide(dtype) if widened else dtype).itemsize for name, dtype in dtypes.items()
   )
 
 
-def _inside(one: Any) -> int:
-  parts = (one.forward, one.recompute, one.backward, one.input_grad, one.weight_grad)
-  return max(live_peak(part.equations, part.outputs) for part in parts if part)
+def _used(flat: Flat, *, widened: bool = False, floats_only: bool = False) -> int:
+  """Bytes of a layout's leaves without padding.
 
-
-def _leaf_bytes(leaf: Any) -> int:
-  return int(math.prod(leaf.shape) * leaf.dtype.itemsize)
-
-
-def _bytes(tree: Tree) -> int:
-  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  Args:
+    flat: the layout.
+    widened: count in the precision in which sums are kept.
+    floats_only: leave out leaves that have no gradient.
+  """
+  used = {
+    name: n
+    for name, n in flat.used.items()
+    if not floats_only or jnp.issubdtype(jnp.dtype(name), jnp.inexact)
+  }
+  return _row_bytes(used, widened=widened)

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
-from jaxpipe.pipeline.device.context import Carry
+from jaxpipe.pipeline.device.carry import Carry
 from jaxpipe.pipeline.device.device import Device
 from jaxpipe.pipeline.layer.interpret import Equation, Var, bodies
+from jaxpipe.pipeline.layer.slices import Slice
 from jaxpipe.schedules import Kind
 
 # Equations whose operands and results lie in memory; all others are fused into their readers.
@@ -27,34 +28,45 @@ _LIES_IN_MEMORY = (
 )
 
 
-def workspace(device: Device, state: Carry, cells: Any) -> int:
-  """Returns bytes that one device needs beside the state that it carries.
+def workspace(device: Device, carry: Carry) -> int:
+  """Estimates the bytes that one device needs beside what it carries from tick to tick.
+
+  They are the table of ticks, what is sent and received at the end of a tick, and the inside of the
+  action that needs most.
 
   Args:
-    device, state: the device and what it carries, traced.
-    cells: int32 [ticks, P, values].
+    device: traced.
+    carry: what it carries.
   """
-  stage, program = device.stage, device.local.program
-  of_slice = lambda part: live_peak(part.equations, part.outputs) if part else 0  # noqa: E731
-  of_slices = lambda name: max(of_slice(getattr(one, name)) for one in stage.splits)  # noqa: E731
-  again = stage.scratch.one_each_bytes() if stage.scratch else 0
+  stage, program = device.stage, device.context.program
+  # A second forward inside B or I has pools of its own.
+  again = stage.remade.one_each_bytes() if stage.remade else 0
   of_kind = {
-    Kind.F: of_slices("forward"),
-    Kind.R: of_slices("recompute"),
-    Kind.B: of_slices("backward") + again,
-    Kind.I: of_slices("input_grad") + again,
-    Kind.W: of_slices("weight_grad"),
+    Kind.F: max(slice_peak(one.forward) for one in stage.splits),
+    Kind.R: max(slice_peak(one.recompute) for one in stage.splits),
+    Kind.B: max(slice_peak(one.backward) for one in stage.splits) + again,
+    Kind.I: max(slice_peak(one.input_grad) for one in stage.splits) + again,
+    Kind.W: max(slice_peak(one.weight_grad) for one in stage.splits),
   }
-  for kind, apart in stage.apart.items():
-    of_kind[kind] += apart.layout.one_each_bytes()
+  for kind, scratch in stage.scratch.items():
+    of_kind[kind] += scratch.layout.one_each_bytes()
   head = device.ends.heaviest()
   widest = max(live_peak(head.eqns, head.outvars), *(of_kind.get(k, 0) for k in program.kinds))
-  # What is sent and what arrives; with slack, what is on its way besides.
-  x = 2 * sum(map(_bytes, jax.tree.leaves(device.local.x)))
-  flight = sum(map(_bytes, jax.tree.leaves(state.flight)))
-  columns = [program.table, program.meetings.slots, program.meetings.home]
-  table = 4 * program.ticks * (sum(map(len, columns)) + cells.shape[-1])
-  return table + x + flight + widest
+  # What is sent and what arrives; with slack, also what is still on its way.
+  travelling = 2 * tree_bytes(device.context.x) + tree_bytes(carry.flight)
+  columns = [program.table, program.collectives.slots, program.collectives.home]
+  table = 4 * program.ticks * (sum(map(len, columns)) + device.cells.shape[-1])
+  return table + travelling + widest
+
+
+def slice_peak(part: Slice | None) -> int:
+  """Estimates the most bytes alive at once inside one slice of a layer; 0 where there is none."""
+  return live_peak(part.equations, part.outputs) if part else 0
+
+
+def tree_bytes(tree: Any) -> int:
+  """Bytes of all arrays, or stand-ins of arrays, in a tree."""
+  return sum(map(_bytes, jax.tree.leaves(tree)))
 
 
 def live_peak(equations: Sequence[Equation], outputs: Sequence[Any]) -> int:

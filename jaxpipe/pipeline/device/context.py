@@ -1,148 +1,43 @@
-"""What one device knows and carries: the words that the parts of a tick have in common."""
+"""What a device knows for the whole step: its program, its data, and its randomness."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxpipe.pipeline.device.probe import Probe
 from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.varying import vary
 from jaxpipe.pipeline.storage import rings
-from jaxpipe.pipeline.storage.pools import Pools
 from jaxpipe.pipeline.storage.rings import Tree
-from jaxpipe.pipeline.table.program import CODE, Doing, Program
-from jaxpipe.schedules import Kind
+from jaxpipe.pipeline.table.program import Program
 
 
-class Totals(NamedTuple):
-  """Sums over the microbatches that this device has finished."""
-
-  loss: jax.Array
-  weight: jax.Array
-  metrics: Tree
-
-
-class Carry(NamedTuple):
-  """What the loop carries.
-
-  Attributes:
-    activations, gradients: rings; see `program.py`.
-    pools: saved values.
-    weights: ring of what G gathers, leaf by leaf; empty where weights lie whole.
-    vocabulary: ring of what a shard of the head keeps; empty where the last stage has all of it.
-    flight: what was sent on the tick before and is still on its way; None without slack.
-    grads: sums; empty in evaluation.
-    totals: sums.
-  """
-
-  activations: Tree
-  gradients: Tree
-  pools: Pools
-  weights: list[jax.Array]
-  vocabulary: dict[str, Tree]
-  flight: Tree | None
-  grads: dict[str, Tree]
-  totals: Totals
-
-
-@dataclasses.dataclass(frozen=True)
-class Now:
-  """One tick on one device.
-
-  Attributes:
-    row: the device's row of the table, by column.
-    doing: what may happen on this tick on any device, known before the program runs.
-  """
-
-  row: SimpleNamespace
-  doing: Doing
-
-  def __getattr__(self, column: str) -> jax.Array:
-    value: jax.Array = getattr(self.row, column)
-    return value
-
-  def does(self, *kinds: Kind) -> jax.Array:
-    """Whether this device's action is one of `kinds`."""
-    return jnp.stack([self.row.kind == CODE[kind] for kind in kinds]).any()
-
-  def when(
-    self, kinds: Sequence[Kind], run: Callable[..., Any], skip: Callable[..., Any], *args: Any
-  ) -> Any:
-    """Does `run(*args)` where this device's action is one of `kinds`, else `skip(*args)`.
-
-    No conditional where the tick's table says already what all devices do.
-    """
-    codes = {CODE[kind] for kind in kinds}
-    if not codes & self.doing.kinds:
-      return skip(*args)
-    with jax.named_scope("_".join(kinds)):
-      if self.doing.kinds <= codes:
-        return run(*args)
-      return lax.cond(self.does(*kinds), run, skip, *args)
-
-  def at_end(
-    self,
-    end: str,
-    kinds: Sequence[Kind],
-    run: Callable[..., Any],
-    skip: Callable[..., Any],
-    *args: Any,
-  ) -> Any:
-    """The same where the action stands at the `first` or `last` stage of the path besides."""
-    codes = {CODE[kind] for kind in kinds}
-    if not codes & getattr(self.doing, end):
-      return skip(*args)
-    with jax.named_scope(f"{end}_stage"):
-      return lax.cond(self.does(*kinds) & (getattr(self.row, end) > 0), run, skip, *args)
-
-  def meet(self, column: str, run: Callable[..., Any], *args: Any) -> Any:
-    """Does `run(column, m, *args)` on all devices where they meet over m, else returns `args`.
-
-    One argument is returned as it is, not as a tuple of one.
-    """
-    same = args if len(args) > 1 else args[0]
-    if (column, True) not in self.doing.meetings:
-      return same
-    m = self.column(column)
-    with jax.named_scope(column):
-      if (column, False) not in self.doing.meetings:
-        return run(column, m, *args)
-      return lax.cond(
-        m >= 0,
-        lambda *args: run(column, m, *args),
-        lambda *args: args if len(args) > 1 else args[0],
-        *args,
-      )
-
-  def column(self, *parts: str) -> jax.Array:
-    """A column of the row, by its name's parts."""
-    value: jax.Array = getattr(self.row, "_".join(parts))
-    return value
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceContext:
-  """One device's side of the program; everything is traced inside `shard_map`.
+  """One device's side of a step, the same on every tick; everything is traced inside `shard_map`.
 
   Attributes:
-    stack, program, axes, poison: see `pipeline_value_and_grad`.
-    blocking: whether a device that waits in a transfer works on nothing else, as on CPU.
+    program: the tick table.
+    axes: names of all mesh axes, over each of which everything here varies.
+    poison: whether to fill with NaN what no action has written; for tests.
+    blocking: whether a device that waits in a transfer works on nothing else, as CPUs do.
     probe: reads the clock round every action; None for a program that reads none.
-    params: embedding and head, varying over all axes; the head's with tied leaves.
-    batch: leaves [M, rows, ...]; key, rows: for dropout.
+    params: parameters outside the layers, `embed` and `head`, the head's with the leaves that are
+      tied to the embedding; of a packed stack also `shared`, what several stages read.
+    batch: the batch in microbatches, this device's rows of each, leaves `[M, rows, ...]`.
+    key: PRNG key of the step for dropout, or None.
+    rows: int32 [rows], the number of each of this device's rows within the whole microbatch.
     training: False where only forwards run.
-    state: of a packed stack, rows of what is not trained, [V, width] for each dtype.
-    x: stand-in of the activation that travels between stages; only its type is ever used.
+    state: model state of a packed stack, dtype -> [V, width]; empty where there is none.
+    x: stands for the activation that travels between stages; only its type is ever used, and it is
+      None until `build.py` has found it.
   """
 
-  stack: Any
   program: Program
   axes: tuple[str, ...]
   poison: bool
@@ -157,7 +52,7 @@ class DeviceContext:
   x: Tree = None
 
   def microbatch(self, m: jax.Array) -> Tree:
-    """A microbatch's own inputs."""
+    """A microbatch's own inputs, leaves `[rows, ...]`."""
     return rings.get(self.batch, m)
 
   def vary(self, tree: Tree) -> Tree:
@@ -169,7 +64,7 @@ class DeviceContext:
     return self.vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
   def idle(self, like: Sequence[Any]) -> list[jax.Array]:
-    """What a device that does nothing sends: zeros, or NaN under `poison`."""
+    """What a device returns where it does nothing: zeros, or NaN under `poison`."""
     fill = jnp.nan if self.poison else 0
 
     def blank(leaf: Any) -> jax.Array:
@@ -178,7 +73,6 @@ class DeviceContext:
     leaves: list[jax.Array] = self.vary([blank(leaf) for leaf in like])
     return leaves
 
-
-def accumulate(sums: Tree, new: Tree) -> Tree:
-  """Adds leaf by leaf, in the sums' own precision."""
-  return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new)
+  def ring(self, shapes: Tree, slots: int) -> Tree:
+    """A ring of `slots` slots of these shapes, its contents undefined, or NaN under `poison`."""
+    return rings.allocate(shapes, slots, self.axes, self.poison)

@@ -4,22 +4,27 @@ Every device runs the same loop over the ticks of a `Program`, and does on each 
 of the table says. One tick:
 
     [0] gather where weights are cut over `fsdp`: those of a stage, into a slot of `weights`
-    [1] enter  where the vocabulary is sharded: the embedding's shards meet
+    [1] enter  where the vocabulary is cut over the stages: all devices embed a microbatch together
     [2] F      y, from the stage's input; what is kept goes to its cells
-    [3] leave  at the last stage: loss, and, where the head is apart, dy into `gradients` or y to
-               the head's shards
+    [3] leave  at the last stage: the loss, and its gradient into `gradients`; or y to the head's
+               shards
     [4] R      what F dropped
     [5] B / I  dx; I leaves what W waits for in cells that it may just have freed
     [6] back   at the first stage: dx into the embedding's gradient
-    [7] W      from the cells
-    [8] S / T  the head on a shard of the vocabulary; after the last S, loss and dy
+    [7] W      the gradient of the stage's weights, from the cells
+    [8] S / T  the head on a shard of the vocabulary; after the last S, loss and its gradient
     [9] send   y or dx to the neighbours; what arrives goes into its slot
 
-Rules that the shape of this loop follows; each was paid for:
-- A conditional returns only what it writes.
-- `ppermute` stands outside every branch: inside one it waits for devices that took another.
-- The loop is never differentiated: F, I and W are explicit.
-- Parameters are cast to *varying* once, so that gradients stay local and are reduced once a step.
+A device does one of F, R, B, I, W, S, T and G on a tick, so [2] to [8] are conditionals of which at
+most one kind is taken. Rules that the shape of this loop follows, each of which was measured:
+
+- A conditional returns only what it writes, and takes as operands only what it reads: XLA copies
+  whole a buffer that a conditional both reads and returns.
+- `ppermute` stands outside every conditional. Its rendezvous waits for every pair of devices in the
+  program, and a device that took another branch would never come: a dead-lock.
+- The loop is never differentiated: F, I and W are explicit functions.
+- Parameters are cast to *vary* over all mesh axes once, before the loop, so that gradients stay
+  local and are reduced once a step, not once a microbatch.
 """
 
 from __future__ import annotations
@@ -27,356 +32,329 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxpipe.parallel.mesh import STAGE
-from jaxpipe.parallel.placing import gather_fsdp
-from jaxpipe.pipeline.device.context import Carry, DeviceContext, Now, Totals
-from jaxpipe.pipeline.device.looped_stage import ActionArguments, LoopedStage, cut_stack
+from jaxpipe.pipeline.device.build import build_parts
+from jaxpipe.pipeline.device.carry import Carry, Totals, sum_type
+from jaxpipe.pipeline.device.context import DeviceContext
+from jaxpipe.pipeline.device.now import Now
 from jaxpipe.pipeline.device.order import after
 from jaxpipe.pipeline.device.probe import END, START
-from jaxpipe.pipeline.device.sharded_ends import ShardedEnds
-from jaxpipe.pipeline.device.switched_stages import PackedEnds, SwitchedStages, cut_stages
+from jaxpipe.pipeline.device.protocols import ActionArguments, Ends, Leaves, StageActions
 from jaxpipe.pipeline.device.weights import Weights
-from jaxpipe.pipeline.device.whole_ends import InnerEnds, WholeEnds
-from jaxpipe.pipeline.layer.equations import lenient
 from jaxpipe.pipeline.layer.floats import float_leaves, with_float_leaves
 from jaxpipe.pipeline.layer.residuals import Residuals
 from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.pools import Storage
-from jaxpipe.pipeline.storage.rings import Tree, wide
+from jaxpipe.pipeline.storage.rings import Tree
 from jaxpipe.pipeline.table.program import CODE, Doing
 from jaxpipe.schedules import Kind
+from jaxpipe.stack.protocol import PackedStack, UniformStack
 
-Leaves = list[jax.Array]
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
   """One device's side of the program; every method is traced inside `shard_map`.
 
   Attributes:
-    local: what it knows.
+    context: what the device knows for the whole step.
     ends: embedding and head.
-    stage: the actions of one stage.
+    stage: the actions of its stages.
     weights: the parameters that they read.
-    lengths: cells of each pool.
-    totals: zeros of the right types.
+    cells: int32 [ticks, P, values], where each tick's action reads and writes saved values.
+    lengths: number of cells of each pool.
+    totals: zeros of the sums of loss, weight and metrics.
   """
 
-  local: DeviceContext
-  ends: WholeEnds | ShardedEnds
-  stage: LoopedStage | SwitchedStages
+  context: DeviceContext
+  ends: Ends
+  stage: StageActions
   weights: Weights
+  cells: np.ndarray
   lengths: tuple[int, ...]
   totals: Totals
 
   @classmethod
   def build(
-    cls, local: DeviceContext, pieces: Tree, specs: Tree, layers: int, policy: Residuals | None
-  ) -> tuple[Device, Any]:
-    """Traces a stage, cuts it, and finds the types of all that travels.
-
-    Args:
-      local: the device, as yet without an `x`.
-      pieces, specs: parameters of the device's layers, and how they lie.
-      layers: of a stage.
-      policy: what F keeps; None where only forwards run.
-
-    Returns:
-      The device, and the table of cells, int32 [ticks, P, values].
-    """
-    uniform = local.stack.uniform
-    build = _layers_alike if uniform else _unlike_stages
-    local, stage, weights = build(local, pieces, specs, layers, policy)
-    one = rings.get(local.batch, 0)
-    sums = jax.eval_shape(lenient(local.stack.apply_head), local.params["head"], local.x, one)
-    totals = Totals(sums[0], *sums[1])
-    cells, lengths = stage.cells(local.program)
-    totals = local.zeros(jax.tree.map(_sum_type, totals))
-    whole = WholeEnds if uniform else InnerEnds
-    ends = ShardedEnds if local.program.schedule.vocabulary else whole
-    return cls(local, ends(local), stage, weights, lengths, totals), cells
+    cls,
+    stack: UniformStack | PackedStack,
+    context: DeviceContext,
+    pieces: Tree,
+    specs: Tree,
+    layers: int,
+    policy: Residuals | None,
+  ) -> Device:
+    """Traces and splits the stages; arguments as of `build_parts`."""
+    parts = build_parts(stack, context, pieces, specs, layers, policy)
+    cells, lengths = parts.stage.cells(context.program)
+    return cls(
+      context=parts.context,
+      ends=parts.ends,
+      stage=parts.stage,
+      weights=parts.weights,
+      cells=cells,
+      lengths=lengths,
+      totals=parts.totals,
+    )
 
   def start(self) -> Carry:
-    """The loop's state before the first tick."""
-    local, length = self.local, self.local.program.length
-    x = jax.tree.leaves(local.x)
-    ring = lambda shapes, name: rings.allocate(  # noqa: E731
-      shapes, length(name), local.axes, local.poison
-    )
-    params = {**local.params, "layers": self.weights.whole()}
-    sums = local.zeros(jax.tree.map(_sum_type, params)) if local.training else {}
+    """The carry before the first tick: rings and pools undefined, sums zero."""
+    context, length = self.context, self.context.program.length
+    x = jax.tree.leaves(context.x)
+    params = {**context.params, "layers": self.weights.whole()}
+    sums = context.zeros(jax.tree.map(sum_type, params)) if context.training else {}
     return Carry(
-      activations=ring(x, "activations"),
-      gradients=ring(float_leaves(x), "gradients"),
+      activations=context.ring(x, length("activations")),
+      gradients=context.ring(float_leaves(x), length("gradients")),
       pools=self.stage.allocate(self.stage.layout.pools, self.lengths),
-      weights=ring(self.weights.slot(), "weights"),
-      vocabulary=ring(self.ends.held(), "vocabulary"),
-      flight=local.idle(x) if local.program.slack else None,
+      weights=context.ring(self.weights.slot(), length("weights")),
+      vocabulary=context.ring(self.ends.held(), length("vocabulary")),
+      flight=context.idle(x) if context.program.slack else None,
       grads=sums,
       totals=self.totals,
     )
 
-  def tick(self, state: Carry, row: dict[str, jax.Array], doing: Doing) -> Carry:
-    """Does one tick; the numbers are those of the module's docstring."""
-    if self.local.probe:
-      row = self.local.probe(START, state, row)
-    now = Now(SimpleNamespace(**row), doing)
-    state = self.gather(state, now)  # [0]
-    state = self.ends.enter(state, now)  # [1]
-    y, state = self.forward(state, now)  # [2]
-    state = self.ends.leave(state, now, y)  # [3]
-    if self.local.training:
-      state = self.recompute(state, now)  # [4]
-      dx, state = self.backward(state, now)  # [5]
-      state = self.ends.back_at_input(state, now, dx)  # [6]
-      state = self.weight_grad(state, now)  # [7]
-      # y and dx are never sent on one tick, and a neighbour knows from its table which it gets.
-      y = self.payload(now, y, dx)
-    state = self.ends.passes(state, now)  # [8]
-    if self.local.probe:
-      y = self.local.probe(END, (state, y), y)
-    elif self.local.blocking and CODE[Kind.W] in doing.kinds:
-      # Nothing that is sent waits for W, and a device that waits in a transfer works on nothing.
-      y = after(state.grads["layers"], y)
-    return self.send(state, now, y)  # [9]
+  def tick(self, carry: Carry, row: dict[str, jax.Array], doing: Doing) -> Carry:
+    """Does one tick, in the steps [0] to [9] of the module's docstring.
 
-  def gather(self, state: Carry, now: Now) -> Carry:
-    """G: the weights of a stage."""
+    Args:
+      carry: after the tick before.
+      row: this device's row of the table, by column.
+      doing: what may happen on this tick on any device, known while the program is traced.
+    """
+    context = self.context
+    if context.probe:
+      row = context.probe(START, carry, row)
+    now = Now(SimpleNamespace(**row), doing)
+    carry = self.gather(carry, now)  # [0]
+    carry = self.ends.enter(carry, now)  # [1]
+    y, carry = self.forward(carry, now)  # [2]
+    carry = self.ends.leave(carry, now, y)  # [3]
+    if context.training:
+      carry = self.recompute(carry, now)  # [4]
+      dx, carry = self.backward(carry, now)  # [5]
+      carry = self.ends.back_at_input(carry, now, dx)  # [6]
+      carry = self.weight_grad(carry, now)  # [7]
+      # One payload serves both ways: a device makes y or dx on a tick, never both, and the table
+      # of its neighbours says which of the two will arrive.
+      y = self.payload(now, y, dx)
+    carry = self.ends.passes(carry, now)  # [8]
+    if context.probe:
+      y = context.probe(END, (carry, y), y)
+    elif context.blocking and CODE[Kind.W] in doing.kinds:
+      # Nothing that is sent waits for W. Where a device that waits in a transfer works on nothing,
+      # XLA would start the transfer first and leave W until the neighbour has come.
+      y = after(carry.grads["layers"], y)
+    return self.send(carry, now, y)  # [9]
+
+  def gather(self, carry: Carry, now: Now) -> Carry:
+    """G: the weights of this tick's stage, whole, into a slot of the ring `weights`."""
 
     def run(ring: Leaves) -> Leaves:
       return rings.put(ring, self.weights.gathered(now.chunk * self.stage.layers), now.weights)
 
-    return state._replace(weights=now.when([Kind.G], run, lambda same: same, state.weights))
+    return carry._replace(weights=now.when([Kind.G], run, lambda same: same, carry.weights))
 
-  def forward(self, state: Carry, now: Now) -> tuple[Leaves, Carry]:
-    """F. Idle devices return something that nobody reads."""
+  def forward(self, carry: Carry, now: Now) -> tuple[Leaves, Carry]:
+    """F: the stage's output. Devices that do something else return values that nobody reads."""
 
     def run(storage: Storage) -> tuple[Leaves, Storage]:
-      x = self.ends.input(state, now)
-      if not self.local.training or self.stage.layout.pools_of(Kind.F) == []:
-        return self.stage.primal(self.call(state, now), x), storage
-      return self.stage.forward(self.call(state, now), x, storage)
+      x = self.ends.input(carry, now)
+      if not self.context.training or self.stage.layout.pools_of(Kind.F) == []:
+        return self.stage.primal(self.arguments(carry, now), x), storage
+      return self.stage.forward(self.arguments(carry, now), x, storage)
 
-    return self.act(state, now, Kind.F, run, self.local.idle(jax.tree.leaves(self.local.x)))
+    return self.act(carry, now, Kind.F, run, self.context.idle(jax.tree.leaves(self.context.x)))
 
-  def recompute(self, state: Carry, now: Now) -> Carry:
-    """R: fills the cells that F left empty."""
-    if self.local.program.keeps_input:
+  def recompute(self, carry: Carry, now: Now) -> Carry:
+    """R: fills the cells that F left empty, from the stage's input or from what F kept."""
+    if self.context.program.keeps_input:
 
-      def forward(storage: Storage) -> tuple[Leaves, Storage]:
-        x = self.ends.input(state, now)
-        return [], self.stage.remake(self.call(state, now), x, storage)
+      def remake(storage: Storage) -> tuple[Leaves, Storage]:
+        x = self.ends.input(carry, now)
+        return [], self.stage.remake(self.arguments(carry, now), x, storage)
 
-      return self.act(state, now, Kind.R, forward, [])[1]
+      return self.act(carry, now, Kind.R, remake, [])[1]
 
     if not self.stage.recomputes:
-      return state
+      return carry
 
-    def run(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
-      return [], self.stage.recompute(self.call(state, now), storage, made)
+    def recompute(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
+      return [], self.stage.recompute(self.arguments(carry, now), storage, made)
 
-    return self.act_apart(state, now, Kind.R, run, [])[1]
+    return self.act_through_scratch(carry, now, Kind.R, recompute, [])[1]
 
-  def backward(self, state: Carry, now: Now) -> tuple[Leaves, Carry]:
-    """B and I: the gradient of the stage's input. Idle devices return what nobody reads."""
-    idle = self.local.idle(float_leaves(self.local.x))
-    dy = lambda: rings.load(state.gradients, now.gradients)  # noqa: E731
-    x = lambda: self.ends.input(state, now) if self.stage.rereads_input else []  # noqa: E731
+  def backward(self, carry: Carry, now: Now) -> tuple[Leaves, Carry]:
+    """B and I: the cotangents of the stage's input. Idle devices return what nobody reads."""
+    idle = self.context.idle(float_leaves(self.context.x))
+
+    def dy() -> Leaves:
+      leaves: Leaves = rings.load(carry.gradients, now.gradients)
+      return leaves
+
+    def x() -> Leaves:
+      return self.ends.input(carry, now) if self.stage.rereads_input else []
 
     def fused(_: Leaves, grads: Tree) -> tuple[Leaves, Tree]:
-      storage = Storage(self.stage.layout, state.pools, now.cells)
-      return self.stage.backward(self.call(state, now), storage, x(), dy(), grads)
+      storage = Storage(self.stage.layout, carry.pools, now.cells)
+      return self.stage.backward(self.arguments(carry, now), storage, x(), dy(), grads)
 
-    dx, grads = now.when([Kind.B], fused, lambda *same: same, idle, self.sums(state))
-    state = state._replace(grads={**state.grads, **grads})
-    # Read outside the branch: what arrives later in the tick is then written in place.
-    sliced = dy() if CODE[Kind.I] in now.doing.kinds else []
+    dx, grads = now.when([Kind.B], fused, lambda *same: same, idle, self.sums(carry))
+    carry = carry._replace(grads={**carry.grads, **grads})
+    # Read before the conditional: inside it, the ring would be an operand of the branch, and what
+    # arrives later in the tick could not be written into it in place.
+    arrived = dy() if CODE[Kind.I] in now.doing.kinds else []
 
     def split(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
-      return self.stage.input_grad(self.call(state, now), storage, x(), sliced, made)
+      return self.stage.input_grad(self.arguments(carry, now), storage, x(), arrived, made)
 
-    return self.act_apart(state, now, Kind.I, split, dx)
+    return self.act_through_scratch(carry, now, Kind.I, split, dx)
 
-  def weight_grad(self, state: Carry, now: Now) -> Carry:
-    """W: the gradient of the stage's weights, from what I left."""
+  def weight_grad(self, carry: Carry, now: Now) -> Carry:
+    """W: the gradient of the stage's weights, from what I left in the pools."""
 
     def run(grads: Tree) -> Tree:
-      storage = Storage(self.stage.layout, state.pools, now.cells)
-      return self.stage.weight_grad(self.call(state, now), storage, grads)
+      storage = Storage(self.stage.layout, carry.pools, now.cells)
+      return self.stage.weight_grad(self.arguments(carry, now), storage, grads)
 
-    grads = now.when([Kind.W], run, lambda same: same, self.sums(state))
-    return state._replace(grads={**state.grads, **grads})
+    grads = now.when([Kind.W], run, lambda same: same, self.sums(carry))
+    return carry._replace(grads={**carry.grads, **grads})
 
-  def sums(self, state: Carry) -> dict[str, Tree]:
-    """The gradients that a stage adds to."""
-    return {name: state.grads[name] for name in self.stage.sums}
+  def sums(self, carry: Carry) -> dict[str, Tree]:
+    """The gradient sums that a stage adds to."""
+    return {name: carry.grads[name] for name in self.stage.sums}
 
   def act(
     self,
-    state: Carry,
+    carry: Carry,
     now: Now,
     kind: Kind,
     run: Callable[[Storage], tuple[Leaves, Storage]],
     idle: Leaves,
   ) -> tuple[Leaves, Carry]:
-    """Does `run(storage)` where the tick is of this kind; the branch returns what it writes."""
+    """Does an action that writes saved values, and reads none of the pools that it writes.
+
+    Args:
+      carry: before the action.
+      now: the tick.
+      kind: of the action; its conditional returns only the pools that such actions write.
+      run: the action: given the pools, returns its leaves and the pools.
+      idle: what takes the place of its leaves on a device that does something else.
+    """
     written = self.stage.layout.pools_of(kind)
 
     def go(leaves: Leaves, pools: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
-      all_pools = _replaced(state.pools, written, pools)
+      all_pools = _replaced(carry.pools, written, pools)
       leaves, storage = run(Storage(self.stage.layout, all_pools, now.cells))
       return leaves, [storage.pools[p] for p in written]
 
-    mine = [state.pools[p] for p in written]
+    mine = [carry.pools[p] for p in written]
     leaves, pools = now.when([kind], go, lambda *same: same, idle, mine)
-    return leaves, state._replace(pools=_replaced(state.pools, written, pools))
+    return leaves, carry._replace(pools=_replaced(carry.pools, written, pools))
 
-  def act_apart(
+  def act_through_scratch(
     self,
-    state: Carry,
+    carry: Carry,
     now: Now,
     kind: Kind,
     run: Callable[[Leaves, Storage, Storage], tuple[Leaves, Storage]],
     idle: Leaves,
   ) -> tuple[Leaves, Carry]:
-    """The same for `run(idle, storage, made)`, which reads one storage and writes the other.
+    """Does an action that reads saved values and writes others, maybe in the same pools.
 
-    Both are the pools, and a branch that read and returned them would be two copies of them: one
-    of both is scratch, and a branch of its own moves what lies there; see `Scratch`.
+    One conditional that did both would be given the pools and return them, and XLA would copy all
+    of them whole. So the action works on a scratch of one cell a value, by one of two ways:
+
+        scratch.before    conditional 1: pools -> scratch     what the action reads
+                          conditional 2: scratch -> pools     the action
+        otherwise         conditional 1: pools -> scratch     the action
+                          conditional 2: scratch -> pools     what the action made
+
+    Args:
+      carry, now, kind, idle: as for `act`.
+      run: the action, `run(idle, read, made)`: reads one storage and returns the other, written.
     """
-    apart = self.stage.apart.get(kind)
-    if apart is None:  # what the action writes it does not read
-      return self.act(state, now, kind, lambda pools: run(idle, pools, pools), idle)
-    cells, lengths = apart.layout.one_each()
-    pools = Storage(self.stage.layout, state.pools, now.cells)
-    scratch = self.stage.allocate(apart.layout.pools, lengths)
-    if apart.before:
+    scratch = self.stage.scratch.get(kind)
+    if scratch is None:  # no action of this stage reads a pool that it writes
+      return self.act(carry, now, kind, lambda pools: run(idle, pools, pools), idle)
+    cells, lengths = scratch.layout.one_each()
+    pools = Storage(self.stage.layout, carry.pools, now.cells)
+    small = self.stage.allocate(scratch.layout.pools, lengths)
+    if scratch.before:
 
-      def fetch(scratch: list[jax.Array]) -> list[jax.Array]:
-        return Storage(apart.layout, scratch, cells).take(pools).pools
+      def fetch(small: list[jax.Array]) -> list[jax.Array]:
+        return Storage(scratch.layout, small, cells).take(pools).pools
 
-      read = Storage(apart.layout, now.when([kind], fetch, lambda same: same, scratch), cells)
-      return self.act(state, now, kind, lambda made: run(idle, read, made), idle)
+      read = Storage(scratch.layout, now.when([kind], fetch, lambda same: same, small), cells)
+      return self.act(carry, now, kind, lambda made: run(idle, read, made), idle)
 
-    def go(leaves: Leaves, scratch: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
-      leaves, made = run(leaves, pools, Storage(apart.layout, scratch, cells))
+    def go(leaves: Leaves, small: list[jax.Array]) -> tuple[Leaves, list[jax.Array]]:
+      leaves, made = run(leaves, pools, Storage(scratch.layout, small, cells))
       return leaves, made.pools
 
-    leaves, scratch = now.when([kind], go, lambda *same: same, idle, scratch)
-    made = Storage(apart.layout, scratch, cells)
-    return leaves, self.act(state, now, kind, lambda pools: ([], pools.take(made)), [])[1]
+    leaves, small = now.when([kind], go, lambda *same: same, idle, small)
+    made = Storage(scratch.layout, small, cells)
+    return leaves, self.act(carry, now, kind, lambda pools: ([], pools.take(made)), [])[1]
 
   def payload(self, now: Now, y: Leaves, dx: Leaves) -> Leaves:
-    """What this tick sends: y, or dx in its place."""
+    """What this tick sends: y after an F, else dx in the place of its float leaves."""
     gradient = with_float_leaves(y, dx)
     return [
       jnp.where(now.does(Kind.F), a, b) if a is not b else a
       for a, b in zip(y, gradient, strict=True)
     ]
 
-  def send(self, state: Carry, now: Now, payload: Leaves) -> Carry:
-    """Sends along every route and stores what arrives; "nowhere" is a slot of its own.
+  def send(self, carry: Carry, now: Now, payload: Leaves) -> Carry:
+    """Sends along every route and stores what arrives.
 
-    With slack, what leaves now is what the tick before made: nothing of this tick waits for it.
+    What arrives where the table expects nothing goes into a slot of its own, one past the used
+    ones: a write without a condition is cheaper than a conditional round every write.
+
+    With slack, what leaves now is what the tick before made, so that the transfer waits for nothing
+    of this tick and runs beside its work.
     """
-    activations, gradients = state.activations, state.gradients
-    for r, route in enumerate(self.local.program.routes):
+    activations, gradients = carry.activations, carry.gradients
+    for r, route in enumerate(self.context.program.routes):
       pairs = sorted(now.doing.pairs[r])
       if not pairs:
         continue
-      here = payload
-      if route.offset:
-        away = payload if state.flight is None else state.flight
-        here = lax.ppermute(away, STAGE, pairs)
+      arrived = payload
+      if route.offset:  # else a copy within the device
+        away = payload if carry.flight is None else carry.flight
+        arrived = lax.ppermute(away, STAGE, pairs)
       if route.activations:
-        activations = rings.store(activations, here, getattr(now, f"arriving_activation_{r}"))
+        slot = now.column(f"arriving_activation_{r}")
+        activations = rings.store(activations, arrived, slot)
       if route.gradients:
-        slot = getattr(now, f"arriving_gradient_{r}")
-        gradients = rings.store(gradients, float_leaves(here), slot)
-    flight = None if state.flight is None else payload
-    return state._replace(activations=activations, gradients=gradients, flight=flight)
+        slot = now.column(f"arriving_gradient_{r}")
+        gradients = rings.store(gradients, float_leaves(arrived), slot)
+    flight = None if carry.flight is None else payload
+    return carry._replace(activations=activations, gradients=gradients, flight=flight)
 
-  def call(self, state: Carry, now: Now) -> ActionArguments:
-    """Arguments of this tick's action on the stage's layers."""
-    local, layers = self.local, self.stage.layers
+  def arguments(self, carry: Carry, now: Now) -> ActionArguments:
+    """Parameters and further inputs of the layers of this tick's stage."""
+    context, layers = self.context, self.stage.layers
     first, held = now.stage * layers, now.chunk * layers
-    batch = local.microbatch(now.microbatch)
+    batch = context.microbatch(now.microbatch)
 
     def inputs(i: rings.Index) -> Tree:
+      # The layer's number in the model, never the stage's or the device's: dropout is keyed by it,
+      # and must be the same under every schedule.
       return dict(
-        batch=batch, key=local.key, layer=first + i, microbatch=now.microbatch, rows=local.rows
+        batch=batch, key=context.key, layer=first + i, microbatch=now.microbatch, rows=context.rows
       )
 
-    read = self.weights.reader(state.weights, now.weights, held)
+    read = self.weights.reader(carry.weights, now.weights, held)
     return ActionArguments(read, held, inputs, self.weights.layers)
 
 
-def _layers_alike(
-  local: DeviceContext, pieces: Tree, specs: Tree, layers: int, policy: Residuals | None
-) -> tuple[DeviceContext, LoopedStage, Weights]:
-  """The stage of a uniform stack; arguments as of `Device.build`."""
-  local = _with_x(local)
-  layer = jax.eval_shape(lambda: rings.get(gather_fsdp(specs, pieces), 0))
-
-  def allocate(shapes: Any, lengths: Any) -> list[jax.Array]:
-    return [
-      rings.allocate(shape, n, local.axes, local.poison)
-      for shape, n in zip(shapes, lengths, strict=True)
-    ]
-
-  stage = cut_stack(
-    *(local.stack, layer, _inputs(local), local.x, layers, policy, allocate),
-    recompute=Kind.R in local.program.kinds,
-    # On TPU, XLA then computes the attention of I more than once: a third more cycles.
-    fetch=local.blocking,
-  )
-  # All are gathered now, but where the schedule gathers: then only those that W reads.
-  leaves = jax.tree.leaves(layer)
-  later = [False for _ in leaves]
-  if local.program.gathers:
-    later = [not read for read in stage.split.weight_grad.reads_given(leaves)]
-  return local, stage, Weights.of(pieces, specs, later, layers)
-
-
-def _unlike_stages(
-  local: DeviceContext, pieces: Tree, specs: Tree, layers: int, policy: Residuals | None
-) -> tuple[DeviceContext, SwitchedStages, Weights]:
-  """All stages of a packed stack, whose weights are gathered now."""
-  weights = Weights.of(pieces, specs, [False for _ in jax.tree.leaves(pieces)], layers)
-  shared = local.vary(local.stack.shared(weights.layers))
-  stages = cut_stages(
-    *(local.stack, local, weights.layers, shared, _inputs(local), policy),
-    recompute=Kind.R in local.program.kinds,
-  )
-  ends = PackedEnds(stages.boundaries[-1], stages.widths)
-  local = dataclasses.replace(local, stack=ends, params={**local.params, "shared": shared})
-  return _with_x(local), stages, weights
-
-
-def _with_x(local: DeviceContext) -> DeviceContext:
-  """The device, knowing what travels between stages."""
-  one = rings.get(local.batch, 0)
-  x = jax.eval_shape(lenient(local.stack.apply_embed), local.params["embed"], one)
-  return dataclasses.replace(local, x=local.zeros(x))
-
-
-def _inputs(local: DeviceContext) -> Tree:
-  """Stand-ins of a layer's further inputs."""
-  one, rows = rings.get(local.batch, 0), local.rows
-  return dict(batch=one, key=local.key, layer=rows[0], microbatch=rows[0], rows=rows)
-
-
-def _sum_type(leaf: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(leaf.shape, wide(leaf.dtype))
-
-
 def _replaced(pools: list[jax.Array], which: list[int], new: list[jax.Array]) -> list[jax.Array]:
+  """The pools, those with these numbers replaced by new ones."""
   pools = list(pools)
   for p, pool in zip(which, new, strict=True):
     pools[p] = pool

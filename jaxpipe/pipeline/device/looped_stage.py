@@ -1,11 +1,20 @@
-"""One stage: the layers of a chunk, run in a loop over the slices of one layer.
+"""The stage of a uniform stack: a loop over its layers, each split once into F, R, I and W.
 
-Nothing is stacked and then copied: what a layer leaves for a later action goes straight into its
-cell, [cell, layer], and its gradient is added straight into the accumulator, [layer].
+Only one layer is traced and split. Every action loops over the layers of its stage and calls a
+slice of that one layer on the i-th layer's parameters, so that the program's size does not depend
+on the number of layers:
 
-What F keeps is the residual policy's choice. Under a policy that keeps the stage's input alone, R
-runs the stage's forward again and fills the cells that F would have filled; where the schedule has
-no R, each backward does so in cells that live only inside it.
+    F   i = 0 .. L-1   y, saved = forward(params[i], x)         saved[i] -> cell [cell, i] of a pool
+    I   i = L-1 .. 0   dx, saved = input_grad(params[i], dy)    dx becomes the dy of layer i-1
+    B   i = L-1 .. 0   dx, dparams = backward(params[i], dy)    dparams added at [layer i]
+    W   i = 0 .. L-1   dparams = weight_grad(saved[i])          dparams added at [layer i]
+
+Nothing is stacked over layers and copied afterwards: what a layer leaves for a later action is
+written straight into its place in a pool, and its gradient is added straight into the sum.
+
+What F keeps is the residual policy's choice. Under a policy that keeps the stage's input alone
+(`full`), R runs the stage's forward again and fills the cells that F would have filled; where the
+schedule has no R, each backward does so in pools that live inside that action only.
 """
 
 from __future__ import annotations
@@ -13,11 +22,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
+from jaxpipe.pipeline.device.context import DeviceContext
+from jaxpipe.pipeline.device.protocols import ActionArguments, Leaves, Scratch
 from jaxpipe.pipeline.layer.residuals import Policy, Residuals
 from jaxpipe.pipeline.layer.slices import LayerSplit, Saved
 from jaxpipe.pipeline.layer.split import forward_only, split
@@ -27,105 +38,62 @@ from jaxpipe.pipeline.storage.pools import PoolLayout, Pools, Storage
 from jaxpipe.pipeline.storage.rings import Index, Tree
 from jaxpipe.pipeline.table.program import Program
 from jaxpipe.schedules import Kind
-from jaxpipe.stack.stack import check_alike
-
-Leaves = list[jax.Array]
-# Of the chunk's i-th layer: its parameters, or its further inputs.
-Inputs = Callable[[Index], Tree]
+from jaxpipe.stack.network import check_alike
+from jaxpipe.stack.protocol import UniformStack
 
 
-@dataclasses.dataclass(frozen=True)
-class ActionArguments:
-  """One action's arguments.
-
-  Attributes:
-    params: of the chunk's layers.
-    first_layer: where the chunk begins.
-    inputs: further ones, of the layers.
-    weights: the device's parameters of all chunks.
-  """
-
-  params: Inputs
-  first_layer: Index
-  inputs: Inputs
-  weights: Tree
-
-  def given(self, i: Index) -> Leaves:
-    """Leaves of the i-th layer's parameters and further inputs."""
-    return jax.tree.leaves((self.params(i), self.inputs(i)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Scratch:
-  """How an action avoids to read and write the same pools, which XLA would then copy whole.
-
-  Attributes:
-    layout: of pools of the action's own, for what it reads or for what it makes: the smaller.
-    before: whether it is what the action reads, fetched before it runs; else it is what it makes,
-      which goes to its cells after.
-  """
-
-  layout: PoolLayout
-  before: bool
-
-  @classmethod
-  def of(
-    cls, saved: Mapping[int, Saved], reads: Sequence[int], kind: Kind, layers: int, fetch: bool
-  ) -> Scratch:
-    """The smaller of the two, or what is made where nothing is to be fetched."""
-    read = PoolLayout.of({n: saved[n] for n in reads}, layers)
-    made = PoolLayout.of({n: value for n, value in saved.items() if value.made is kind}, layers)
-    before = fetch and read.one_each_bytes() <= made.one_each_bytes()
-    return cls(read if before else made, before)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopedStage:
-  """The actions of a stage of `layers` layers.
+  """The actions of a stage of layers of one kind; `StageActions` describes the methods.
 
   Attributes:
-    split: slices of one layer.
-    layers: layers in a stage.
+    context: the device.
+    split: slices of the one layer that stands for all.
+    layers: L, layers of a stage.
     layout: where saved values lie between actions.
-    scratch: where they lie inside a backward that runs the forward again; None where none does.
-    apart: what of R and I does not touch the pools itself.
-    allocate: allocates pools, given the shapes of their cells and their lengths.
+    remade: pools for what a backward makes anew by running the forward again, alive inside that
+      action only; None where no backward does.
+    scratch: how R and I keep apart the pools that they read and those that they write.
   """
 
+  context: DeviceContext
   split: LayerSplit
   layers: int
   layout: PoolLayout
-  scratch: PoolLayout | None
-  apart: Mapping[Kind, Scratch]
-  allocate: Callable[[Sequence[jax.ShapeDtypeStruct], Sequence[int]], Pools]
+  remade: PoolLayout | None
+  scratch: Mapping[Kind, Scratch]
 
   sums = ("layers",)
 
   @property
   def splits(self) -> tuple[LayerSplit, ...]:
-    """Slices of all that a stage may be."""
+    """The one layer's slices."""
     return (self.split,)
 
   @property
   def recomputes(self) -> bool:
     """Whether R has anything to do where F kept something of every layer."""
-    return Kind.R in self.apart
+    return Kind.R in self.scratch
 
   @property
   def rereads_input(self) -> bool:
-    """Whether I and B run the forward again, from the stage's input."""
-    return self.scratch is not None
+    """Whether B and I run the forward again, from the stage's input."""
+    return self.remade is not None
 
-  def cells(self, program: Program) -> tuple[Any, tuple[int, ...]]:
-    """Cells of every saved value of every stage and microbatch; see `Program.cells`."""
+  def cells(self, program: Program) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Cells of every saved value of every stage and microbatch, and the pools' lengths."""
     return program.cells(self.layout.values)
 
+  def allocate(self, shapes: Sequence[jax.ShapeDtypeStruct], lengths: Sequence[int]) -> Pools:
+    """Pools of these cells' shapes and lengths, their contents undefined."""
+    return [self.context.ring(shape, n) for shape, n in zip(shapes, lengths, strict=True)]
+
   def counted(self, pools: Pools) -> dict[str, jax.Array]:
-    """What F has made of the state: a uniform stack has none."""
+    """No sums of model state: a uniform stack has none."""
     return {}
 
   def saved_bytes(self) -> tuple[int, int]:
-    """What F keeps of one stage and microbatch, and what W waits for."""
+    """Bytes that F keeps of one stage and microbatch, and bytes that wait for its W."""
     cells = self.layout.pools
     sizes = [
       (value, math.prod(cells[value.pool].shape) * cells[value.pool].dtype.itemsize)
@@ -134,16 +102,12 @@ class LoopedStage:
     kept = sum(size for value, size in sizes if value.made is Kind.F)
     return kept, sum(size for value, size in sizes if value.last is Kind.W)
 
-  def remake(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
-    """R, from the stage's input."""
-    return self.forward(call, x, storage)[1]
-
   def primal(self, call: ActionArguments, x: Leaves) -> Leaves:
-    """Runs the layers, keeping nothing."""
+    """Runs the layers on the stage's input and keeps nothing."""
     return lax.fori_loop(0, self.layers, lambda i, x: self.split.primal(*call.given(i), *x), x)
 
   def forward(self, call: ActionArguments, x: Leaves, storage: Storage) -> tuple[Leaves, Storage]:
-    """Runs the layers and keeps what the backward pass wants: F, or R of a stage's input."""
+    """F, or R from the stage's input: runs the layers and keeps what the backward wants."""
     forward = self.split.forward
 
     def layer(i: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
@@ -154,10 +118,14 @@ class LoopedStage:
 
     return _loop(self.layers, layer, (x, storage))
 
+  def remake(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
+    """R from the stage's input: the forward again, whose output nobody reads."""
+    return self.forward(call, x, storage)[1]
+
   def recompute(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
-    """R, where F kept something of every layer: returns `made` with what it makes, as I does."""
+    """R from what F kept of every layer: returns `made` with what the policy dropped."""
     again = self.split.recompute
-    assert again is not None  # else the stage has nothing apart for R, and this is not called
+    assert again is not None  # else the stage has no scratch for R, and this is not called
 
     def layer(i: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
       new = again(*call.given(i), *storage.read(again.reads, i))
@@ -168,15 +136,7 @@ class LoopedStage:
   def backward(
     self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
   ) -> tuple[Leaves, Tree]:
-    """B: returns dx, and `grads` with this microbatch's added at the chunk's layers.
-
-    Args:
-      call: the action's arguments.
-      storage: with what F or R left; only read.
-      x: the stage's input, where it is all that F kept and there is no R; else unused.
-      dy: cotangents of the stage's output.
-      grads: sums over microbatches, those named in `sums`.
-    """
+    """B: the last layer first; each adds its weights' gradient to the sums as it goes."""
     kept = self._kept(call, storage, x)
 
     def layer(j: Index, carry: tuple[Leaves, Tree]) -> tuple[Leaves, Tree]:
@@ -190,15 +150,18 @@ class LoopedStage:
   def input_grad(
     self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, made: Storage
   ) -> tuple[Leaves, Storage]:
-    """I: returns dx, and `made` with what W waits for; arguments as for B.
+    """I: the last layer first; what W will read of each goes into `made`.
 
     `storage` and `made` share no pool: see `Scratch`.
     """
     slice_ = self.split.input_grad
     kept = self._kept(call, storage, x)
-    # What F would have kept for W lives in the scratch only; here it begins to wait.
-    mine = self.layout.position.items()
-    staying = [n for n, i in mine if self.layout.values[i].made is Kind.I and n not in slice_.makes]
+    # After a second forward, what F would have kept for W exists inside this action only: it is
+    # written to `made` beside what I itself makes, and waits there.
+    numbers = self.layout.position.items()
+    staying = [
+      n for n, i in numbers if self.layout.values[i].made is Kind.I and n not in slice_.makes
+    ]
 
     def layer(j: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
       (dy, made), i = carry, self.layers - 1 - j
@@ -210,7 +173,7 @@ class LoopedStage:
     return _loop(self.layers, layer, (dy, made))
 
   def weight_grad(self, call: ActionArguments, storage: Storage, grads: Tree) -> Tree:
-    """W: returns `grads` with this microbatch's added at the chunk's layers."""
+    """W: the layers in any order, for none of them reads another's gradient."""
     slice_ = self.split.weight_grad
 
     def layer(i: Index, grads: Tree) -> Tree:
@@ -220,12 +183,12 @@ class LoopedStage:
     return {**grads, "layers": lax.fori_loop(0, self.layers, layer, grads["layers"])}
 
   def _kept(self, call: ActionArguments, storage: Storage, x: Leaves) -> Storage:
-    """What F would have kept: from the forward run again, or from the pools."""
-    if self.scratch is None:
+    """What a backward reads of the forward: from the pools, or from a second forward on x."""
+    if self.remade is None:
       return storage
-    cells, lengths = self.scratch.one_each()
-    pools = self.allocate(self.scratch.pools, lengths)
-    return self.forward(call, x, Storage(self.scratch, pools, cells))[1]
+    cells, lengths = self.remade.one_each()
+    pools = self.allocate(self.remade.pools, lengths)
+    return self.forward(call, x, Storage(self.remade, pools, cells))[1]
 
 
 def _loop(
@@ -233,7 +196,10 @@ def _loop(
   body: Callable[[Index, tuple[Leaves, Storage]], tuple[Leaves, Storage]],
   start: tuple[Leaves, Storage],
 ) -> tuple[Leaves, Storage]:
-  """Runs `body(i, (leaves, storage))` for every layer; only pools that it writes are carried."""
+  """Runs `body(i, (leaves, storage))` for every layer.
+
+  The loop carries the arrays of the storage alone: its layout and cells are constants of the trace.
+  """
   storage = start[1]
 
   def run(i: Index, carry: tuple[Leaves, Pools]) -> tuple[Leaves, Pools]:
@@ -244,28 +210,29 @@ def _loop(
   return leaves, dataclasses.replace(storage, pools=pools)
 
 
-def cut_stack(
-  stack: Any,
+def split_stack(
+  stack: UniformStack,
+  context: DeviceContext,
   params: Tree,
   inputs: Tree,
-  x: Tree,
   layers: int,
   policy: Residuals | None,
-  allocate: Callable[[Sequence[jax.ShapeDtypeStruct], Sequence[int]], Pools],
   *,
   recompute: bool = False,
   fetch: bool = True,
 ) -> LoopedStage:
-  """Cuts one layer of a stack and returns the stage that runs `layers` of it.
+  """Splits one layer of a uniform stack, and returns the stage that runs `layers` of it.
 
   Args:
-    stack: the `LayerStack`.
-    params, inputs, x: arguments of one layer, or stand-ins.
-    layers: layers in a stage.
+    stack: the stack whose layers are alike.
+    context: the device, with the type of the travelling activation.
+    params: stand-ins of one layer's parameters.
+    inputs: stand-ins of its further inputs, `LayerInputs`.
+    layers: L, layers of a stage.
     policy: what F keeps; None where only forwards run.
-    allocate: see `Stage`.
     recompute: whether the schedule has R.
-    fetch: whether R and I may fetch what they read before they run; see `Scratch`.
+    fetch: whether R and I may fetch what they read into scratch before they run; else what they
+      make goes through the scratch.
 
   Raises:
     ValueError: the layer has a loop or branch that cannot be traced over a mesh, an output unlike
@@ -275,35 +242,54 @@ def cut_stack(
   keeps_input = bool(policy and policy.stage_input)
 
   def layer(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Tree]:
-    # Like x, whichever way the layer is traced: a leaf of y that depends on nothing has a cotangent
-    # like every other.
+    # y is cast to vary like x, whichever way the layer is traced: a leaf of y that depends on
+    # nothing has a cotangent like every other.
     y = stack.apply_layer(params, x, training, inputs)
     check_alike(x, y)
     return vary(y, axes_of(jax.tree.leaves(x))), ()
 
-  def cut(keep: Policy | None) -> LayerSplit:
-    return split(layer, params, inputs, x, keep, recompute=recompute and not keeps_input)
+  def split_layer(keep: Policy | None) -> LayerSplit:
+    return split(layer, params, inputs, context.x, keep, recompute=recompute and not keeps_input)
 
-  one = policy.traced(cut) if policy else forward_only(layer, params, inputs, x)
+  one = policy.traced(split_layer) if policy else forward_only(layer, params, inputs, context.x)
   saved = dict(enumerate(one.saved)) if training else {}
-  scratch = None
+  remade = None
   if keeps_input and recompute:
     saved = {n: _made_by(Kind.R, value) for n, value in saved.items()}
   elif keeps_input:
-    scratch = PoolLayout.of({n: v for n, v in saved.items() if v.made is Kind.F}, layers)
+    # The second forward runs inside I: what F would leave for I dies with the action, and only what
+    # W reads waits in a pool.
+    remade = PoolLayout.of({n: v for n, v in saved.items() if v.made is Kind.F}, layers)
     saved = {n: _made_by(Kind.I, v) for n, v in saved.items() if v.last is Kind.W}
   # A second forward inside I leaves nothing to be read from the pools.
-  reads = {Kind.I: one.input_grad.reads if scratch is None else ()}
+  reads = {Kind.I: one.input_grad.reads if remade is None else ()}
   if one.recompute is not None:
     reads[Kind.R] = one.recompute.reads
-  apart = {kind: Scratch.of(saved, numbers, kind, layers, fetch) for kind, numbers in reads.items()}
-  return LoopedStage(one, layers, PoolLayout.of(saved, layers), scratch, apart, allocate)
+  return LoopedStage(
+    context=context,
+    split=one,
+    layers=layers,
+    layout=PoolLayout.of(saved, layers),
+    remade=remade,
+    scratch={kind: _scratch(saved, read, kind, layers, fetch) for kind, read in reads.items()},
+  )
+
+
+def _scratch(
+  saved: Mapping[int, Saved], reads: Sequence[int], kind: Kind, layers: int, fetch: bool
+) -> Scratch:
+  """The smaller of what an action reads and what it makes; the latter where it may not fetch."""
+  read = PoolLayout.of({n: saved[n] for n in reads}, layers)
+  made = PoolLayout.of({n: value for n, value in saved.items() if value.made is kind}, layers)
+  before = fetch and read.one_each_bytes() <= made.one_each_bytes()
+  return Scratch(read if before else made, before)
 
 
 def _made_by(kind: Kind, value: Saved) -> Saved:
-  """A value that F would have made is made by another action; what I makes stays I's."""
+  """The value as made by another action than F; what I makes stays I's."""
   return value if value.made is Kind.I else dataclasses.replace(value, made=kind)
 
 
 def _add(grads: Tree, leaves: Sequence[jax.Array], layer: Index) -> Tree:
+  """Adds the leaves of one layer's gradient to the sums, at that layer."""
   return rings.add(grads, jax.tree.unflatten(jax.tree.structure(grads), leaves), layer)

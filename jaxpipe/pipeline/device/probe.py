@@ -1,13 +1,13 @@
 """Reads the host's clock inside the program, before and after every tick's action.
 
-XLA orders what it runs by data alone, and so a reading is tied to what stands round it by data: it
-is given a number that was computed from everything that must be done before, and everything that
-must wait for it passes a `select` on its answer.
+XLA orders what it runs by data alone, so a reading must be tied by data to what comes before it and
+after it. The callback is given a number computed from everything that must be finished first, and
+everything that must wait for the reading passes a `select` on its answer (see `order.py`).
 
     made ─▶ one number ─▶ [clock] ─▶ 0 ─▶ select ─▶ held
                               held before ──┘
 
-Nothing of it is in a program that was built without a probe.
+A program that was built without a probe contains nothing of this.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ Probe = Callable[[int, Tree, Tree], Tree]
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-  """A probe that notes the time.
+  """A probe that notes the host's time at every reading.
 
   Attributes:
-    axes: those of the mesh.
-    readings: (device, point, nanoseconds) so far; those of one device in the order of its ticks.
-      Of the devices that share a stage only the first of each other axis is noted.
+    axes: names of the mesh axes.
+    readings: (position on the stage axis, START or END, nanoseconds) of every reading so far, those
+      of one device in the order of its ticks. Of the devices with the same position on the stage
+      axis only the first is noted.
   """
 
   axes: Sequence[str]
   readings: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
 
   def __call__(self, point: int, made: Tree, held: Tree) -> Tree:
-    """Returns `held`, bit by bit, once `made` is there and the clock has been read."""
+    """Returns `held`, bit for bit, once `made` has been computed and the clock has been read."""
     peers = [lax.axis_index(axis) for axis in self.axes if axis != STAGE]
     first = sum(peers, jnp.int32(0)) == 0
     device = jnp.where(first, lax.axis_index(STAGE), -1)

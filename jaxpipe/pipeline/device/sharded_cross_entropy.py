@@ -7,8 +7,11 @@ Every device d holds V / P rows of the head's table [V, D]; h [N, D] is what the
            dh = w (sum_d exp(m_d - lse) a_d - table[target])
     dtable (w exp(m_d - lse) e_d - w [target])' h
 
-It is Algorithm 2 of Yeung et al., 2024, arXiv:2411.05288: as `score` multiplies e by the table
-already, one meeting of all devices gives loss and dh. Maxima and sums are in float32 at least.
+Before the barrier every device works on its own shard (`score`, the action S); at the barrier all
+devices reduce over the stage axis (`join` and `dh`); after it each finds the gradient of its shard
+(`dtable`, the action T). This is Algorithm 2 of Yeung et al., 2024, arXiv:2411.05288: because
+`score` multiplies e by the table already, one barrier gives both loss and dh. Maxima and sums are
+in float32 at least.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ from jaxpipe.pipeline.storage.rings import wide
 
 
 class Score(NamedTuple):
-  """What one device finds of N targets.
+  """One device's share of the softmax of N tokens, over the V / P rows of its shard.
 
   Attributes:
-    m, s: [N], the largest logit, and the sum of exp(logit - m).
-    target: [N], the logit of the target, 0 where its row lies elsewhere.
-    best: int32 [N], the first row of the whole table that has m.
-    e: [N, V / P], exp(logit - m), in the arithmetic's dtype.
-    a: [N, D], e times the table.
+    m: [N], the largest logit of the shard.
+    s: [N], the sum of exp(logit - m) over the shard.
+    target: [N], the target's logit, 0 where its row lies in another shard.
+    best: int32 [N], the first row of the whole table that has the logit m, for the accuracy.
+    e: [N, V / P], exp(logit - m), in the dtype of h.
+    a: [N, D], e times the shard of the table.
   """
 
   m: jax.Array
@@ -57,14 +61,18 @@ class Targets(NamedTuple):
 
 
 def find(targets: jax.Array, weights: jax.Array, rows: int) -> Targets:
-  """Finds targets, int [...], in this device's shard of so many rows."""
+  """Returns where targets, int [...] of N tokens, lie in this device's shard of `rows` rows."""
   row = targets.reshape(-1) - first_row(rows)
   inside = (row >= 0) & (row < rows)
   return Targets(jnp.where(inside, row, 0), inside, weights.reshape(-1))
 
 
 def known(target: jax.Array, targets: jax.Array, weights: jax.Array, V: int) -> jax.Array:
-  """The targets' logits [N], NaN for a target that has no row of V, but where its weight is 0."""
+  """Returns the targets' logits [N], NaN for a target outside the table's V rows.
+
+  A loss over the whole table would be NaN there, too. Where the weight is 0, which is how padding
+  is marked, whatever the target is does not count.
+  """
   targets, weights = targets.reshape(-1), weights.reshape(-1)
   return jnp.where((targets >= 0) & (targets < V) | (weights == 0), target, jnp.nan)
 
@@ -75,7 +83,10 @@ def first_row(rows: int) -> jax.Array:
 
 
 def score(h: jax.Array, table: jax.Array, targets: Targets) -> Score:
-  """Multiplies h [N, D] with the shard [V / P, D]."""
+  """S before its barrier: the logits of h [N, D] over the shard [V / P, D], summed up.
+
+  Each device subtracts the largest logit of its own shard; `join` brings all of them to one.
+  """
   exact = wide(h.dtype)
   table = table.astype(h.dtype)
   logits = jnp.einsum("ND,VD->NV", h, table, preferred_element_type=exact)
@@ -95,15 +106,16 @@ def score(h: jax.Array, table: jax.Array, targets: Targets) -> Score:
 def join(
   m: jax.Array, s: jax.Array, target: jax.Array, best: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """All devices meet: returns log-sum-exp, target's logit and the best row, [N] each."""
+  """Reduces over all shards; returns log-sum-exp, the target's logit and the best row, [N] each."""
   top = lax.pmax(m, STAGE)
   lse = top + jnp.log(lax.psum(s * jnp.exp(m - top), STAGE))
+  # Of equal logits the first row counts, as `argmax` over the whole table would find.
   first = lax.pmin(jnp.where(m == top, best, jnp.iinfo(jnp.int32).max), STAGE)
   return lse, lax.psum(target, STAGE), first
 
 
 def dh(a: jax.Array, scale: jax.Array, table: jax.Array, targets: Targets) -> jax.Array:
-  """All devices meet: returns the gradient of h [N, D], given scale = exp(m - lse), [N]."""
+  """Sums over all shards the gradient of h, [N, D], given scale = exp(m - lse), [N]."""
   own = jnp.where(targets.inside[:, None], table[targets.row].astype(a.dtype), 0)
   part = targets.weight[:, None].astype(a.dtype) * (scale[:, None] * a - own)
   total: jax.Array = lax.psum(part, STAGE)
@@ -111,7 +123,7 @@ def dh(a: jax.Array, scale: jax.Array, table: jax.Array, targets: Targets) -> ja
 
 
 def dtable(e: jax.Array, scale: jax.Array, h: jax.Array, targets: Targets) -> jax.Array:
-  """The gradient of the shard [V / P, D]."""
+  """T: the gradient of the shard of the table, [V / P, D]."""
   weight = targets.weight.astype(scale.dtype)
   p = e * (scale * weight)[:, None]
   p = p.at[jnp.arange(len(p)), targets.row].add(-weight * targets.inside)

@@ -1,8 +1,20 @@
-"""Unlike stages: every stage a function of its own, behind a switch over the stage's number.
+"""Stages that are not alike: every stage a function of its own, behind a switch over its number.
 
-It does for a packed stack what `stage` does for layers of one kind, by the same names. A stage is
-cut as a whole, as one layer: what lies between its layers is nobody else's business. All stages'
-code is in the one program, and each device runs that of its own.
+Each stage of a packed stack is split whole into F, R, I and W, as if it were one layer. Every
+action is a `lax.switch` over the stage's number, so that the one program holds the code of all
+stages and each device runs that of its own:
+
+    lax.switch(stage, [F of stage 0, F of stage 1, ...], x, pools)
+
+A switch's branches must take and return the same types. What travels between stages is therefore
+packed into one flat buffer for each dtype, as wide as the widest boundary needs; parameters and
+state lie in rows of one width; and saved values lie in arenas, of which every stage has a part.
+
+    boundaries[s]   [width] buffers   -> the input leaves of stage s
+    packed.params   [V, width] rows   -> the parameter leaves of stage s
+    ArenaLayout     arenas [rows, ROW] -> the saved values of stage s, one record each kind
+
+Dropout and data are keyed by microbatch, row and layer number, never by stage or device.
 """
 
 from __future__ import annotations
@@ -14,90 +26,74 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxpipe.parallel.flat import Flat, read_span, widest, write_span
+from jaxpipe.parallel.flat import Flat, read_span, write_span
+from jaxpipe.pipeline.device.boundaries import Boundaries
 from jaxpipe.pipeline.device.context import DeviceContext
-from jaxpipe.pipeline.device.looped_stage import ActionArguments
-from jaxpipe.pipeline.layer.equations import lenient
+from jaxpipe.pipeline.device.protocols import ActionArguments, Leaves, Scratch
 from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.residuals import Policy, Residuals
-from jaxpipe.pipeline.layer.slices import LayerSplit
+from jaxpipe.pipeline.layer.slices import LayerSplit, Slice
 from jaxpipe.pipeline.layer.split import Layer, forward_only, split
+from jaxpipe.pipeline.layer.trace import lenient
 from jaxpipe.pipeline.layer.varying import axes_of, vary
-from jaxpipe.pipeline.storage import rings
+from jaxpipe.pipeline.storage.arena_layout import ArenaLayout
 from jaxpipe.pipeline.storage.arenas import Arenas
-from jaxpipe.pipeline.storage.pools import Pools, Storage
-from jaxpipe.pipeline.storage.rings import Tree, wide
+from jaxpipe.pipeline.storage.pools import PoolLayout, Pools, Storage
+from jaxpipe.pipeline.storage.rings import Tree
 from jaxpipe.pipeline.table.program import Program
 from jaxpipe.schedules import Kind
-
-Leaves = list[jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedEnds:
-  """The ends of a packed stack: nothing goes in, and what its last stage returns is the result.
-
-  Attributes:
-    result: how the last stage's `(loss_sum, (weight, metrics))` lies in what travels.
-    widths: dtype -> elements of what travels.
-  """
-
-  result: Flat
-  widths: Mapping[str, int]
-
-  def apply_embed(self, params: Tree, batch: Tree, training: bool = True) -> Tree:
-    """What the first stage is given, which it does not read."""
-    return {name: jnp.zeros(width, name) for name, width in self.widths.items()}
-
-  def apply_head(self, params: Tree, x: Tree, batch: Tree, training: bool = True) -> Tree:
-    """The last stage's result."""
-    return self.result.unpack(x)
+from jaxpipe.stack.context import microbatch_inputs
+from jaxpipe.stack.protocol import PackedStack
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class SwitchedStages:
-  """The actions of all stages; methods as of `stage.Stage`.
+  """The actions of all stages of a packed stack; `StageActions` describes the methods.
 
   Attributes:
-    packed: the stack.
-    local: the device.
-    splits: slices of each stage.
-    boundaries: how what stage s takes lies in what travels; one more, for the last stage's result.
-    widths: dtype -> elements of what travels.
-    layout: where saved values lie.
-    rereads_input: whether I and B run the forward again, from the stage's input.
-    shared: what stages read of one another, by its owner's path.
-    state: rows of this device's stages.
+    packed: the stack, cut into stages.
+    context: the device, as yet without the type of the travelling activation.
+    splits: for each stage, its slices.
+    boundaries: how the input and output of each stage lie in the buffers that travel.
+    layout: where saved values lie, and where F sums what it makes of the model state.
+    rereads_input: whether B and I run the forward again, from the stage's input.
+    shared: leaves that several stages read, by their owner's path.
+    state: this device's rows of model state, dtype -> [V, width].
   """
 
-  packed: Any
-  local: DeviceContext
+  packed: PackedStack
+  context: DeviceContext
   splits: tuple[LayerSplit, ...]
-  boundaries: tuple[Flat, ...]
-  widths: Mapping[str, int]
+  boundaries: Boundaries
   layout: ArenaLayout
   rereads_input: bool
   shared: Mapping[str, jax.Array]
   state: Mapping[str, jax.Array]
 
+  # A stage is one row of the packed parameters.
   layers = 1
   sums = ("layers", "shared")
-  scratch = None
 
   @property
-  def apart(self) -> Mapping[Kind, Any]:
-    """No action reads an arena that it writes."""
+  def remade(self) -> PoolLayout | None:
+    """None: a stage's backward that runs the forward again is one function, without pools."""
+    return None
+
+  @property
+  def scratch(self) -> Mapping[Kind, Scratch]:
+    """Empty: no action reads an arena that it writes."""
     return {}
 
   @property
   def recomputes(self) -> bool:
-    """Whether R has anything to do."""
+    """Whether R has anything to do at any stage."""
     return any(one.recompute for one in self.splits)
 
-  def cells(self, program: Program) -> tuple[Any, tuple[int, ...]]:
-    """The table of rows and the arenas' lengths; then those of the sums of what F changes."""
+  def cells(self, program: Program) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The row at which each record begins, and the lengths of arenas and of sums of state."""
     table, rows = self.layout.arenas.cells(program)
     longest = (int(n) for n in rows.max(0, initial=0))
     return table, (*longest, *(self._chunks for _ in self.layout.sums))
@@ -107,60 +103,70 @@ class SwitchedStages:
     return next((len(leaf) for leaf in self.state.values()), 1)
 
   def allocate(self, shapes: Sequence[jax.ShapeDtypeStruct], lengths: Sequence[int]) -> Pools:
-    """Arenas of undefined contents, and sums of zeros; largest whole numbers of the least."""
-    local, n = self.local, len(self.layout.arenas.pools)
-    made = [
-      rings.allocate(shape, length, local.axes, local.poison)
+    """Arenas of undefined contents, then sums that start at zero, or at the least whole number."""
+    n = len(self.layout.arenas.pools)
+    arenas = [
+      self.context.ring(shape, length)
       for shape, length in zip(shapes[:n], lengths[:n], strict=True)
     ]
-    rest = zip(shapes[n:], lengths[n:], strict=True)
-    return [*made, *(local.vary(_least(_row(shape, length))) for shape, length in rest)]
+    sums = zip(shapes[n:], lengths[n:], strict=True)
+    return [*arenas, *(self.context.vary(_start(shape, length)) for shape, length in sums)]
 
-  # Actions
+  def counted(self, pools: Pools) -> dict[str, jax.Array]:
+    """Dtype -> sums over microbatches of what F has made of the state, [V, width]."""
+    return {name: pools[self.layout.sum_of(name)] for name in self.layout.sums}
+
+  def saved_bytes(self) -> tuple[int, int]:
+    """Bytes that F keeps of one microbatch and that wait for its W, at the stage with most."""
+    arenas, each = self.layout.arenas, range(len(self.splits))
+    kept = max(arenas.bytes_of(s, made=Kind.F) for s in each)
+    return kept, max(arenas.bytes_of(s, last=Kind.W) for s in each)
+
+  # Actions. Each runs `run(s, ...)` of the stage that the tick names, behind the switch.
 
   def primal(self, call: ActionArguments, x: Leaves) -> Leaves:
-    """Runs the stage, keeping nothing."""
+    """Runs the stage and keeps nothing."""
 
     def run(s: int, x: Leaves) -> Leaves:
-      out = self.splits[s].primal(*self._given(s, call), *self._take(s, x))
-      return self._give(s, out[: self.splits[s].y_count])
+      out = self.splits[s].primal(*self._given(s, call), *self.boundaries.input(s, x))
+      return self.boundaries.pack_output(s, out[: self.splits[s].y_count])
 
     return self._switch(call, run, x)
 
   def forward(self, call: ActionArguments, x: Leaves, storage: Storage) -> tuple[Leaves, Storage]:
-    """F: runs the stage, keeps what the backward pass wants, and counts its statistics."""
+    """F: runs the stage, keeps what the backward wants, and sums its model state."""
 
     def run(s: int, x: Leaves, pools: Pools) -> tuple[Leaves, Pools]:
       one = self.splits[s]
-      out = one.forward(*self._given(s, call), *self._take(s, x))
+      out = one.forward(*self._given(s, call), *self.boundaries.input(s, x))
       y, aux = out[: one.y_count], out[one.y_count : one.y_count + one.aux_count]
       saved = out[one.y_count + one.aux_count :]
       pools = self.layout.arenas.write(s, one.forward.makes, saved, pools, storage.cells)
-      return self._give(s, y), self._count(s, aux, pools, call)
+      return self.boundaries.pack_output(s, y), self._sum_state(s, aux, pools, call)
 
     y, pools = self._switch(call, run, x, storage.pools)
     return y, dataclasses.replace(storage, pools=pools)
 
   def remake(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
-    """R, from the stage's input."""
+    """R from the stage's input."""
 
     def run(s: int, x: Leaves, pools: Pools) -> Pools:
       again = self.splits[s].recompute
       if again is None:
         return pools
-      made = again(*self._given(s, call), *self._take(s, x))
+      made = again(*self._given(s, call), *self.boundaries.input(s, x))
       return self.layout.arenas.write(s, again.makes, made, pools, storage.cells)
 
     return dataclasses.replace(storage, pools=self._switch(call, run, x, storage.pools))
 
   def recompute(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
-    """R, from what F kept."""
+    """R from what F kept."""
 
     def run(s: int, pools: Pools) -> Pools:
       again = self.splits[s].recompute
       if again is None:
         return pools
-      new = again(*self._given(s, call), *self._read(s, again.reads, storage))
+      new = again(*self._given(s, call), *self._read(s, again, storage))
       return self.layout.arenas.write(s, again.makes, new, pools, made.cells)
 
     return dataclasses.replace(made, pools=self._switch(call, run, made.pools))
@@ -168,108 +174,81 @@ class SwitchedStages:
   def backward(
     self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
   ) -> tuple[Leaves, Tree]:
-    """B: returns dx, and `grads` with this microbatch's added."""
+    """B: the input's cotangents, packed, and the sums with this microbatch's gradients."""
 
     def run(s: int, x: Leaves, dy: Leaves, grads: Tree) -> tuple[Leaves, Tree]:
       one = self.splits[s]
-      out = one.backward(
-        *self._given(s, call),
-        *self._read(s, one.backward.reads, storage),
-        *self._input(s, x),
-        *self._cotangents(s, dy),
-      )
+      out = one.backward(*self._backward_arguments(s, one.backward, call, storage, x, dy))
       dx, dparams = out[: one.dx_count], out[one.dx_count :]
-      return self._give_back(s, dx), self._add(s, dparams, grads, call)
+      return self.boundaries.pack_cotangents(s, dx), self._add(s, dparams, grads, call)
 
     return self._switch(call, run, x, dy, grads)
 
   def input_grad(
     self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, made: Storage
   ) -> tuple[Leaves, Storage]:
-    """I: returns dx, and `made` with what W waits for."""
+    """I: the input's cotangents, packed, and the arenas with what W waits for."""
 
     def run(s: int, x: Leaves, dy: Leaves, pools: Pools) -> tuple[Leaves, Pools]:
       one = self.splits[s]
-      out = one.input_grad(
-        *self._given(s, call),
-        *self._read(s, one.input_grad.reads, storage),
-        *self._input(s, x),
-        *self._cotangents(s, dy),
-      )
+      out = one.input_grad(*self._backward_arguments(s, one.input_grad, call, storage, x, dy))
       dx, new = out[: one.dx_count], out[one.dx_count :]
       pools = self.layout.arenas.write(s, one.input_grad.makes, new, pools, made.cells)
-      return self._give_back(s, dx), pools
+      return self.boundaries.pack_cotangents(s, dx), pools
 
     dx, pools = self._switch(call, run, x, dy, made.pools)
     return dx, dataclasses.replace(made, pools=pools)
 
   def weight_grad(self, call: ActionArguments, storage: Storage, grads: Tree) -> Tree:
-    """W: returns `grads` with this microbatch's added."""
+    """W: the sums with this microbatch's gradients."""
 
     def run(s: int, grads: Tree) -> Tree:
       slice_ = self.splits[s].weight_grad
-      dparams = slice_(*self._given(s, call), *self._read(s, slice_.reads, storage))
+      dparams = slice_(*self._given(s, call), *self._read(s, slice_, storage))
       return self._add(s, dparams, grads, call)
 
     return self._switch(call, run, grads)
 
   def _switch(self, call: ActionArguments, run: Callable[..., Any], *args: Any) -> Any:
-    """Does `run(s, *args)` of the action's stage s."""
-    branches = [self._varying(functools.partial(run, s)) for s in range(len(self.splits))]
+    """Returns `run(s, *args)` for the stage s of this tick; all of its results vary."""
+
+    def branch(s: int, *args: Any) -> Any:
+      # Branches must agree over which mesh axes their results vary.
+      return vary(run(s, *args), self.context.axes)
+
+    branches = [functools.partial(branch, s) for s in range(len(self.splits))]
     return lax.switch(call.inputs(0)["layer"], branches, *args)
 
-  def _varying(self, run: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: vary(run(*args), self.local.axes)
-
-  # What a stage is given, and gives
-
   def _given(self, s: int, call: ActionArguments) -> Leaves:
-    return jax.tree.leaves(
-      stage_arguments(
-        self.packed, s, call.weights, call.first_layer, self.shared, self.state, call.inputs(0)
-      )
+    """Leaves of stage s's parameters, own and borrowed, and of its further inputs."""
+    arguments = stage_arguments(
+      self.packed,
+      s,
+      rows=call.weights,
+      chunk=call.first_layer,
+      shared=self.shared,
+      state=self.state,
+      inputs=call.inputs(0),
     )
+    return jax.tree.leaves(arguments)
 
-  def _take(self, s: int, x: Leaves) -> Leaves:
-    """The stage's input, from what has arrived."""
-    return self.boundaries[s].read(dict(zip(self.widths, x, strict=True)))
-
-  def _input(self, s: int, x: Leaves) -> Leaves:
-    return self._take(s, x) if self.rereads_input else []
-
-  def _cotangents(self, s: int, dy: Leaves) -> Leaves:
-    """Of the stage's float outputs; of the last stage's, the loss itself and no others count."""
-    flat = self.boundaries[s + 1]
-    if s + 1 == len(self.splits):
-      loss, *others = flat.leaves
-      rest = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in others if is_float(leaf)]
-      return list(self.local.vary([jnp.ones((), loss.dtype), *rest]))
-    buffers = dict(zip(self._float_widths, dy, strict=True))
+  def _backward_arguments(
+    self, s: int, slice_: Slice, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves
+  ) -> Leaves:
+    """Arguments of stage s's slice for B or I, in the order that `LayerSplit` says."""
     return [
-      read_span(buffers[str(leaf.dtype)], leaf.shape, offset)
-      for leaf, offset in zip(flat.leaves, flat.offsets, strict=True)
-      if is_float(leaf)
+      *self._given(s, call),
+      *self._read(s, slice_, storage),
+      *(self.boundaries.input(s, x) if self.rereads_input else []),
+      *self.boundaries.cotangents(s, dy, self.context.vary),
     ]
 
-  def _give(self, s: int, y: Leaves) -> Leaves:
-    """The stage's output, as it travels."""
-    return list(self.boundaries[s + 1].pack(y, self.widths).values())
-
-  def _give_back(self, s: int, dx: Leaves) -> Leaves:
-    """Cotangents of its float inputs, as they travel."""
-    flat, floats = self.boundaries[s], iter(dx)
-    given = [next(floats) if is_float(leaf) else None for leaf in flat.leaves]
-    return list(flat.pack_leaves(given, self._float_widths).values())
-
-  @property
-  def _float_widths(self) -> dict[str, int]:
-    return {n: w for n, w in self.widths.items() if jnp.issubdtype(jnp.dtype(n), jnp.inexact)}
-
-  def _read(self, s: int, numbers: Sequence[int], storage: Storage) -> Leaves:
-    return self.layout.arenas.read(s, numbers, storage.pools, storage.cells)
+  def _read(self, s: int, slice_: Slice, storage: Storage) -> Leaves:
+    """The saved values that a slice of stage s reads."""
+    return self.layout.arenas.read(s, slice_.reads, storage.pools, storage.cells)
 
   def _add(self, s: int, dparams: Leaves, grads: Tree, call: ActionArguments) -> Tree:
-    """Adds to the stage's row, and to the sums of what it borrows."""
+    """Adds a microbatch's gradients to stage s's row, and to the sums of what it borrows."""
     flat = self.packed.params[s]
     own, borrowed = dparams[: len(flat.leaves)], dparams[len(flat.leaves) :]
     rows = dict(grads["layers"])
@@ -284,76 +263,48 @@ class SwitchedStages:
       shared[owner] = shared[owner] + new.astype(shared[owner].dtype)
     return {**grads, "layers": rows, "shared": shared}
 
-  # Carry
-
-  def _count(self, s: int, aux: Leaves, pools: Pools, call: ActionArguments) -> Pools:
-    """Adds what F has made of the stage's state; of whole numbers, the largest is kept."""
-    pools, flat, n = list(pools), self.packed.changing[s], len(self.layout.arenas.pools)
+  def _sum_state(self, s: int, aux: Leaves, pools: Pools, call: ActionArguments) -> Pools:
+    """Adds what F has made of stage s's model state; of whole numbers, the largest is kept."""
+    pools, flat = list(pools), self.packed.changing[s]
     for leaf, offset, new in zip(flat.leaves, flat.offsets, aux, strict=True):
-      p = n + self.layout.sums.index(str(leaf.dtype))
+      p = self.layout.sum_of(str(leaf.dtype))
       old = read_span(pools[p], leaf.shape, offset, call.first_layer)
       new = new.astype(old.dtype)
       new = old + new if is_float(leaf) else jnp.maximum(old, new)
       pools[p] = write_span(pools[p], new, offset, call.first_layer)
     return pools
 
-  def counted(self, pools: Pools) -> dict[str, jax.Array]:
-    """Dtype -> sums of what F has made of the state, [V, width]."""
-    return dict(zip(self.layout.sums, pools[len(self.layout.arenas.pools) :], strict=True))
-
-  def saved_bytes(self) -> tuple[int, int]:
-    """What F keeps of one microbatch and what W waits for, at the stage where it is most."""
-    arenas, each = self.layout.arenas, range(len(self.splits))
-    kept = max(arenas.bytes_of(s, made=Kind.F) for s in each)
-    return kept, max(arenas.bytes_of(s, last=Kind.W) for s in each)
-
-
-@dataclasses.dataclass(frozen=True)
-class ArenaLayout:
-  """Pools of unlike stages: arenas, and behind them sums of what F makes of the state.
-
-  Attributes:
-    arenas: of saved values.
-    sums: dtypes of the state that changes.
-    widths: of its rows.
-  """
-
-  arenas: Arenas
-  sums: tuple[str, ...]
-  widths: Mapping[str, int]
-
-  @property
-  def pools(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """One row of each."""
-    counts = (jax.ShapeDtypeStruct((self.widths[n],), wide(jnp.dtype(n))) for n in self.sums)
-    return (*self.arenas.shapes, *counts)
-
-  def pools_of(self, kind: Kind) -> list[int]:
-    """Those that an action of this kind writes to."""
-    n = len(self.arenas.pools)
-    counts = range(n, n + len(self.sums)) if kind is Kind.F else ()
-    return [*self.arenas.pools_of(kind), *counts]
-
 
 def stage_arguments(
-  packed: Any,
+  packed: PackedStack,
   s: int,
+  *,
   rows: Tree,
   chunk: Any,
   shared: Mapping[str, jax.Array],
   state: Mapping[str, jax.Array],
   inputs: Tree,
 ) -> tuple[Tree, Tree]:
-  """A stage's parameters, own and borrowed, and its further inputs, its state among them."""
+  """Returns stage s's parameters, own and borrowed, and its further inputs with its model state.
+
+  Args:
+    packed: the stack, cut into stages.
+    s: number of the stage.
+    rows: this device's packed parameters, dtype -> [V, width].
+    chunk: which of the V rows is the stage's.
+    shared: leaves that several stages read, by their owner's path.
+    state: this device's packed model state, dtype -> [V, width].
+    inputs: further inputs of a layer; `layer` is left out, which is the stage's number here.
+  """
   own = packed.params[s].unpack(rows, chunk)
   borrowed = {path: shared[owner] for path, owner in packed.borrowed[s].items()}
   rest = {name: value for name, value in inputs.items() if name != "layer"}
   return (own, borrowed), {**rest, "state": packed.state[s].unpack(state, chunk)}
 
 
-def cut_stages(
-  packed: Any,
-  local: DeviceContext,
+def split_stages(
+  packed: PackedStack,
+  context: DeviceContext,
   rows: Tree,
   shared: Mapping[str, jax.Array],
   inputs: Tree,
@@ -361,51 +312,74 @@ def cut_stages(
   *,
   recompute: bool = False,
 ) -> SwitchedStages:
-  """Cuts every stage of a packed stack; arguments as of `stage.cut_stack`, but for
+  """Splits every stage of a packed stack, each traced on the output of the one before.
 
   Args:
-    rows: parameters of the device's stages, or stand-ins.
-    shared: see `Stages`.
+    packed: the stack, cut into stages.
+    context: the device, as yet without the type of the travelling activation.
+    rows: stand-ins of the device's packed parameters, dtype -> [V, width].
+    shared: leaves that several stages read, by their owner's path.
+    inputs: stand-ins of a layer's further inputs, `LayerInputs`.
+    policy: what F keeps; None where only forwards run.
+    recompute: whether the schedule has R.
+
+  Raises:
+    ValueError: a stage has a loop or branch that cannot be traced over a mesh, or no stage has
+      anything that bears a name of the policy's.
   """
   training = policy is not None
-  from_input, state = bool(policy and policy.stage_input), local.state
+  from_input = bool(policy and policy.stage_input)
 
   def all_stages(keep: Policy | None) -> tuple[list[LayerSplit], list[Flat]]:
     x: Tree = ()
-    boundaries, splits = [Flat.of(x)], []
+    flats, splits = [Flat.of(x)], []
     for s in range(packed.depth):
       params, given = jax.eval_shape(
-        functools.partial(stage_arguments, packed, s), rows, jnp.int32(0), shared, state, inputs
+        functools.partial(stage_arguments, packed, s),
+        rows=rows,
+        chunk=jnp.int32(0),
+        shared=shared,
+        state=context.state,
+        inputs=inputs,
       )
-      stage = _stage_function(packed, s, training, local.axes)
+      stage = _stage_function(packed, s, training, context.axes)
       if training:
-        splits.append(_cut(stage, params, given, x, recompute, from_input, keep))
+        # The forward that a backward runs again keeps all: nothing of it outlives the action.
+        kept = None if from_input else keep
+        splits.append(
+          split(stage, params, given, x, kept, recompute=recompute, from_input=from_input)
+        )
       else:
         splits.append(forward_only(stage, params, given, x))
       y, _ = jax.eval_shape(lenient(stage), params, given, x)
-      x = local.zeros(y)
-      boundaries.append(Flat.of(y))
-    return splits, boundaries
+      x = context.zeros(y)
+      flats.append(Flat.of(y))
+    return splits, flats
 
-  # A name that a policy asks for may be in one stage alone.
-  splits, boundaries = policy.traced(all_stages) if policy else all_stages(None)
-  saved = [one.saved if training else () for one in splits]
+  # All stages at once: a name that a policy asks for may be in one of them alone.
+  splits, flats = policy.traced(all_stages) if policy else all_stages(None)
   widths = packed.changing_widths if training else {}
-  layout = ArenaLayout(Arenas.of(saved), tuple(widths), widths)
-  rereads = from_input and not recompute
-  travels = widest(boundaries)
   return SwitchedStages(
-    *(packed, local, tuple(splits), tuple(boundaries), travels, layout, rereads, shared, state)
+    packed=packed,
+    context=context,
+    splits=tuple(splits),
+    boundaries=Boundaries.of(flats),
+    layout=ArenaLayout(
+      Arenas.of([one.saved if training else () for one in splits]), tuple(widths), widths
+    ),
+    rereads_input=from_input and not recompute,
+    shared=shared,
+    state=context.state,
   )
 
 
-def _stage_function(packed: Any, s: int, training: bool, axes: Sequence[str]) -> Layer:
-  """LoopedStage s as `split` wants a layer."""
+def _stage_function(packed: PackedStack, s: int, training: bool, axes: Sequence[str]) -> Layer:
+  """Stage s as a layer to be split: `(params, inputs, x) -> y, changed state`."""
 
   def stage(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Leaves]:
-    rest = {name: value for name, value in inputs.items() if name != "state"}
-    y, after = packed.run_stage(s, params, inputs["state"], x, training, rest)
-    # Off the mesh, where loops that start from constants are traced, nothing may vary.
+    y, after = packed.run_stage(s, params, inputs["state"], x, training, microbatch_inputs(inputs))
+    # A stage may also be traced off the mesh, for the sake of loops that start from constants;
+    # there nothing may vary.
     over = axes_of(jax.tree.leaves((params, inputs, x))) & {*axes}
     out: tuple[Tree, Leaves] = vary(jax.tree.map(jnp.asarray, (y, after)), over)
     return out
@@ -413,25 +387,7 @@ def _stage_function(packed: Any, s: int, training: bool, axes: Sequence[str]) ->
   return stage
 
 
-def _cut(
-  stage: Layer,
-  params: Tree,
-  inputs: Tree,
-  x: Tree,
-  recompute: bool,
-  from_input: bool,
-  keep: Policy | None,
-) -> LayerSplit:
-  # The forward that a backward runs again keeps all: nothing of it outlives the action.
-  keep = None if from_input else keep
-  return split(stage, params, inputs, x, keep, recompute=recompute, from_input=from_input)
-
-
-def _least(shape: jax.ShapeDtypeStruct) -> jax.Array:
-  """What sums, or largest whole numbers, begin with."""
+def _start(shape: jax.ShapeDtypeStruct, length: int) -> jax.Array:
+  """Rows at which sums begin: zeros, or the least whole number where the largest is kept."""
   start = 0 if is_float(shape) else jnp.iinfo(shape.dtype).min
-  return jnp.full(shape.shape, start, shape.dtype)
-
-
-def _row(shape: jax.ShapeDtypeStruct, length: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((length, *shape.shape), shape.dtype)
+  return jnp.full((length, *shape.shape), start, shape.dtype)

@@ -1,13 +1,14 @@
-"""The weights of a device's layers, as actions read them.
+"""The weights of a device's layers, whole or in pieces along `fsdp`, as actions read them.
 
-Where `fsdp` cuts the parameters, every device keeps a piece of each, and reads them whole:
+Where the mesh axis `fsdp` cuts the parameters, every device owns a piece of each leaf and reads the
+leaf whole. When it is all-gathered depends on the schedule (ZeroPP, Tang et al., 2024):
 
-    the schedule has no G    gathered once, before the first tick; kept to the last
-    the schedule has G       gathered there, a stage at a time, into a slot of the ring `weights`,
-                             which is another stage's after X
+    the schedule has no G    all leaves once, before the first tick; they stay until the last
+    the schedule has G       one stage's at each G, into a slot of the ring `weights`, which is
+                             another stage's after X has released them
 
-What W reads stays whole for the step either way, for W may come after X. A layer's matrices are not
-among it: W multiplies what F and I left.
+What W reads is gathered before the first tick either way, for W may come after X. A layer's
+matrices are not among it: W multiplies activations by cotangents, which F and I have left.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ class Weights:
   """Parameters of all layers that a device holds.
 
   Attributes:
-    layers: leaves [V * layers, ...], whole, or this device's pieces where `later` says so.
-    specs: partition specs of the leaves.
-    later: for each leaf, whether G gathers it.
+    layers: leaves `[V * each, ...]` of all V chunks, whole along `fsdp`, or this device's pieces of
+      those that `later` names.
+    specs: partition specs of the leaves, which say along which dim `fsdp` cuts.
+    later: for each leaf in order, whether G gathers it; else it is whole before the first tick.
     each: layers of a stage.
   """
 
@@ -45,7 +47,12 @@ class Weights:
 
   @classmethod
   def of(cls, pieces: Tree, specs: Tree, later: Sequence[bool], each: int) -> Weights:
-    """Gathers now what G does not; arguments as above, but all leaves in pieces."""
+    """Gathers what G does not.
+
+    Args:
+      pieces: leaves `[V * each, ...]`, all of them this device's pieces along `fsdp`.
+      specs, later, each: as of the attributes.
+    """
     leaves, structure = jax.tree.flatten(pieces)
     now = [
       leaf if wait else gather_fsdp(spec, leaf)
@@ -54,12 +61,12 @@ class Weights:
     return cls(jax.tree.unflatten(structure, now), specs, later, each)
 
   def kept(self) -> Leaves:
-    """The leaves that are whole for the step."""
+    """The leaves that stay whole for the step, for reports of memory."""
     leaves = jax.tree.leaves(self.layers)
     return [leaf for leaf, later in zip(leaves, self.later, strict=True) if not later]
 
   def whole(self) -> Tree:
-    """Stand-ins of the parameters, all gathered."""
+    """Types of all leaves as if gathered, which are those of their gradients."""
     leaves, structure = jax.tree.flatten(self.layers)
     full = {
       i: jax.eval_shape(functools.partial(gather_fsdp, spec), leaf)
@@ -68,18 +75,24 @@ class Weights:
     return jax.tree.unflatten(structure, [full.get(i, leaf) for i, leaf in enumerate(leaves)])
 
   def slot(self) -> Leaves:
-    """Stand-ins of what a slot of the ring holds."""
+    """Types of what one slot of the ring `weights` holds: one stage's gathered leaves."""
     return jax.eval_shape(self.gathered, 0)
 
   def gathered(self, first_layer: Index) -> Leaves:
-    """G: a stage's layers, which begin at `first_layer`, of every leaf that it gathers."""
+    """G: gathers a stage's weights; its layers begin at `first_layer` among this device's."""
     return [
       gather_fsdp(spec, lax.dynamic_slice_in_dim(leaf, first_layer, self.each))
       for _, spec, leaf in self._later()
     ]
 
   def reader(self, ring: Leaves, slot: Index, first_layer: Index) -> Callable[[Index], Tree]:
-    """Returns `i -> parameters of the stage's i-th layer`."""
+    """Returns a function from i to the parameters of the stage's i-th layer.
+
+    Args:
+      ring: the ring `weights`, from which leaves that G has gathered are read.
+      slot: its slot that holds this stage's weights.
+      first_layer: where the stage's layers begin among this device's, for all other leaves.
+    """
     leaves, structure = jax.tree.flatten(self.layers)
     held = dict(zip((i for i, *_ in self._later()), ring, strict=True))
 
@@ -95,7 +108,7 @@ class Weights:
     return read
 
   def _later(self) -> Iterator[tuple[int, Any, jax.Array]]:
-    """Number, spec and pieces of every leaf that G gathers."""
+    """Yields number, partition spec and pieces of every leaf that G gathers."""
     leaves, specs = jax.tree.leaves(self.layers), jax.tree.leaves(self.specs)
     for i, (spec, leaf, later) in enumerate(zip(specs, leaves, self.later, strict=True)):
       if later:

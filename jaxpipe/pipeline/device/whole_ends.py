@@ -1,8 +1,10 @@
-"""Embedding and head, whole: on the devices of the first and of the last stage.
+"""Embedding and head, whole: used on the devices of the first and of the last stage.
 
-The head's loss and gradient are taken at the end of the last stage's F, so that logits live inside
-one action. The embedding's gradient is added when dx of the first stage's input appears, from a
-second embedding forward: nothing of it is kept.
+The head's loss and gradient are taken at the end of the last stage's F, so that the logits live
+inside one action and are never saved. The gradient of the loss waits in the ring `gradients` for
+the last stage's backward, as a gradient that has arrived would. The embedding's gradient is added
+when the cotangents of the first stage's input appear, by running the embedding a second time:
+nothing of its first run is kept.
 """
 
 from __future__ import annotations
@@ -14,71 +16,76 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.pipeline.device.context import Carry, DeviceContext, Now, Totals, accumulate
-from jaxpipe.pipeline.layer.equations import lenient, trace
+from jaxpipe.pipeline.device.carry import Carry, Totals, accumulate, count
+from jaxpipe.pipeline.device.context import DeviceContext
+from jaxpipe.pipeline.device.now import Now
+from jaxpipe.pipeline.device.protocols import Leaves
 from jaxpipe.pipeline.layer.floats import float_leaves, with_float_leaves
+from jaxpipe.pipeline.layer.trace import lenient, trace
 from jaxpipe.pipeline.layer.varying import axes_of, vary
 from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.rings import Tree
 from jaxpipe.schedules import Kind
-
-Leaves = list[jax.Array]
+from jaxpipe.stack.protocol import UniformStack
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeEnds:
-  """Both ends, replicated over the stages and used on one each.
+  """Both ends, replicated over the stages and used on one each; `Ends` describes the methods.
 
   Attributes:
-    local: the device.
+    context: the device.
+    stack: whose embedding and head these are.
   """
 
-  local: DeviceContext
+  context: DeviceContext
+  stack: UniformStack
 
   def held(self) -> dict[str, Tree]:
-    """Shapes of a slot of the ring `vocabulary`: it has nothing."""
+    """Nothing waits in the ring `vocabulary`."""
     return {}
 
   def heaviest(self) -> Any:
-    """The jaxpr of what holds most at once: the head's loss and gradient."""
-    local = self.local
-    batch = local.microbatch(jnp.int32(0))
+    """The jaxpr of the head's loss and gradient, with the logits of a microbatch."""
+    context = self.context
+    batch = context.microbatch(jnp.int32(0))
     value_and_grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
-    args = local.params["head"], float_leaves(local.x), local.x, batch
+    args = context.params["head"], float_leaves(context.x), context.x, batch
     return trace(value_and_grad, *args).jaxpr
 
-  def enter(self, state: Carry, now: Now) -> Carry:
-    """Before F: nothing, for `input` embeds."""
-    return state
+  def enter(self, carry: Carry, now: Now) -> Carry:
+    """Does nothing: `input` embeds."""
+    return carry
 
-  def passes(self, state: Carry, now: Now) -> Carry:
-    """S and T: there are none."""
-    return state
+  def passes(self, carry: Carry, now: Now) -> Carry:
+    """Does nothing: a whole head has no passes S and T."""
+    return carry
 
-  def input(self, state: Carry, now: Now) -> Leaves:
+  def input(self, carry: Carry, now: Now) -> Leaves:
     """The stage's input: embedded at the first stage, else what arrived."""
 
     def embed(ring: Tree) -> Leaves:
-      batch = self.local.microbatch(now.microbatch)
-      embed = functools.partial(self.local.stack.apply_embed, training=self.local.training)
-      x = lenient(embed)(self.local.params["embed"], batch)
-      return jax.tree.leaves(self.local.vary(x))
+      batch = self.context.microbatch(now.microbatch)
+      embed = functools.partial(self.stack.apply_embed, training=self.context.training)
+      x = lenient(embed)(self.context.params["embed"], batch)
+      return jax.tree.leaves(self.context.vary(x))
 
-    arrived = lambda ring: rings.load(ring, now.activations)  # noqa: E731
-    kinds = (Kind.F, Kind.R, Kind.B, Kind.I)
-    leaves: Leaves = now.at_end("first", kinds, embed, arrived, state.activations)
-    return leaves
+    return embedded_or_arrived(embed, carry, now)
 
-  def leave(self, state: Carry, now: Now, y: Leaves) -> Carry:
-    """After F: the loss of a microbatch that has left the last stage, and dy of its backward."""
-    # Whatever varies over the mesh is an argument: see `lenient`.
-    x = jax.tree.unflatten(jax.tree.structure(self.local.x), y)
-    batch = self.local.microbatch(now.microbatch)
-    args = self.local.params["head"], float_leaves(y), x, batch
-    if not self.local.training:
-      evaluate = lambda totals: count(totals, *lenient(self.loss)(*args))  # noqa: E731
-      totals = now.at_end("last", [Kind.F], evaluate, lambda same: same, state.totals)
-      return state._replace(totals=totals)
+  def leave(self, carry: Carry, now: Now, y: Leaves) -> Carry:
+    """After F: the loss of a microbatch that has left the last stage, and the gradient of it."""
+    context = self.context
+    # Whatever varies over the mesh is an argument and not closed over: see `lenient`.
+    x = jax.tree.unflatten(jax.tree.structure(context.x), y)
+    batch = context.microbatch(now.microbatch)
+    args = context.params["head"], float_leaves(y), x, batch
+    if not context.training:
+
+      def evaluate(totals: Totals) -> Totals:
+        return count(totals, *lenient(self.loss)(*args))
+
+      totals = now.at_end("last", [Kind.F], evaluate, lambda same: same, carry.totals)
+      return carry._replace(totals=totals)
 
     def train(totals: Totals, grads: Tree, ring: Tree) -> tuple[Totals, Tree, Tree]:
       value_and_grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
@@ -91,55 +98,53 @@ class WholeEnds:
       [Kind.F],
       train,
       lambda *same: same,
-      *(state.totals, state.grads["head"], state.gradients),
+      *(carry.totals, carry.grads["head"], carry.gradients),
     )
-    return state._replace(totals=totals, gradients=ring, grads={**state.grads, "head": grads})
+    return carry._replace(totals=totals, gradients=ring, grads={**carry.grads, "head": grads})
 
-  def back_at_input(self, state: Carry, now: Now, dx: Leaves) -> Carry:
+  def back_at_input(self, carry: Carry, now: Now, dx: Leaves) -> Carry:
     """After B or I: the embedding's gradient, where dx is that of the first stage's input."""
 
     def gradient(params: Tree, batch: Tree, dx: Leaves) -> Tree:
       def outputs(params: Tree) -> Leaves:
         # A leaf that does not depend on the parameters has a cotangent like every other.
-        x = float_leaves(self.local.stack.apply_embed(params, batch))
+        x = float_leaves(self.stack.apply_embed(params, batch))
         leaves: Leaves = vary(x, axes_of(dx))
         return leaves
 
       return jax.vjp(outputs, params)[1](dx)[0]
 
     def run(grads: Tree) -> Tree:
-      batch = self.local.microbatch(now.microbatch)
-      return accumulate(grads, lenient(gradient)(self.local.params["embed"], batch, dx))
+      batch = self.context.microbatch(now.microbatch)
+      return accumulate(grads, lenient(gradient)(self.context.params["embed"], batch, dx))
 
     kinds = (Kind.B, Kind.I)
-    grads = now.at_end("first", kinds, run, lambda g: g, state.grads["embed"])
-    return state._replace(grads={**state.grads, "embed": grads})
+    grads = now.at_end("first", kinds, run, lambda g: g, carry.grads["embed"])
+    return carry._replace(grads={**carry.grads, "embed": grads})
 
   def loss(self, params: Tree, floats: Leaves, x: Tree, batch: Tree) -> Any:
-    """The head's `loss_sum, (weight, metrics)`."""
+    """The head's `loss_sum, (weight, metrics)`.
+
+    Args:
+      params: the head's.
+      floats: float leaves of the last stage's output, by which the loss is differentiated.
+      x: the last stage's output, of which only the other leaves are read.
+      batch: the microbatch's own inputs.
+    """
     x = with_float_leaves(x, floats)
-    return self.local.stack.apply_head(params, x, batch, self.local.training)
+    return self.stack.apply_head(params, x, batch, self.context.training)
 
 
-@dataclasses.dataclass(frozen=True)
-class InnerEnds(WholeEnds):
-  """Both ends inside the first and the last stage, which takes nothing, and returns the loss."""
+def embedded_or_arrived(embed: Any, carry: Carry, now: Now) -> Leaves:
+  """The stage's input: `embed(ring)` at the first stage of a path, else what lies in the ring.
 
-  def heaviest(self) -> Any:
-    """The jaxpr of nothing: what is inside stages is theirs."""
-    return trace(lambda: ()).jaxpr
+  Asked for by F, and by R, B and I where they run the forward again: so it is embedded again, too.
+  """
 
-  def leave(self, state: Carry, now: Now, y: Leaves) -> Carry:
-    """After F: the sums of a microbatch that has left the last stage."""
-    result = jax.tree.unflatten(jax.tree.structure(self.local.x), y)
+  def arrived(ring: Tree) -> Leaves:
+    leaves: Leaves = rings.load(ring, now.activations)
+    return leaves
 
-    def add(totals: Totals) -> Totals:
-      return count(totals, *self.local.stack.apply_head({}, result, {}))
-
-    totals = now.at_end("last", [Kind.F], add, lambda same: same, state.totals)
-    return state._replace(totals=totals)
-
-
-def count(totals: Totals, loss: jax.Array, aux: tuple[jax.Array, Tree]) -> Totals:
-  """Adds one microbatch's sums."""
-  return Totals(*accumulate(tuple(totals), (loss, *aux)))
+  kinds = (Kind.F, Kind.R, Kind.B, Kind.I)
+  leaves: Leaves = now.at_end("first", kinds, embed, arrived, carry.activations)
+  return leaves

@@ -1,4 +1,9 @@
-"""Runs a jaxpr one equation at a time, by whatever rule the caller has for an equation."""
+"""Runs a jaxpr one equation at a time, by whatever rule the caller has for an equation.
+
+Two rules are in use: `bind` runs an equation as it was traced, `varying.bind_varying` runs it on
+values that vary over mesh axes, though it was traced on values that do not. Run under a trace, a
+rule writes its equations into the new jaxpr, which is how calls are expanded (`trace.trace`).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,12 @@ from jax.extend import core
 
 Var = core.Var
 Equation = core.JaxprEqn
-# How one equation gives its outputs, given the values of its inputs.
+# Gives the outputs of one equation, given the values of its inputs.
 Rule = Callable[[Equation, Sequence[Any]], Sequence[Any]]
 
 # Equations that only call another jaxpr. Left whole, a rematerialized layer's entire backward pass
-# would be one equation, all of it would be needed for dx, and nothing would remain for W.
+# would be one equation, all of it would be needed for dx, and nothing would remain for W. The names
+# are those of all JAX versions in use.
 _CALLS = {
   "jit",
   "pjit",
@@ -29,11 +35,12 @@ _CALLS = {
   "vjp_node",
 }
 
+# The primitive that `jax.ad_checkpoint.checkpoint_name` leaves.
 _NAMING = "name"
 
 
 def bind(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
-  """The rule that changes nothing."""
+  """Runs an equation on the values of its inputs just as it was traced."""
   params = equation.primitive.get_bind_params(equation.params)
   with equation.ctx.manager:
     out = equation.primitive.bind(*args, **params)
@@ -41,10 +48,12 @@ def bind(equation: Equation, args: Sequence[Any]) -> Sequence[Any]:
 
 
 def run(jaxpr: Any, args: Sequence[Any], rule: Rule = bind) -> list[Any]:
-  """Runs a closed jaxpr; the equations of a call are run in the place of the call.
+  """Runs a jaxpr and returns the values of its outputs.
 
-  Names given with `checkpoint_name` are left out. They tell a policy what to keep, which is over
-  once a function is traced, and as variables of their own they would be kept twice.
+  Args:
+    jaxpr: closed, or open without constants. The equations of a call are run in the call's place.
+    args: values of its inputs.
+    rule: runs one equation that is not a call.
   """
   consts = getattr(jaxpr, "consts", ())
   jaxpr = opened(jaxpr)
@@ -52,6 +61,8 @@ def run(jaxpr: Any, args: Sequence[Any], rule: Rule = bind) -> list[Any]:
   for equation in jaxpr.eqns:
     ins = [read(values, v) for v in equation.invars]
     if equation.primitive.name == _NAMING:
+      # Names tell a residual policy what to keep, which is over once a function is traced. As an
+      # equation of its own, a name would make a second variable of one value, kept twice.
       outs: Sequence[Any] = ins
     elif (inner := _called(equation)) is None:
       outs = rule(equation, ins)
@@ -62,17 +73,17 @@ def run(jaxpr: Any, args: Sequence[Any], rule: Rule = bind) -> list[Any]:
 
 
 def read(values: dict[Var, Any], v: Any) -> Any:
-  """The value of a variable or literal."""
+  """Returns the value of `v`: from `values` for a variable, its own for a literal."""
   return values[v] if isinstance(v, Var) else v.val
 
 
 def opened(jaxpr: Any) -> Any:
-  """The jaxpr without its constants; jax 0.12 has one class for both kinds, jax 0.10 two."""
+  """Returns a jaxpr without its constants; JAX 0.12 has one class for both, JAX 0.10 has two."""
   return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def bodies(equation: Equation) -> Iterator[Any]:
-  """The jaxprs that an equation runs: of a loop, of the branches of a conditional, of a call."""
+  """Yields the jaxprs that an equation runs: a loop's body, a conditional's branches, a call's."""
   for value in equation.params.values():
     for one in value if isinstance(value, tuple | list) else (value,):
       if hasattr(opened(one), "eqns"):
@@ -80,7 +91,7 @@ def bodies(equation: Equation) -> Iterator[Any]:
 
 
 def _called(equation: Equation) -> Any:
-  """The jaxpr that a call-like equation calls, or None for any other equation."""
+  """Returns the jaxpr that a call-like equation calls, or None for any other equation."""
   if equation.primitive.name not in _CALLS:
     return None
   return next(equation.params[k] for k in ("jaxpr", "call_jaxpr") if k in equation.params)

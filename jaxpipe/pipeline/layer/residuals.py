@@ -1,18 +1,21 @@
-"""Residual policies: what F keeps for the backward pass, and what is computed again instead.
+"""Residual policies: which values F keeps for the backward pass; the rest is computed again.
 
-`auto` is `dots`, and for unlike stages `full`. Four have names of their own, and everything that
-`jax.checkpoint` understands is one too:
+A residual is an intermediate value of the forward pass that the backward pass reads. A schedule
+holds the residuals of every microbatch in flight, so they are most of a pipeline's memory, and the
+policy trades them for arithmetic. It is, as for `jax.checkpoint`, a predicate that is asked about
+every equation of a layer's forward: whether its outputs may be kept. These can be asked for:
 
     full                         the stage's input alone
-    dots                         matmuls with weights and what was summed or exchanged over the
-                                 mesh, never attention scores
-    selective                    all but attention's scores, what is made of them at their size,
-                                 and what was gathered (Korthikanti et al., arXiv:2205.05198)
-    all                          whatever `jax.vjp` does
+    dots                         results of matmuls with weights, and of sums and exchanges over
+                                 the mesh; never attention scores
+    selective                    all but attention's scores, what is computed of them at their
+                                 size, and what was gathered (Korthikanti et al., arXiv:2205.05198)
+    all                          whatever `jax.vjp` keeps
     nothing_saveable, ...        a policy of `jax.checkpoint_policies`; this one keeps each layer's
                                  input
     names:attention,mlp_up       values named with `jax.ad_checkpoint.checkpoint_name`
     a function                   `policy(primitive, *avals, **params) -> bool`
+    auto                         `dots` for layers that are alike, `full` for unlike stages
 """
 
 from __future__ import annotations
@@ -29,24 +32,31 @@ import jax
 Out = TypeVar("Out")
 Policy = Callable[..., Any]
 
+# A matmul with a weight has no batch dims; attention's products have those of rows and heads.
 _WEIGHTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-# Nothing is sent twice; but what was gathered is larger than what is kept, and gathered again.
+# Sums and exchanges over the mesh are kept, so that none is done twice. What was gathered is larger
+# than the shards that it was made of, and is gathered again.
 _SENT = ("psum", "psum_invariant", "reduce_scatter", "all_to_all")
 _NAMES = "names:"
-# In place of a policy's name: what suits the stack.
+# Stands for the policy that suits the stack.
 AUTO = "auto"
 
 
 def _dots(primitive: Any, *avals: Any, **params: Any) -> Any:
+  """The policy `dots`: keeps matmuls with weights, and sums and exchanges over the mesh."""
   return primitive.name in _SENT or _WEIGHTS(primitive, *avals, **params)
 
 
 class _Selective:
-  """Keeps all but what was gathered and what attention computes of its scores, at their size.
+  """The policy `selective`: keeps all but attention's scores, values of their size, and gathers.
 
-  Scores are products with two batch dims at least, of rows and of heads, that are larger than
-  either of their factors. Their sizes are learnt while a layer is traced, whose equations are asked
-  about in their order.
+  A product counts as attention scores if it has at least two batch dims (rows and heads) and is
+  larger than either of its factors. Which sizes scores have is found out while a layer is traced:
+  JAX asks about equations in their order, so scores are met before anything that reads them. An
+  object is therefore good for one layer only.
+
+  Attributes:
+    _scores: dims of the scores met so far, as `_dims` gives them.
   """
 
   def __init__(self) -> None:
@@ -60,19 +70,20 @@ class _Selective:
         self._scores.add(_dims(shape))
         return False
       return True
+    # Softmax, masks and dropout read something of the scores' size, whatever its order of dims.
     read = {_dims(aval.shape) for aval in avals if hasattr(aval, "shape")}
     return primitive.name != "all_gather" and not read & self._scores
 
 
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """A shape, whichever way it is transposed."""
+  """Returns the dims of a shape larger than 1 in ascending order, equal for all transposes."""
   return tuple(sorted(n for n in shape if n > 1))
 
 
 def _product(
   a: tuple[int, ...], b: tuple[int, ...], *, dimension_numbers: Any, **_: Any
 ) -> tuple[int, ...]:
-  """The shape of a dot_general."""
+  """Returns the shape of a `dot_general` of two arrays of these shapes."""
   (of_a, of_b), (batch_a, batch_b) = dimension_numbers
   rest_a = [n for i, n in enumerate(a) if i not in (*of_a, *batch_a)]
   rest_b = [n for i, n in enumerate(b) if i not in (*of_b, *batch_b)]
@@ -81,55 +92,63 @@ def _product(
 
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-  """A residual policy.
+  """A residual policy, as this module's docstring lists them.
 
   Attributes:
-    name: of the policy.
+    name: the policy's name, or the name of the function that was given.
     layer: the `jax.checkpoint` policy under which each layer is differentiated; None keeps all that
-      `jax.vjp` does.
-    learns: makes the policy anew for every layer that is traced, where it learns from the layer's
-      equations; `layer` then stands for it where layers are many (the reference).
-    stage_input: keep the stage's input alone; the stage's forward runs again before its backward.
-    names: of the values to keep, where they are given by name.
+      `jax.vjp` keeps.
+    factory: makes a fresh policy for each layer that is traced, where the policy remembers what it
+      was asked (`_Selective`); None where `layer` itself is used. `layer` is then the policy for
+      whoever differentiates many layers under one policy, which is the reference.
+    stage_input: keep the stage's input alone and run the stage's forward again before its backward.
+      `layer` then says what this second forward keeps.
+    names: the `checkpoint_name`s of the values to keep; empty for a policy that does not go by
+      names.
   """
 
   name: str
   layer: Policy | None
-  learns: Callable[[], Policy] | None = None
+  factory: Callable[[], Policy] | None = None
   stage_input: bool = False
   names: tuple[str, ...] = ()
 
   def traced(self, trace: Callable[[Policy | None], Out]) -> Out:
-    """Returns `trace(layer)`, having seen to it that the policy means something there.
+    """Traces a derivative under this policy and checks that the policy means something there.
 
     Args:
-      trace: traces the derivative of a layer under the policy that it is given.
+      trace: traces the derivative of a layer, or of several, under the `jax.checkpoint` policy that
+        it is given; None keeps all.
+
+    Returns:
+      `trace`'s own result.
 
     Raises:
-      ValueError: nothing that is differentiated bears one of the names, or a value is to go to
-        another memory.
+      ValueError: nothing that is differentiated bears one of `names`, or the policy would move a
+        value to another memory.
     """
     if self.layer is None:
       return trace(None)
-    met: set[str] = set()
-    out = trace(_watched(self.learns() if self.learns else self.layer, met))
+    seen: set[str] = set()
+    out = trace(_watched(self.factory() if self.factory else self.layer, seen))
+    # A misspelt name would keep nothing and only be slow, so it is an error.
     for name in self.names:
-      if name not in met:
-        there = f"there are {', '.join(sorted(met))}" if met else "there are none"
+      if name not in seen:
+        there = f"there are {', '.join(sorted(seen))}" if seen else "there are none"
         raise ValueError(
           f"residuals {self.name!r}: no checkpoint_name in the layer is {name!r}; {there}"
-          f"{_near(name, met)}"
+          f"{_near(name, seen)}"
         )
     return out
 
 
 POLICIES = {
-  # Matmuls with weights are kept; attention scores, which dwarf everything, have batch dims.
   "dots": Residuals("dots", _dots),
-  "selective": Residuals("selective", _dots, learns=_Selective),
+  "selective": Residuals("selective", _dots, factory=_Selective),
   "all": Residuals("all", None),
-  # What the second forward keeps for the moment is `dots` again: under `all`, one microbatch's
-  # attention scores would cost more than keeping every microbatch's matmuls.
+  # The second forward keeps `dots`, in cells that live inside one action. Under `all`, the
+  # attention scores of all the stage's layers could need more than keeping every microbatch's
+  # matmuls does.
   "full": Residuals("full", _dots, stage_input=True),
 }
 
@@ -138,11 +157,11 @@ def residual_policy(residuals: str | Policy, uniform: bool = True) -> Residuals:
   """Returns the policy that a name or a function stands for.
 
   Args:
-    residuals: as this module's docstring lists them.
-    uniform: whether it is for layers that are alike, or for unlike stages.
+    residuals: a name or a function of the list in this module's docstring.
+    uniform: whether the policy is for layers that are alike or for unlike stages; only `auto` asks.
 
   Raises:
-    ValueError: an unknown name, `names:` without names, or what is no policy.
+    ValueError: an unknown name, `names:` without names, or an object that is not a policy.
   """
   if not isinstance(residuals, str):
     return _of_function(residuals)
@@ -163,12 +182,12 @@ def residual_policy(residuals: str | Policy, uniform: bool = True) -> Residuals:
 
 
 def jax_policies() -> dict[str, Policy]:
-  """The policies of `jax.checkpoint_policies`, without the functions that only make some."""
+  """Returns the policies of `jax.checkpoint_policies` by name, without what only makes policies."""
   return {k: v for k, v in vars(jax.checkpoint_policies).items() if _is_policy(v)}
 
 
 def _is_policy(function: Any) -> bool:
-  """A policy is asked about every primitive, and so takes parameters of any name."""
+  """Tells a policy from a function that makes one: a policy takes parameters of any name."""
   if not callable(function):
     return False
   parameters = inspect.signature(function).parameters.values()
@@ -176,6 +195,7 @@ def _is_policy(function: Any) -> bool:
 
 
 def _of_function(policy: Any) -> Residuals:
+  """Returns the policy that a function is, or raises ValueError if it cannot be one."""
   name = getattr(policy, "__name__", type(policy).__name__)
   if not _is_policy(policy):
     raise ValueError(
@@ -186,6 +206,7 @@ def _of_function(policy: Any) -> Residuals:
 
 
 def _of_names(residuals: str) -> Residuals:
+  """Returns the policy that `names:A,B` stands for."""
   names = tuple(name.strip() for name in residuals.removeprefix(_NAMES).split(","))
   if not all(names):
     raise ValueError(f"residuals {residuals!r} has an empty name; write {_NAMES}A,B")
@@ -193,14 +214,14 @@ def _of_names(residuals: str) -> Residuals:
   return Residuals(residuals, policy, names=names)
 
 
-def _watched(policy: Policy, met: set[str]) -> Policy:
-  """The policy; names that it is asked about are added to `met`."""
+def _watched(policy: Policy, seen: set[str]) -> Policy:
+  """Returns the policy, wrapped so that every `checkpoint_name` it is asked about joins `seen`."""
 
   def watched(primitive: Any, *avals: Any, **params: Any) -> Any:
     if primitive.name == "name":
-      met.add(params["name"])
+      seen.add(params["name"])
     answer = policy(primitive, *avals, **params)
-    # Saved values lie in rings on the device, whatever a policy says.
+    # Saved values lie in pools on the device; a policy that offloads them would be ignored.
     if hasattr(answer, "dst"):
       raise ValueError(
         f"the residual policy moves {primitive.name} to {answer.dst}; use one that only keeps"
@@ -211,5 +232,6 @@ def _watched(policy: Policy, met: set[str]) -> Policy:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
+  """Returns "; did you mean ...?" for the closest of the known names, or nothing."""
   near = difflib.get_close_matches(name, list(known), n=1)
   return f"; did you mean {near[0]}?" if near else ""

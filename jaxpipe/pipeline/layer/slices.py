@@ -1,4 +1,10 @@
-"""A layer in slices: what `split` makes and a stage runs."""
+"""A layer in slices: the functions that `split` makes of one layer and that a stage runs.
+
+A *slice* is a list of equations with its inputs and outputs. The slices of a layer run at different
+times: F of a microbatch now, I of it many ticks later. What one of them leaves for another is a
+*saved value*. It has a number that all slices of the layer know it by, and lies between the actions
+in a pool (`storage/pools.py`) or an arena (`storage/arenas.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,30 +15,42 @@ from typing import Any
 import jax
 
 from jaxpipe.pipeline.layer import equations as eq
+from jaxpipe.pipeline.layer.interpret import Equation, Var
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
 
 
+# Without `eq` it is hashed by identity, lists and all: `jax.jit` hashes the functions it is given.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Slice:
-  """Equations from some variables to others, as a function of leaves.
+  """Equations from some variables to others, callable as a function of arrays.
 
   Attributes:
-    inputs, equations, outputs, consts: the function, called with the leaves of `inputs`.
-    reads: numbers of the saved values that stand among the inputs.
-    makes: numbers of those that stand at the end of the outputs.
+    inputs: variables whose values it is called with, in this order.
+    equations: those that compute the outputs, in the order in which they run.
+    outputs: variables and literals whose values it returns, in this order.
+    consts: values of the variables that are constants of the traced layer.
+    reads: numbers of the saved values among the inputs, in the inputs' order.
+    makes: numbers of the saved values that it leaves, which are the last of its outputs.
   """
 
-  inputs: Sequence[eq.Var]
-  equations: Sequence[eq.Equation]
+  inputs: Sequence[Var]
+  equations: Sequence[Equation]
   outputs: Sequence[Any]
-  consts: dict[eq.Var, Any]
+  consts: dict[Var, Any]
   reads: tuple[int, ...]
   makes: tuple[int, ...]
 
   def reads_given(self, given: Sequence[Any]) -> list[bool]:
-    """For each of the first inputs, as many as are given, whether the slice reads it."""
+    """Says which of the layer's parameters and further inputs the slice reads.
+
+    Args:
+      given: their leaves, or the first few of them; only their number counts.
+
+    Returns:
+      One bool for each of `given`.
+    """
     read = {*eq.used(self.equations, self.outputs)}
     return [v in read for v, _ in zip(self.inputs, given, strict=False)]
 
@@ -43,12 +61,14 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-  """A value that one action leaves for a later one, once per microbatch.
+  """A value that one action leaves for a later one, once for each microbatch.
 
   Attributes:
-    shape, dtype: of the array.
+    shape: shape of the array, for one layer and one microbatch.
+    dtype: dtype of the array.
     made: the action that leaves it: F, R or I.
-    last: the last that reads it: R, I or W. Where one B does the work of I and W, it is that B.
+    last: the last action that reads it, after which its memory is free: R, I or W. In a schedule
+      whose B does the work of I and W, I and W both mean that B.
   """
 
   shape: tuple[int, ...]
@@ -57,25 +77,27 @@ class Saved:
   last: Kind
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSplit:
-  """One layer as functions of leaves; `backward` is I and W in one.
+  """One layer as slices, one for each action.
 
-  `given` below stands for the leaves of the layer's parameters and of its further inputs, which are
-  at hand whenever an action runs. What depends on nothing else is computed again where it is
-  needed: it is never saved once per microbatch. `saved` stands for the values that a slice `reads`
-  or `makes`, and `[x]` for x where the layer was cut to be made again from it.
+  In the signatures below, `given` stands for the leaves of the layer's parameters and of its
+  further inputs, which are at hand whenever an action runs. What depends on nothing else (a
+  transposed weight, a dropout mask) is computed again by every slice that needs it and is never
+  saved. `saved` stands for the values that the slice `reads` or `makes`. `[x]` stands for the
+  leaves of x in the slices that run the forward again from the layer's input, else for nothing.
 
   Attributes:
-    forward: `given, x -> y, aux, saved`.
-    primal: `given, x -> y, aux`, nothing saved.
-    recompute: `given, saved, [x] -> saved`; without an R of its own, None.
-    input_grad: `given, saved, [x], dy -> dx, saved`. Cotangents are those of float leaves.
-    weight_grad: `given, saved -> dparams`.
-    backward: `given, saved, [x], dy -> dx, dparams`.
-    saved: all saved values, in the order of their numbers.
+    forward: F, `given, x -> y, aux, saved`.
+    primal: `given, x -> y, aux`: the forward alone, where nothing is to be saved.
+    recompute: R, `given, saved, [x] -> saved`; None where nothing is left to R.
+    input_grad: I, `given, saved, [x], dy -> dx, saved`. `dy` and `dx` are the cotangents of the
+      float leaves of y and x.
+    weight_grad: W, `given, saved -> dparams`, the gradients of the parameters' leaves.
+    backward: B, I and W in one: `given, saved, [x], dy -> dx, dparams`. It leaves nothing.
+    saved: all saved values; the index is a value's number.
     y_count: number of leaves of y.
-    aux_count: number of further outputs, which have no gradient.
+    aux_count: number of leaves of the layer's further output, which has no gradient.
     dx_count: number of float leaves of x.
   """
 

@@ -1,5 +1,6 @@
 """Buffers in which one action leaves values for a later one.
 
-Open `rings.py` first: arrays with numbered slots. `pools.py` keeps the saved values of uniform
-layers, `arenas.py` those of stages that are not alike.
+Open `rings.py` first: arrays with numbered slots, which the tick table's columns point into.
+`pools.py` keeps the saved values of layers that are alike; `arenas.py` and `arena_layout.py` keep
+those of unlike stages.
 """

@@ -1,12 +1,17 @@
-"""Where saved values lie between the action that makes them and the last that reads them.
+"""Where the saved values of layers lie between the action that makes them and the last reader.
 
-Values of equal shape and dtype share a *pool*, an array of cells [cells, layers, *shape]. Each
-value of each stage and microbatch has a cell of its own there, by the tick table. What one action
-frees the next one fills, whichever value it is: what W waits for takes the cells of what I
-consumed.
+Values of equal shape and dtype share a *pool*, an array of *cells* `[cells, layers, *shape]`. Each
+value of each stage and microbatch has a cell of its own for as long as it waits, which the tick
+table names (`Program.cells`, by interval colouring). Cells are not bound to a kind of value: those
+that I frees by reading them for the last time take what I leaves for W, so that the memory of a
+split backward is not the sum of what I and what W read.
 
-`Storage.write` and `Storage.read` are the one place that every saved value passes, on its way in
-and out: a format of fewer bits, or another memory, would stand there and in `PoolLayout.pools`.
+    pool [5, 4] float32   cell 0  x of stage 0, microbatch 3      made by F, last read by W
+                          cell 1  dy of stage 0, microbatch 2     made by I, last read by W
+    pool [5, 6] float32   cell 0  tanh h of stage 0, microbatch 3
+
+`Storage.write` and `Storage.read` are the one place that every saved value passes on its way in and
+out: a format of fewer bits, or another memory, would stand there and in `PoolLayout.pools`.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -28,14 +33,29 @@ Leaves = list[jax.Array]
 Pools = list[jax.Array]
 
 
+class SavedLayout(Protocol):
+  """Which arrays hold the saved values of a stage, whichever way they lie in them.
+
+  `PoolLayout` is the layout of layers that are alike, `ArenaLayout` that of unlike stages.
+  """
+
+  @property
+  def pools(self) -> Sequence[jax.ShapeDtypeStruct]:
+    """Shape and dtype of one cell of each pool."""
+
+  def pools_of(self, kind: Kind) -> list[int]:
+    """Returns the numbers of the pools that an action of this kind writes to, ascending."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PoolLayout:
   """Which saved value lies in which pool.
 
   Attributes:
-    values: those that lie in pools, for the tick table.
-    position: number of a saved value -> its place in `values`.
-    pools: shape and dtype of one cell of each pool.
+    values: the saved values that lie in pools, in the order of the tick table's cells.
+    position: number of a saved value (`LayerSplit.saved`) -> its index in `values`. Values that
+      live inside one action only are not in it.
+    pools: shape `[layers, *shape]` and dtype of one cell of each pool.
   """
 
   values: tuple[Value, ...]
@@ -44,13 +64,13 @@ class PoolLayout:
 
   @classmethod
   def of(cls, saved: Mapping[int, Saved], layers: int) -> PoolLayout:
-    """Gives each size of value a pool.
+    """Gives each shape and dtype of value a pool.
 
     Args:
-      saved: number -> what one layer's actions leave for one another.
-      layers: layers of a stage.
+      saved: number -> saved value of one layer, of all the values that are to lie here.
+      layers: layers of a stage; a cell holds a value of each.
     """
-    pools: dict[tuple[Any, ...], int] = {}
+    pools: dict[tuple[Any, ...], int] = {}  # numbered as their sizes are first met
     values = []
     for value in saved.values():
       size = ((layers, *value.shape), value.dtype)
@@ -62,16 +82,20 @@ class PoolLayout:
     )
 
   def pools_of(self, kind: Kind) -> list[int]:
-    """The pools that an action of this kind writes to, ascending."""
+    """Returns the numbers of the pools that an action of this kind writes to, ascending."""
     return sorted({value.pool for value in self.values if value.made is kind})
 
   def one_each_bytes(self) -> int:
-    """Bytes of pools in which every value has its own cell."""
+    """Returns the bytes of pools in which every value has a cell of its own."""
     cells = (self.pools[value.pool] for value in self.values)
     return sum(math.prod(cell.shape) * cell.dtype.itemsize for cell in cells)
 
   def one_each(self) -> tuple[list[int], list[int]]:
-    """Cells where every value has its own, and how many each pool then has."""
+    """Lays the values of one microbatch out, for pools that live inside a single action.
+
+    Returns:
+      The cell of each value within its pool, in the order of `values`; and each pool's length.
+    """
     lengths = [0] * len(self.pools)
     cells = []
     for value in self.values:
@@ -82,40 +106,70 @@ class PoolLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-  """The pools, as one action sees them.
+  """The pools as one action sees them: with the cells of its own stage and microbatch.
+
+  It is a value: `write` and `take` return another one. `read`, `write` and `take` are for a
+  `PoolLayout`; unlike stages read and write `pools` and `cells` by their arenas.
 
   Attributes:
-    layout: which value lies in which pool; of unlike stages, one of their own.
-    pools: the arrays.
-    cells: [values], those of the action's stage and microbatch.
+    layout: which value lies in which pool.
+    pools: the arrays, `[cells, layers, *shape]` each.
+    cells: the cell of each value within its pool, in the order of `layout.values`: a row of the
+      tick table, int32 [values], or the list that `PoolLayout.one_each` returns. Of unlike stages,
+      rows of arenas, int32 [records].
   """
 
-  layout: Any
+  layout: SavedLayout
   pools: Pools
-  cells: Any
+  cells: jax.Array | Sequence[int]
 
   def read(self, numbers: Sequence[int], layer: Index) -> Leaves:
-    """One layer's saved values of these numbers."""
-    places = [self.layout.position[n] for n in numbers]
-    return [
-      rings.load(self.pools[self.layout.values[i].pool], self.cells[i], layer) for i in places
-    ]
+    """Reads saved values of one layer.
+
+    Args:
+      numbers: which values, by their numbers in the layer's split.
+      layer: which layer of the stage.
+
+    Returns:
+      Their arrays, of the shapes that one layer saves, in the order of `numbers`.
+    """
+    layout = self._pool_layout
+    places = [layout.position[n] for n in numbers]
+    return [rings.load(self.pools[layout.values[i].pool], self.cells[i], layer) for i in places]
 
   def write(self, numbers: Sequence[int], layer: Index, values: Sequence[jax.Array]) -> Storage:
-    """A storage that holds one layer's values of these numbers as well."""
-    pools = list(self.pools)
+    """Returns a storage that also holds these saved values of one layer.
+
+    Args:
+      numbers: which values, by their numbers in the layer's split.
+      layer: which layer of the stage.
+      values: their arrays.
+    """
+    layout, pools = self._pool_layout, list(self.pools)
     for n, value in zip(numbers, values, strict=True):
-      i = self.layout.position[n]
-      pool = self.layout.values[i].pool
+      i = layout.position[n]
+      pool = layout.values[i].pool
       pools[pool] = rings.store(pools[pool], value, self.cells[i], layer)
     return dataclasses.replace(self, pools=pools)
 
   def take(self, other: Storage) -> Storage:
-    """A storage that holds all layers of the values that both have, as another holds them."""
-    pools = list(self.pools)
-    for n in sorted(self.layout.position.keys() & other.layout.position.keys()):
-      mine, theirs = self.layout.position[n], other.layout.position[n]
-      value = rings.get(other.pools[other.layout.values[theirs].pool], other.cells[theirs])
-      pool = self.layout.values[mine].pool
-      pools[pool] = rings.put(pools[pool], value, self.cells[mine])
+    """Returns a storage that holds every value that both have as `other` holds it, all layers.
+
+    It moves what an action has left in scratch of its own to the pools, or fetches what it will
+    read from the pools into scratch.
+    """
+    ours, theirs, pools = self._pool_layout, other._pool_layout, list(self.pools)
+    # Sorted, for a set has no order and the traced program should have one.
+    for n in sorted(ours.position.keys() & theirs.position.keys()):
+      to, source = ours.position[n], theirs.position[n]
+      value = rings.get(other.pools[theirs.values[source].pool], other.cells[source])
+      pool = ours.values[to].pool
+      pools[pool] = rings.put(pools[pool], value, self.cells[to])
     return dataclasses.replace(self, pools=pools)
+
+  @property
+  def _pool_layout(self) -> PoolLayout:
+    """The layout, of a storage for layers that are alike."""
+    # Another layout here would be a mistake of ours: unlike stages never call what asks for it.
+    assert isinstance(self.layout, PoolLayout)
+    return self.layout

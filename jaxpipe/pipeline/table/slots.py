@@ -1,60 +1,83 @@
-"""Slots from lifetimes: what a device holds at once decides how long its buffers are.
+"""Gives values slots of a buffer by their live ranges, so that a buffer is as short as can be.
 
-A value stays in a buffer from the tick that fills a slot to the tick that last reads it. Handing
-slots out in the order in which values arrive is optimal for intervals: a buffer is exactly as long
-as the most values that it ever holds on one device, so that memory is the schedule's memory.
+A value's live range goes from the tick that fills its slot to the tick that last reads it. Ranges
+that do not overlap may share a slot. Drawn as a graph, with an edge between ranges that overlap,
+this is colouring the graph of intervals, which is easy where graphs in general are not: hand out
+slots in the order in which ranges begin, always the lowest that is free. That uses exactly as many
+slots as the most values that are ever alive at once, so that the executor's memory is the
+schedule's own.
+
+    tick     0  1  2  3  4  5  6  7
+    slot 0   |--a--|  |---d----|          4 ranges, at most 2 alive at once: 2 slots
+    slot 1      |---b----||---c---|
 """
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable, Mapping
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Stay:
-  """One value's stay: a slot is filled at the end of tick `start` and last read in tick `end`.
+class LiveRange:
+  """The ticks for which one value needs a slot of a buffer on one device.
 
   Attributes:
-    buffer: in which of the buffers, by name.
-    device: on which device.
-    start, end: ticks.
-    what: names the value, uniquely on its device and buffer.
+    buffer: name of the buffer.
+    device: device d that holds the value.
+    start: the tick at whose end the slot is filled; tick - 1 for a slot that is filled at the
+      beginning of a tick, so that -1 occurs.
+    end: the tick that last reads the slot, at least `start`.
+    value: names the value, uniquely on its device and in its buffer, such as (stage, microbatch).
   """
 
   buffer: str
   device: int
   start: int
   end: int
-  what: tuple[int, ...]
+  value: tuple[int, ...]
 
 
-def colour(
-  stays: Iterable[Stay], buffers: Iterable[str]
-) -> tuple[dict[Hashable, int], dict[str, int]]:
-  """Gives every stay a slot; two on one device and buffer share a slot one after the other.
+@dataclasses.dataclass(frozen=True)
+class Slots:
+  """The slots of all values, as `colour` gives them.
+
+  Attributes:
+    number: (buffer, device, value) -> its slot.
+    count: buffer -> how many slots it needs: the largest need of any device, for all devices run
+      one program.
+  """
+
+  number: Mapping[tuple[str, int, tuple[int, ...]], int]
+  count: Mapping[str, int]
+
+  def of(self, buffer: str, device: int, value: tuple[int, ...]) -> int:
+    """Returns a value's slot, or *nowhere* (`count[buffer]`) for a value not in the buffer."""
+    return self.number.get((buffer, device, value), self.count[buffer])
+
+
+def colour(ranges: Iterable[LiveRange], buffers: Iterable[str]) -> Slots:
+  """Gives every live range a slot that no other one on its device and buffer has at the time.
 
   Args:
-    stays: in any order.
-    buffers: names of all buffers, those without a stay included.
-
-  Returns:
-    `(buffer, device, what) -> slot`, and every buffer's slots: the largest need of any device, for
-    all devices run one program.
+    ranges: in any order.
+    buffers: names of all buffers, those without a range included.
   """
-  slot: dict[Hashable, int] = {}
+  slot: dict[tuple[str, int, tuple[int, ...]], int] = {}
   slots = dict.fromkeys(buffers, 0)
+  # By buffer and device: a heap of the slots that are free again, and one of (end, slot) in use.
   free: dict[tuple[str, int], list[int]] = {}
   busy: dict[tuple[str, int], list[tuple[int, int]]] = {}
-  for stay in sorted(stays, key=lambda stay: (stay.start, stay.end, stay.what)):
-    where = (stay.buffer, stay.device)
+  for one in sorted(ranges, key=lambda one: (one.start, one.end, one.value)):
+    where = (one.buffer, one.device)
     idle, running = free.setdefault(where, []), busy.setdefault(where, [])
     # A tick reads before it writes, so a slot last read in tick t may be filled at the end of t.
-    while running and running[0][0] <= stay.start:
+    while running and running[0][0] <= one.start:
       heapq.heappush(idle, heapq.heappop(running)[1])
+    # With none free, slots 0 to n - 1 are all in use, and the next one is n.
     number = heapq.heappop(idle) if idle else len(running)
-    heapq.heappush(running, (stay.end, number))
-    slot[stay.buffer, stay.device, stay.what] = number
-    slots[stay.buffer] = max(slots[stay.buffer], number + 1)
-  return slot, slots
+    heapq.heappush(running, (one.end, number))
+    slot[one.buffer, one.device, one.value] = number
+    slots[one.buffer] = max(slots[one.buffer], number + 1)
+  return Slots(slot, slots)

@@ -1,21 +1,23 @@
-"""Legality of what stands beside the passes: vocabulary, weights, fillers, optimizer.
+"""Legality of the optional actions: vocabulary passes, moves of weights, fillers, optimizer.
 
-Each is optional; a schedule that has one of a kind must have all that belong to it.
+A schedule may do without any of them; one that has some of these actions must have all that belong
+together.
+
+  S T  one of each on every device for every microbatch         _check_vocabulary
+  G X  in turn on each stage, with the passes in between        _check_weights
+  Y    every frozen layer once for every microbatch             _check_fillers
+  U    once for every stage, on the right side of its backward  _check_updates
 """
-
-from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from jaxpipe.schedules.actions import STAGE_KINDS, Action, Kind, ScheduleError
-
-if TYPE_CHECKING:
-  from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.actions import Action, ScheduleError
+from jaxpipe.schedules.kinds import STAGE_KINDS, Kind
+from jaxpipe.schedules.protocol import ScheduleLike
 
 
-def check_extras(schedule: Schedule) -> None:
+def check_extras(schedule: ScheduleLike) -> None:
   """Raises ScheduleError for the first S, T, G, X, Y or U that is missing or misplaced."""
   kinds = {action.kind for row in schedule.order for step in row for action in step.parts}
   if schedule.vocabulary or kinds & {Kind.S, Kind.T}:
@@ -28,7 +30,8 @@ def check_extras(schedule: Schedule) -> None:
     _check_updates(schedule)
 
 
-def _actions(schedule: Schedule, *kinds: Kind) -> Iterator[tuple[int, Action]]:
+def _actions(schedule: ScheduleLike, *kinds: Kind) -> Iterator[tuple[int, Action]]:
+  """Yields the device and the action of everything that is of one of the kinds."""
   for d, row in enumerate(schedule.order):
     for step in row:
       for action in step.parts:
@@ -36,8 +39,8 @@ def _actions(schedule: Schedule, *kinds: Kind) -> Iterator[tuple[int, Action]]:
           yield d, action
 
 
-def _check_vocabulary(schedule: Schedule) -> None:
-  """One S and one T on every device for every microbatch."""
+def _check_vocabulary(schedule: ScheduleLike) -> None:
+  """Raises unless every device has one S and one T for every microbatch."""
   if schedule.vocabulary not in (1, 2):
     raise ScheduleError(
       f"vocabulary={schedule.vocabulary} although there are S or T passes; use 1 or 2 barriers"
@@ -62,8 +65,8 @@ def _check_vocabulary(schedule: Schedule) -> None:
           )
 
 
-def _check_weights(schedule: Schedule) -> None:
-  """Gathers and releases alternate, and F, R, I and B stand between them; W needs no weights."""
+def _check_weights(schedule: ScheduleLike) -> None:
+  """Raises unless gathers and releases alternate, with F, R, I and B of the stage in between."""
   for d, row in enumerate(schedule.order):
     gathered: dict[int, Action] = {}
     for step in row:
@@ -74,6 +77,7 @@ def _check_weights(schedule: Schedule) -> None:
 
 
 def _follow_weights(action: Action, d: int, gathered: dict[int, Action]) -> None:
+  """Updates which stages' weights device d has gathered, by the G of each, after one action."""
   stage = action.stage
   if action.kind is Kind.G:
     if stage in gathered:
@@ -82,12 +86,13 @@ def _follow_weights(action: Action, d: int, gathered: dict[int, Action]) -> None
   elif action.kind is Kind.X:
     if gathered.pop(stage, None) is None:
       raise ScheduleError(f"{action} on device {d} releases weights that were not gathered")
+  # W multiplies what F and I have saved, and needs no weights.
   elif action.kind in STAGE_KINDS and action.kind is not Kind.W and stage not in gathered:
     raise ScheduleError(f"{action} on device {d} runs without its weights; put {stage}G before it")
 
 
-def _check_fillers(schedule: Schedule) -> None:
-  """Every frozen layer once for every microbatch of the next step, wherever it likes."""
+def _check_fillers(schedule: ScheduleLike) -> None:
+  """Raises unless every frozen layer runs once for every microbatch, on whichever device."""
   seen: dict[Action, int] = {}
   for d, action in _actions(schedule, Kind.Y):
     if action.microbatch >= schedule.microbatches:
@@ -100,14 +105,16 @@ def _check_fillers(schedule: Schedule) -> None:
         f"{action} on device {d} is a duplicate: device {seen[action]} runs it already"
       )
     seen[action] = d
+  # The highest number decides how many layers there are: one that is left out is missing.
   for layer in range(1 + max(action.stage for action in seen)):
     for m in range(schedule.microbatches):
       if Action(layer, Kind.Y, m) not in seen:
         raise ScheduleError(f"{layer}Y{m} is missing: frozen layer {layer} needs every microbatch")
 
 
-def _check_updates(schedule: Schedule) -> None:
-  """A stage's step comes after its gradients, the validation of the last one before any."""
+def _check_updates(schedule: ScheduleLike) -> None:
+  """Raises unless each stage steps after its gradients, and validates before its first one."""
+  # A chain of Us runs from device to device; stages with replicas have no single place in it.
   if schedule.placement.replicated:
     raise ScheduleError("optimizer actions need stages that live on one device each")
   for d, row in enumerate(schedule.order):
@@ -120,7 +127,7 @@ def _check_updates(schedule: Schedule) -> None:
 
 
 def _follow_updates(actions: list[Action], d: int) -> None:
-  """Walks one list, with the first and the last gradient of every stage at hand."""
+  """Raises where a U of device d stands on the wrong side of its stage's gradients."""
   gradients = [a for a in actions if a.kind in (Kind.I, Kind.W, Kind.B)]
   first = {a.stage: a for a in reversed(gradients)}
   last = {a.stage: a for a in gradients}

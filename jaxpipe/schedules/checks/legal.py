@@ -4,28 +4,17 @@ Every error is one line that names an action and its device, because a schedule 
 writes by hand or reads from a file is usually wrong in one place only.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from jaxpipe.schedules.actions import PRODUCTS, STAGE_KINDS, Action, Kind, ScheduleError
+from jaxpipe.schedules.actions import Action, ScheduleError
 from jaxpipe.schedules.checks.extras import check_extras
-from jaxpipe.schedules.walk import dependencies, walk
+from jaxpipe.schedules.kinds import PRODUCTS, REQUIRED, STAGE_KINDS, Kind
+from jaxpipe.schedules.protocol import ScheduleLike
+from jaxpipe.schedules.walk import walk
 
-if TYPE_CHECKING:
-  from jaxpipe.schedules.schedule import Schedule
-
-# The rule lives with the walk; those who lower or check a schedule look for it here.
-__all__ = ["check", "dependencies"]
-
-# What must exist exactly once for every stage and microbatch of a training step.
-_REQUIRED = (Kind.F, Kind.I, Kind.W)
-
-# Who makes what: product -> (stage, microbatch) -> (device, action).
+# The maker of each product: product -> (stage, microbatch) -> (device, action).
 _Seen = dict[Kind, dict[tuple[int, int], tuple[int, Action]]]
 
 
-def check(schedule: Schedule) -> None:
+def check(schedule: ScheduleLike) -> None:
   """Raises unless the schedule is a legal training step.
 
   Legal means that each microbatch has its forward and its backward (`B`, or both `I` and `W`) on
@@ -34,7 +23,7 @@ def check(schedule: Schedule) -> None:
   all reach the end of it.
 
   Args:
-    schedule: any.
+    schedule: a schedule, however it was made.
 
   Raises:
     ScheduleError: in one line, the first action found missing, duplicate or misplaced, or the
@@ -53,7 +42,8 @@ def check(schedule: Schedule) -> None:
     pass
 
 
-def _check_paths(schedule: Schedule) -> None:
+def _check_paths(schedule: ScheduleLike) -> None:
+  """Raises unless every microbatch has a path, of stages that exist, each at most once."""
   if schedule.paths is None:
     return
   if len(schedule.paths) != schedule.microbatches:
@@ -68,8 +58,8 @@ def _check_paths(schedule: Schedule) -> None:
       )
 
 
-def _take_stock(schedule: Schedule) -> _Seen:
-  """Collects who produces what, refusing what is produced twice or in the wrong place."""
+def _take_stock(schedule: ScheduleLike) -> _Seen:
+  """Returns which action makes each product, refusing duplicate and misplaced actions."""
   seen: _Seen = {kind: {} for kind in Kind}
   for d, row in enumerate(schedule.order):
     # The row's own stages, rather than the one home of each stage: with replicas a stage has two.
@@ -81,7 +71,8 @@ def _take_stock(schedule: Schedule) -> _Seen:
   return seen
 
 
-def _take(action: Action, d: int, held: set[int], seen: _Seen, schedule: Schedule) -> None:
+def _take(action: Action, d: int, held: set[int], seen: _Seen, schedule: ScheduleLike) -> None:
+  """Adds the products of one action of device d, which holds the stages `held`, to `seen`."""
   stage, m = action.stage, action.microbatch
   if stage not in held:
     raise _misplaced(action, d, schedule)
@@ -103,7 +94,8 @@ def _take(action: Action, d: int, held: set[int], seen: _Seen, schedule: Schedul
     seen[product][stage, m] = d, action
 
 
-def _misplaced(action: Action, d: int, schedule: Schedule) -> ScheduleError:
+def _misplaced(action: Action, d: int, schedule: ScheduleLike) -> ScheduleError:
+  """Returns the error for an action on a device that does not hold its stage."""
   if action.stage >= schedule.stages:
     return ScheduleError(
       f"{action} on device {d} is misplaced: there are {schedule.stages} stages,"
@@ -116,22 +108,24 @@ def _misplaced(action: Action, d: int, schedule: Schedule) -> ScheduleError:
 
 
 def _devices(homes: tuple[int, ...]) -> str:
+  """Returns `device 2`, or `devices 1 and 2` for a stage with two replicas."""
   return f"device {homes[0]}" if len(homes) == 1 else f"devices {' and '.join(map(str, homes))}"
 
 
 def _duplicate(action: Action, d: int, first_d: int, first: Action) -> ScheduleError:
+  """Returns the error for an action whose product another one has made already."""
   if action == first:
     return ScheduleError(f"{action} on device {d} is a duplicate: device {first_d} runs it already")
   return ScheduleError(f"{action} on device {d} is a duplicate of the work of {first}")
 
 
-def _check_complete(seen: _Seen, schedule: Schedule) -> None:
-  """Everything on every path, and all of one stage and microbatch on one device."""
+def _check_complete(seen: _Seen, schedule: ScheduleLike) -> None:
+  """Raises unless every stage of every path has its passes, each microbatch's on one device."""
   if schedule.paths is not None:
     _check_off_path(seen, schedule)
   for m in range(schedule.microbatches):
     for stage in schedule.path(m):
-      for product in _REQUIRED:
+      for product in REQUIRED:
         if (stage, m) not in seen[product]:
           raise _missing(Action(stage, product, m), seen, schedule)
   # Without replicas every stage has one device, and everything on it is already known to be there.
@@ -139,7 +133,8 @@ def _check_complete(seen: _Seen, schedule: Schedule) -> None:
     _check_together(seen)
 
 
-def _check_off_path(seen: _Seen, schedule: Schedule) -> None:
+def _check_off_path(seen: _Seen, schedule: ScheduleLike) -> None:
+  """Raises where a microbatch has an action on a stage that its path leaves out."""
   ways = [set(schedule.path(m)) for m in range(schedule.microbatches)]
   for makers in seen.values():
     for (stage, m), (d, action) in makers.items():
@@ -150,6 +145,7 @@ def _check_off_path(seen: _Seen, schedule: Schedule) -> None:
 
 
 def _check_together(seen: _Seen) -> None:
+  """Raises where a backward runs on another replica of its stage than its forward did."""
   for kind in (Kind.R, Kind.I, Kind.W):
     for key, (d, action) in seen[kind].items():
       home, forward = seen[Kind.F][key]
@@ -160,7 +156,7 @@ def _check_together(seen: _Seen) -> None:
         )
 
 
-def _missing(action: Action, seen: _Seen, schedule: Schedule) -> ScheduleError:
+def _missing(action: Action, seen: _Seen, schedule: ScheduleLike) -> ScheduleError:
   """Names a missing action and, where there is one, an action that waits for it."""
   stage, m = action.stage, action.microbatch
   token = str(action)

@@ -1,4 +1,4 @@
-"""Whether a schedule runs where messages between two devices keep their order.
+"""Checks that a schedule cannot dead-lock where messages between two devices keep their order.
 
 One program on all devices, with a permute every tick, delivers everything in time and cannot
 dead-lock on a legal schedule. Runtimes with one process per device are less forgiving. There every
@@ -11,12 +11,10 @@ it; messages from one device to another keep their order, and then
                send to each other first; such runtimes exchange both ways in one call instead
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from jaxpipe.schedules.actions import Action, ScheduleError
-from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.protocol import ScheduleLike
 from jaxpipe.schedules.walk import Visit, walk
 
 SENDS = ("ordered", "rendezvous")
@@ -24,7 +22,14 @@ SENDS = ("ordered", "rendezvous")
 
 @dataclasses.dataclass(frozen=True)
 class _Message:
-  """What `maker` has made, from one device to another."""
+  """A product on its way from one device to another.
+
+  Attributes:
+    sender: the device that has made it.
+    receiver: the device that needs it.
+    maker: the step that has made it, as errors name it.
+    user: the step that needs it, as errors name it.
+  """
 
   sender: int
   receiver: int
@@ -32,16 +37,16 @@ class _Message:
   user: str
 
 
-# A device's messages in the order of its list: those that each step receives and sends.
+# For each device, for each step of its list: the messages it receives before and sends after it.
 _Traffic = list[list[tuple[list[_Message], list[_Message]]]]
 
 
-def check_sends(schedule: Schedule, sends: str = "ordered") -> None:
-  """Raises where messages that keep their order could dead-lock.
+def check_sends(schedule: ScheduleLike, sends: str = "ordered") -> None:
+  """Raises if messages that keep their order could dead-lock.
 
   Args:
     schedule: a legal schedule.
-    sends: `ordered` or `rendezvous`.
+    sends: `ordered` if a sender does not wait for its receiver, `rendezvous` if it does.
 
   Raises:
     ScheduleError: names the two messages and their devices.
@@ -55,7 +60,8 @@ def check_sends(schedule: Schedule, sends: str = "ordered") -> None:
     _meet(traffic)
 
 
-def _traffic(schedule: Schedule) -> _Traffic:
+def _traffic(schedule: ScheduleLike) -> _Traffic:
+  """Returns the messages of every step, those of one step in the order of the walk."""
   visits = list(walk(schedule))
   made = {slot: visit for visit in visits for slot in visit.makes}
   sent: dict[int, list[_Message]] = {}  # by the identity of the visit that makes it
@@ -74,11 +80,12 @@ def _traffic(schedule: Schedule) -> _Traffic:
 
 
 def _name(visit: Visit) -> str:
+  """Returns what an error calls a step."""
   return str(visit.step) if isinstance(visit.step, Action) else f"the pair {visit.step}"
 
 
 def _check_order(traffic: _Traffic) -> None:
-  """Between any two devices, what is sent first must be needed first."""
+  """Raises unless messages between any two devices are needed in the order in which they leave."""
   sent: dict[tuple[int, int], list[_Message]] = {}
   needed: dict[tuple[int, int], list[_Message]] = {}
   for row in traffic:
@@ -97,7 +104,7 @@ def _check_order(traffic: _Traffic) -> None:
 
 
 def _meet(traffic: _Traffic) -> None:
-  """Runs all devices with sends that wait for their receivers."""
+  """Runs all devices, with sends that wait for their receivers, and raises if some get stuck."""
   # Flattened: a device is at one message at a time; computing in between never blocks.
   todo = [
     [message for receives, sends in row for message in (*receives, *sends)] for row in traffic
@@ -109,6 +116,7 @@ def _meet(traffic: _Traffic) -> None:
     while at[d] < len(todo[d]):
       message = todo[d][at[d]]
       other = message.receiver if message.sender == d else message.sender
+      # Whichever end comes to the message second completes it for both.
       if at[other] == len(todo[other]) or todo[other][at[other]] != message:
         break
       at[d] += 1
@@ -120,7 +128,7 @@ def _meet(traffic: _Traffic) -> None:
 
 
 def _standstill(todo: list[list[_Message]], at: list[int], d: int) -> ScheduleError:
-  """Follows who waits for whom until it comes round."""
+  """Returns the error that names a circle of devices waiting for each other, starting at d."""
   seen: list[int] = []
   while d not in seen:
     seen.append(d)

@@ -1,4 +1,7 @@
-"""The command line's words: flags, and how their values are read."""
+"""Declares the flags of the command line, and reads their values.
+
+Readers of values raise `ArgumentTypeError`, which argparse prints after the name of the flag.
+"""
 
 import argparse
 import dataclasses
@@ -21,11 +24,12 @@ class _Parser(argparse.ArgumentParser):
   """Argparse prints its usage above an error; one line is what scripts and people read."""
 
   def error(self, message: str) -> NoReturn:
+    """Prints the message in one line and exits with status 2."""
     self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser() -> argparse.ArgumentParser:
-  """The parser of `python -m jaxpipe.schedules`."""
+  """Returns the parser of `python -m jaxpipe.schedules`."""
   width = max(map(len, FAMILIES))
   listed = "\n".join(f"  {name:<{width}}  {family.summary}" for name, family in FAMILIES.items())
   result = _Parser(
@@ -43,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say which schedule."""
   add = parser.add_argument_group("the schedule").add_argument
   add(
     "name",
@@ -71,6 +76,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say what it is simulated with."""
   add = parser.add_argument_group("costs, memory and execution").add_argument
   add(
     "--costs",
@@ -99,13 +105,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say what is written, and where."""
   add = parser.add_argument_group("output").add_argument
   add("--format", choices=FORMATS, default=FORMATS[0])
   add("--out", type=pathlib.Path, metavar="FILE", help="default: standard output")
 
 
 def _number(text: str) -> float:
-  """An int where the text is one: exact integers in, exact integers out."""
+  """Reads a finite number, as an int where the text is one: integers in, integers out."""
   try:
     return int(text)
   except ValueError:
@@ -116,12 +123,14 @@ def _number(text: str) -> float:
 
 
 def _per_stage(text: str) -> PerStage:
+  """Reads one number, or one per stage with colons between."""
   # Commas separate the kinds already.
   numbers = tuple(_number(part) for part in text.split(":"))
   return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _limit(text: str) -> PerStage:
+  """Reads --memory_limit."""
   try:
     return _per_stage(text)
   except ValueError as error:
@@ -129,6 +138,7 @@ def _limit(text: str) -> PerStage:
 
 
 def _switch(text: str) -> bool:
+  """Reads 0 or 1."""
   if text not in ("0", "1"):
     raise ValueError(f"{text} is neither 0 nor 1")
   return text == "1"
@@ -145,6 +155,7 @@ _EXTRA_COSTS: Mapping[str, Callable[[str], PerStage | bool]] = {
 
 
 def _costs(text: str) -> Costs:
+  """Reads --costs: the four of every schedule by position, further ones as NAME=X."""
   try:
     values = [part for part in text.split(",") if "=" not in part]
     pairs = [part.split("=", 1) for part in text.split(",") if "=" in part]
@@ -166,6 +177,7 @@ def _costs(text: str) -> Costs:
 
 
 def _memory(text: str) -> Memory:
+  """Reads --memory."""
   try:
     changes = tuple(map(_per_stage, text.split(",")))
     if len(changes) not in (3, 4):
@@ -176,6 +188,7 @@ def _memory(text: str) -> Memory:
 
 
 def _option(text: str) -> tuple[str, int]:
+  """Reads one --option NAME=N."""
   name, _, value = text.partition("=")
   try:
     return name, int(value)

@@ -1,7 +1,7 @@
-"""The command line: `python -m jaxpipe.schedules NAME --devices P --microbatches M ...`.
+"""Runs the command line `python -m jaxpipe.schedules NAME --devices P --microbatches M ...`.
 
-Results go to standard output or a file; whatever is wrong goes to standard error as one line, with
-exit status 2.
+Results go to standard output or a file; errors go to standard error as one line, with exit status
+2.
 """
 
 import argparse
@@ -71,6 +71,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> None:
+  """Lists, compares, or builds, checks, simulates and writes one schedule."""
   if flags.list:
     print("\n".join(FAMILIES))
     return
@@ -78,7 +79,7 @@ def _run(flags: argparse.Namespace) -> None:
     _emit_text(_comparison(flags), flags.out)
     return
   schedule = _transform(_schedule(flags), flags)
-  # Again: what was added may hold something too.
+  # Again, although building has checked it: recomputed activations are held as well.
   check_memory(schedule, flags.memory, flags.memory_limit)
   if flags.sends is not None:
     check_sends(schedule, flags.sends)
@@ -89,6 +90,7 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def _comparison(flags: argparse.Namespace) -> str:
+  """Returns the table of all schedules, as text or JSON; refuses flags that concern one alone."""
   _require_sizes(flags)
   if flags.format not in ("text", "json"):
     raise ValueError(f"a comparison is a table, not a {flags.format}; use --format text or json")
@@ -108,6 +110,7 @@ def _comparison(flags: argparse.Namespace) -> str:
 
 
 def _comparison_json(entries: Sequence[Entry]) -> str:
+  """Returns a comparison as a JSON list with one entry per line."""
   rows = [
     {"label": e.label, "reason": e.reason}
     if e.timeline is None
@@ -118,6 +121,7 @@ def _comparison_json(entries: Sequence[Entry]) -> str:
 
 
 def _require_sizes(flags: argparse.Namespace) -> None:
+  """Raises ValueError unless both sizes that no family has a default for are given."""
   for word in ("devices", "microbatches"):
     if getattr(flags, word) is None:
       raise ValueError(f"{flags.name} needs --{word}")
@@ -147,7 +151,7 @@ def _schedule(flags: argparse.Namespace) -> Schedule:
 
 
 def _options(flags: argparse.Namespace) -> dict[str, Any]:
-  """The --option flags, none of them twice, and none that would pass for another flag."""
+  """Returns the --option flags; raises where one is given twice, or has the name of a flag."""
   options = dict(flags.option)
   if len(options) < len(flags.option):
     raise ValueError("an --option is given twice; give each once")
@@ -158,7 +162,11 @@ def _options(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _transform(schedule: Schedule, flags: argparse.Namespace) -> Schedule:
-  """Adds what stands beside the passes. In this order: each step leaves room for the next."""
+  """Adds the optional actions that flags ask for, and checks the result.
+
+  Vocabulary passes come before optimizer and fillers, with which `with_vocabulary` refuses a
+  schedule; fillers come last, into the bubbles that are left.
+  """
   if flags.recompute:
     schedule = with_recompute(schedule, flags.costs)
   if flags.vocabulary is not None and not schedule.vocabulary:
@@ -215,6 +223,7 @@ def _emit(timeline: Timeline, form: str, out: pathlib.Path | None) -> None:
 
 
 def _emit_text(text: str, out: pathlib.Path | None) -> None:
+  """Writes text to a file or to standard output."""
   # One newline at the end, whichever format it was.
   text = text.rstrip("\n") + "\n"
   if out is None:
@@ -224,6 +233,6 @@ def _emit_text(text: str, out: pathlib.Path | None) -> None:
 
 
 def _columns(out: pathlib.Path | None) -> int | None:
-  """Where rows are to be broken: at a terminal's edge, never in a file or a pipe."""
+  """Returns the columns after which rows are broken, on a terminal; None in a file or a pipe."""
   on_screen = out is None and sys.stdout.isatty()
   return shutil.get_terminal_size().columns if on_screen else None

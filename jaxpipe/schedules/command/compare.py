@@ -1,4 +1,4 @@
-"""All schedules that fit, side by side, best first."""
+"""Compares all registered schedules of given sizes and costs: a table, best first."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class Entry:
   """One schedule of a comparison.
 
   Attributes:
-    label: its name, and how its backward pass is cut where that is not the family's own way.
-    timeline: it in time; None where it cannot be built as asked.
-    reason: why not.
+    label: name of the schedule, and `split` or `deferred` where its backwards are not as the
+      family has them.
+    timeline: the simulated schedule; None where it cannot be built as asked.
+    reason: the error where it cannot be built, else empty.
   """
 
   label: str
@@ -47,8 +48,8 @@ def compare(
     microbatches: number of microbatches, M.
     chunks: stages per device, V; by default every family's own number.
     costs: durations.
-    memory: what F, I and W change in what a device holds.
-    memory_limit: most that a device may hold.
+    memory: changes of the memory that a device holds by F, I and W.
+    memory_limit: most that a device may hold: one number, or one per device.
 
   Returns:
     Those that can run, shortest makespan first, then shortest span, then lowest memory; after them
@@ -67,9 +68,9 @@ def compare(
 
 
 def _candidates(chunks: int | None) -> Iterator[tuple[str, str | None]]:
-  """Names with the ways of cutting the backward pass that differ from the family's own."""
+  """Yields names that have V chunks, each with the `backward` values that make a difference."""
   for name, family in FAMILIES.items():
-    if chunks in (None, family.chunks) or family.any_chunks:
+    if chunks is None or family.offers(chunks):
       yield name, None
       if family.backward == "fused":
         yield name, "split"
@@ -86,6 +87,7 @@ def _run(
   memory: Memory,
   memory_limit: float | Sequence[float] | None,
 ) -> Timeline:
+  """Builds one schedule with costs and memory scaled to its number of stages, and simulates it."""
   build = functools.partial(make_schedule, name, devices=devices, chunks=chunks)
   # How many stages a family has does not depend on anything else.
   stages = build(microbatches=1).stages
@@ -102,7 +104,16 @@ def _run(
 
 
 def scale_costs(costs: Costs, devices: int, stages: int) -> Costs:
-  """Costs of a P-th part of the model as those of one of S stages; lists stay as they are."""
+  """Converts the costs of a P-th part of the model to those of one of S stages.
+
+  Args:
+    costs: durations, each of a P-th part of the model or a list with one per stage.
+    devices: number of devices, P.
+    stages: number of stages, S.
+
+  Returns:
+    The durations times P/S; lists stay as they are.
+  """
   return dataclasses.replace(
     costs,
     forward=_scale(costs.forward, devices, stages),
@@ -115,6 +126,7 @@ def scale_costs(costs: Costs, devices: int, stages: int) -> Costs:
 
 
 def _scale(value: PerStage, devices: int, stages: int) -> PerStage:
+  """Multiplies a number by P/S, with an integer result where that is one; lists stay."""
   if isinstance(value, Sequence):
     return value
   whole = value * devices
@@ -122,6 +134,7 @@ def _scale(value: PerStage, devices: int, stages: int) -> PerStage:
 
 
 def _rank(entry: Entry) -> tuple[float, ...]:
+  """Returns the key by which a comparison is sorted."""
   if entry.timeline is None:
     return (2,)
   timeline = entry.timeline
@@ -143,6 +156,7 @@ def format_table(entries: Sequence[Entry]) -> str:
 
 
 def _row(label: str, timeline: Timeline) -> tuple[str, ...]:
+  """Returns one row of the table as text."""
   return (
     label,
     str(timeline.schedule.chunks),

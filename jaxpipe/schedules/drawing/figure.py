@@ -1,4 +1,4 @@
-"""Timetables as pictures, in the style of the papers' figures.
+"""Draws timetables as pictures, in the style of the papers' figures.
 
 The microbatch's number stands in the box; the colour is the kind and the shade the chunk, as in
 Megatron's figures (Narayanan et al., 2021, arXiv:2104.04473).
@@ -7,8 +7,9 @@ Megatron's figures (Narayanan et al., 2021, arXiv:2104.04473).
 import os
 from typing import TYPE_CHECKING
 
-from jaxpipe.schedules.actions import PRODUCTS, STAGE_KINDS, Action, Kind
+from jaxpipe.schedules.actions import Action
 from jaxpipe.schedules.drawing.text import cells, summary, title
+from jaxpipe.schedules.kinds import STAGE_KINDS, Kind
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import Timeline
 
@@ -16,34 +17,6 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.patches import Patch
 
-# Hues of the Zero Bubble papers (forward blue, input gradient teal, weight gradient green), the
-# fused backward in Megatron's green, told apart by lightness too for readers who see no hue.
-_COLOURS = {
-  Kind.F: (0.36, 0.55, 0.90),
-  Kind.R: (0.95, 0.76, 0.36),
-  Kind.I: (0.45, 0.83, 0.86),
-  Kind.W: (0.42, 0.70, 0.36),
-  Kind.B: (0.60, 0.80, 0.50),
-  Kind.S: (0.86, 0.47, 0.60),
-  Kind.T: (0.93, 0.68, 0.76),
-  Kind.G: (0.55, 0.45, 0.70),
-  Kind.X: (0.75, 0.70, 0.82),
-  Kind.Y: (0.72, 0.60, 0.45),
-  Kind.U: (0.45, 0.45, 0.45),
-}
-_MEANING = {
-  Kind.F: "forward",
-  Kind.R: "recompute",
-  Kind.I: "input gradient",
-  Kind.W: "weight gradient",
-  Kind.B: "backward",
-  Kind.S: "vocabulary, forward",
-  Kind.T: "vocabulary, backward",
-  Kind.G: "gather weights",
-  Kind.X: "release weights",
-  Kind.Y: "filler",
-  Kind.U: "optimizer",
-}
 # A row holds one line of 9-point figures with air around it.
 _ROW_INCHES = 0.40
 # Beyond, numbers are left out rather than the picture made larger than viewers open.
@@ -71,7 +44,7 @@ def draw_figure(timeline: Timeline, path: str | os.PathLike[str], form: str = "p
   # A wide figure is looked at from further away, so its words grow with it.
   points = min(max(9.0, 0.6 * inches), 15.0)
   figure = Figure(figsize=(inches + 0.2 * points, _ROW_INCHES * P + 0.16 * points))
-  # Constrained: room for the legend and the peaks is made by whoever knows the sizes of the words.
+  # Constrained layout: only matplotlib knows the sizes of the words in legend and peaks.
   figure.set_layout_engine("constrained")
   # Not pyplot, which keeps every figure alive and asks for a display.
   FigureCanvasAgg(figure)
@@ -90,7 +63,7 @@ def draw_figure(timeline: Timeline, path: str | os.PathLike[str], form: str = "p
 
 
 def _width(timeline: Timeline) -> float:
-  """Inches of the time axis that leave every box room for its number."""
+  """Returns the inches of the time axis at which every box is wide enough for its number."""
   digits = len(str(timeline.schedule.microbatches - 1))
   # The shortest box holds its number at about 9 points.
   wanted = 0.07 * digits + 0.08
@@ -107,7 +80,14 @@ def _width(timeline: Timeline) -> float:
 
 
 def draw_device(axes: "Axes", timeline: Timeline, d: int, scale: float) -> None:
-  """One row of boxes, each with its microbatch."""
+  """Draws one device's row of boxes, each with the number of its microbatch.
+
+  Args:
+    axes: axes whose x is time and whose y is the device.
+    timeline: the schedule in time.
+    d: the device.
+    scale: inches per unit of time, for the size of the numbers.
+  """
   for step, start, end in cells(timeline, d):
     # The parts of an overlapped pair share a box, one above the other.
     height = 0.94 / len(step.parts)
@@ -127,23 +107,23 @@ def draw_device(axes: "Axes", timeline: Timeline, d: int, scale: float) -> None:
 
 
 def _colour(schedule: Schedule, d: int, action: Action) -> tuple[tuple[float, float, float], bool]:
-  """The kind's colour in the shade of the chunk, and whether it is dark."""
+  """Returns an action's colour, the kind's in the shade of the chunk, and whether it is dark."""
   chunk = schedule.placement.chunk(d, action.stage) if action.kind in STAGE_KINDS else 0
   return _shade(action.kind, chunk, schedule.chunks)
 
 
 def _shade(kind: Kind, chunk: int, chunks: int) -> tuple[tuple[float, float, float], bool]:
-  """A kind's colour for one chunk, the first chunk's the darkest, and whether it is dark."""
+  """Returns a kind's colour for one chunk, darkest for the first, and whether it is dark."""
   # Never all the way to white, which is for edges.
   lighter = 0.55 * chunk / max(chunks - 1, 1)
-  red, green, blue = (c + (1 - c) * lighter for c in _COLOURS[kind])
+  red, green, blue = (c + (1 - c) * lighter for c in kind.info.colour)
   # Rec. 601 weights: enough to choose between black and white digits.
   luminance = 0.299 * red + 0.587 * green + 0.114 * blue
   return (red, green, blue), luminance < 0.55
 
 
 def _draw_frame(axes: "Axes", timeline: Timeline, points: float) -> None:
-  """Axis, title with both bubbles, and each device's peak."""
+  """Draws the axes, the title with both bubbles, and each device's peak beside its row."""
   P = timeline.schedule.devices
   axes.set_xlim(0, timeline.makespan or 1)
   # Device 0 on top, as in the papers.
@@ -169,19 +149,26 @@ def _draw_frame(axes: "Axes", timeline: Timeline, points: float) -> None:
 
 
 def legend(timeline: Timeline) -> tuple[int, list["Patch"]]:
-  """How many kinds there are, and one handle per kind and chunk."""
+  """Makes the entries of a legend.
+
+  Args:
+    timeline: the schedule in time.
+
+  Returns:
+    The number of kinds that occur, and one handle for each kind and chunk.
+  """
   from matplotlib.patches import Patch
 
   schedule = timeline.schedule
   used = {action.kind for row in schedule.order for step in row for action in step.parts}
-  # Only the kinds that occur, in the order of `PRODUCTS`, whatever the schedule starts with.
+  # Only the kinds that occur, in the order of `Kind`, whatever the schedule starts with.
   handles = [
     Patch(
       color=_shade(kind, v, schedule.chunks)[0],
-      label=_MEANING[kind]
+      label=kind.info.legend
       + (f", chunk {v}" if schedule.chunks > 1 and kind in STAGE_KINDS else ""),
     )
-    for kind in PRODUCTS
+    for kind in Kind
     if kind in used
     for v in range(schedule.chunks if kind in STAGE_KINDS else 1)
   ]

@@ -1,4 +1,4 @@
-"""Timelines of one schedule one below the other, on one time axis: a plan and what came of it."""
+"""Draws timelines of one schedule below each other on one time axis: a plan and what came of it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def draw_panels(
     timelines: name -> timeline; all of one schedule.
     path: the file to write.
     form: `png` or `svg`.
-    unit: that of their times.
+    unit: name of the unit of their times.
 
   Raises:
     OSError: the file cannot be written.
   """
-  # Imported here, as in `figure`.
+  # Imported inside: everything else in the package runs without matplotlib, and starts faster.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
   from matplotlib.patches import Patch
@@ -70,6 +70,7 @@ def draw_panels(
 
 
 def _frame(axes: Axes, timeline: Timeline, name: str, longest: float, unit: str) -> None:
+  """Draws the axes of one panel, its heading, and a line where its timeline ends."""
   P = timeline.schedule.devices
   # Beyond the end, so that the line there is seen whole.
   axes.set_xlim(0, 1.01 * longest or 1)
@@ -88,11 +89,23 @@ def _frame(axes: Axes, timeline: Timeline, name: str, longest: float, unit: str)
 
 
 def scaled(timeline: Timeline, factor: float) -> Timeline:
-  """The same timeline in another unit of time, `factor` of them to one of the old."""
-  times = lambda rows: tuple(tuple(t * factor for t in row) for row in rows)  # noqa: E731
+  """Converts a timeline into another unit of time.
+
+  Args:
+    timeline: the timeline in the old unit.
+    factor: new units in one old unit.
+
+  Returns:
+    The timeline with all its times multiplied by the factor.
+  """
   return dataclasses.replace(
     timeline,
-    start=times(timeline.start),
-    end=times(timeline.end),
+    start=_times(timeline.start, factor),
+    end=_times(timeline.end, factor),
     busy=tuple(t * factor for t in timeline.busy),
   )
+
+
+def _times(rows: tuple[tuple[float, ...], ...], factor: float) -> tuple[tuple[float, ...], ...]:
+  """Multiplies the times of all devices' steps."""
+  return tuple(tuple(t * factor for t in row) for row in rows)

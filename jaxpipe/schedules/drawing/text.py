@@ -1,4 +1,4 @@
-"""Timetables as text for a terminal, and as a trace for Perfetto (https://ui.perfetto.dev).
+"""Draws timetables as text for a terminal, and as a trace for Perfetto (https://ui.perfetto.dev).
 
 The text is to scale: an action's place and width are its start and its duration.
 """
@@ -6,7 +6,8 @@ The text is to scale: an action's place and width are its start and its duration
 import json
 from collections.abc import Iterator, Mapping
 
-from jaxpipe.schedules.actions import STAGE_KINDS, Action, Kind, Step
+from jaxpipe.schedules.actions import Action, Step
+from jaxpipe.schedules.kinds import STAGE_KINDS, Kind
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import Timeline
 
@@ -41,14 +42,14 @@ def draw_text(timeline: Timeline, width: int | None = None) -> str:
   heads = [head.ljust(max(map(len, heads))) + " | " for head in heads]
   tails = [f"| {peak}" for peak in _peaks(timeline)]
   # At least 20, or a narrow terminal would get one column per block.
-  room = columns if width is None else max(20, width - len(heads[0]) - max(map(len, tails)))
+  wide = columns if width is None else max(20, width - len(heads[0]) - max(map(len, tails)))
   blocks = [
     [
       # Peaks stand at the end of the last block only, where a device's row ends.
-      (head + row[left : left + room] + (tail if left + room >= columns else "")).rstrip()
+      (head + row[left : left + wide] + (tail if left + wide >= columns else "")).rstrip()
       for head, row, tail in zip(heads, rows, tails, strict=True)
     ]
-    for left in range(0, max(columns, 1), max(room, 1))
+    for left in range(0, max(columns, 1), max(wide, 1))
   ]
   body = "\n\n".join("\n".join(block) for block in blocks)
   return f"{title(timeline)}\n{body}\n{summary(timeline)}"
@@ -56,7 +57,7 @@ def draw_text(timeline: Timeline, width: int | None = None) -> str:
 
 # The figure has the same words, so that text and picture of one schedule can be told to agree.
 def title(timeline: Timeline) -> str:
-  """The schedule's name and sizes."""
+  """Returns the schedule's name and sizes in one line."""
   schedule = timeline.schedule
   counts = (
     (schedule.devices, "device"),
@@ -68,7 +69,7 @@ def title(timeline: Timeline) -> str:
 
 
 def summary(timeline: Timeline) -> str:
-  """Makespan and span, with the share of each that is idle."""
+  """Returns makespan and span, with the share of each that is idle, in one line."""
   return (
     f"makespan {timeline.makespan:.10g}  bubble {timeline.bubble:.1%}"
     f"  span {timeline.span:.10g}  span bubble {timeline.span_bubble:.1%}"
@@ -88,7 +89,14 @@ def draw_perfetto(timeline: Timeline) -> str:
 
 
 def draw_traces(timelines: Mapping[str, Timeline]) -> str:
-  """Writes several timelines into one trace, a process each, under their names; else as above."""
+  """Writes several timelines as one trace, each as a process of its own with tracks for devices.
+
+  Args:
+    timelines: name of the process -> timeline; a unit of its time becomes a millisecond.
+
+  Returns:
+    JSON in the Trace Event Format, which https://ui.perfetto.dev opens.
+  """
   events = [
     event
     for process, (name, timeline) in enumerate(timelines.items())
@@ -98,6 +106,7 @@ def draw_traces(timelines: Mapping[str, Timeline]) -> str:
 
 
 def _events(timeline: Timeline, process: int, name: str) -> Iterator[dict[str, object]]:
+  """Yields the trace events of one timeline: names of process and tracks, then the slices."""
   schedule = timeline.schedule
   yield {"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}}
   for d in range(schedule.devices):
@@ -112,6 +121,7 @@ def _events(timeline: Timeline, process: int, name: str) -> Iterator[dict[str, o
 
 
 def _slice(action: Action, d: int, schedule: Schedule) -> dict[str, object]:
+  """Returns the trace event of an action, without its track and times."""
   args = {"stage": action.stage, "microbatch": action.microbatch}
   if action.kind in STAGE_KINDS:
     args["chunk"] = schedule.placement.chunk(d, action.stage)
@@ -119,13 +129,14 @@ def _slice(action: Action, d: int, schedule: Schedule) -> dict[str, object]:
 
 
 def cells(timeline: Timeline, device: int) -> Iterator[tuple[Step, float, float]]:
-  """The steps of one device, each with its start and end."""
+  """Yields the steps of one device, each with its start and end."""
   return zip(
     timeline.schedule.order[device], timeline.start[device], timeline.end[device], strict=True
   )
 
 
 def _row(timeline: Timeline, d: int, scale: float) -> str:
+  """Returns a device's timetable as text, at so many columns per unit of time."""
   row = ""
   for action, start, end in cells(timeline, d):
     # Rounding both ends, never the width, keeps a long row from drifting off the time axis.
@@ -136,8 +147,8 @@ def _row(timeline: Timeline, d: int, scale: float) -> str:
   return row
 
 
-# Where a device has one stage, its number would repeat in every cell of the row.
 def _label(timeline: Timeline, step: Step) -> str:
+  """Returns the text of a cell, without the stage's number where each device has one stage."""
   # Frozen layers are numbered on their own.
   return "/".join(
     str(a) if timeline.schedule.chunks > 1 or a.kind is Kind.Y else f"{a.kind.value}{a.microbatch}"
@@ -146,7 +157,7 @@ def _label(timeline: Timeline, step: Step) -> str:
 
 
 def _scale(timeline: Timeline) -> float:
-  """Columns per unit of time: the shortest action still holds its label and a blank."""
+  """Returns the columns per unit of time at which every action holds its label and a blank."""
   boxes = [
     (len(_label(timeline, action)) + 1, start, end)
     for d in range(timeline.schedule.devices)
@@ -162,7 +173,7 @@ def _scale(timeline: Timeline) -> float:
 
 
 def _peaks(timeline: Timeline) -> list[str]:
-  """What stands beside each row: the peak in chunks, and in memory where that says more."""
+  """Returns the text beside each row: the peak in chunks, and in memory where that differs."""
   # With the default memory both are the same number.
   texts = [f"peak {peak}" for peak in timeline.peak_activations]
   if timeline.peak_memory == timeline.peak_activations:

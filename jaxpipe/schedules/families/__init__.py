@@ -1,1 +1,4 @@
-"""Published schedules, a module for each family of them; `jaxpipe.schedules.registry` lists all."""
+"""Published schedules, a module for each family; `jaxpipe.schedules.registry` lists them all.
+
+Open `one_f_one_b.py` first: each module draws its figure, then builds the lists that it shows.
+"""

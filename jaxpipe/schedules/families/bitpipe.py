@@ -32,7 +32,7 @@ from jaxpipe.schedules.spec import Spec
 
 
 def bitpipe(spec: Spec) -> Schedule:
-  """Two waves towards each other, planned as F and B for the given costs.
+  """Builds BitPipe: two waves towards each other, planned as F and B for the given costs.
 
   Args:
     spec: devices, an even number, and microbatches, any number.
@@ -56,9 +56,11 @@ def bitpipe(spec: Spec) -> Schedule:
 
 
 def _places(count: int, size: int) -> list[tuple[int, int]]:
-  """Deals microbatches evenly to rounds of about `size`: begin of the round, number in the round.
+  """Deals microbatches evenly to rounds of about `size`.
 
-  Times are in halves of a forward, in which a device works 24 for one microbatch each way.
+  Returns:
+    For each microbatch, the time at which its round begins and its number in the round. Times are
+    in halves of a forward, of which a device works 24 for one microbatch each way.
   """
   rounds = max(1, (2 * count + size) // (2 * size))
   least, longer = divmod(count, rounds)

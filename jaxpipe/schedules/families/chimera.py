@@ -23,7 +23,8 @@ forwards and halved backwards, are not built here.
 The paper numbers the microbatches of a unit one direction after the other, here they alternate.
 """
 
-from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.actions import Action
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.planning.directions import directed_work, index
 from jaxpipe.schedules.schedule import Schedule
@@ -31,7 +32,7 @@ from jaxpipe.schedules.spec import Spec
 
 
 def chimera(spec: Spec) -> Schedule:
-  """Merges two 1F1B pipelines by the times that equal passes would have.
+  """Builds Chimera: merges two 1F1B pipelines by the times that equal passes would have.
 
   Args:
     spec: devices, an even number, and microbatches, any number.
@@ -62,6 +63,6 @@ def chimera(spec: Spec) -> Schedule:
 
 
 def _start(kind: Kind, stage: int, microbatch: int, P: int) -> int:
-  """When a pass starts if all take one unit of time."""
+  """Returns the time at which a pass starts if every pass takes one unit of time."""
   unit, j = divmod(index(microbatch), P // 2)
   return 2 * P * unit + 2 * j + (stage if kind is Kind.F else 2 * P - 1 - stage)

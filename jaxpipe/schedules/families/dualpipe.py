@@ -33,7 +33,7 @@ from jaxpipe.schedules.spec import Spec
 
 
 def dualpipe(spec: Spec) -> Schedule:
-  """Overlapped pairs of two directions.
+  """Builds DualPipe: overlapped pairs of passes of two opposite directions.
 
   Args:
     spec: devices, an even number, and microbatches, any number.

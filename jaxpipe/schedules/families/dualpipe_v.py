@@ -35,21 +35,22 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from jaxpipe.schedules.actions import Action, Kind, Order, Overlap, Step
+from jaxpipe.schedules.actions import Action, Order, Overlap, Step
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.planning.list_schedule import Policy, Work, all_work, list_schedule
+from jaxpipe.schedules.planning.lanes import Work
+from jaxpipe.schedules.planning.list_schedule import Policy, all_work, list_schedule
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import simulate
 from jaxpipe.schedules.spec import Spec
 
 _NEAR, _FAR = range(2)
-# One pass of a device: which of its two stages, what, and the how-manieth of that stage's
-# microbatches.
+# One pass of a device: _NEAR or _FAR, the kind, and the position among that stage's microbatches.
 _Pass = tuple[int, Kind, int]
 
 
 def dualpipe_v(spec: Spec) -> Schedule:
-  """Overlapped pairs over a V.
+  """Builds DualPipeV: overlapped pairs of passes over a V.
 
   Args:
     spec: devices and microbatches, any numbers of them.
@@ -63,15 +64,18 @@ def dualpipe_v(spec: Spec) -> Schedule:
 
 
 def dual(name: str, placement: Placement, work: Work, ranks: int, spec: Spec) -> Schedule:
-  """The pattern, on any placement in which every device holds one near and one far stage.
+  """Builds the pattern on any placement in which every device holds one near and one far stage.
 
   Args:
-    name: what to call the schedule.
+    name: name of the schedule.
     placement: where the stages live; of the two stages of a device, the lower one is near, and its
       number is the device's rank in the pattern.
-    work: what each device runs.
-    ranks: devices of one pattern, from the outermost to the innermost.
-    spec: what was asked for.
+    work: for each device, the microbatches that it runs on each of its stages.
+    ranks: number of devices of one pattern, from the outermost to the innermost.
+    spec: sizes, and the costs by which a pattern without pairs is compared.
+
+  Returns:
+    The schedule.
   """
   M = spec.microbatches
   most = max(len(lane) for lanes in work for lane in lanes.values())
@@ -86,7 +90,7 @@ def dual(name: str, placement: Placement, work: Work, ranks: int, spec: Spec) ->
 
 
 def _row(pattern: list[tuple[_Pass, ...]], lanes: Mapping[int, Sequence[int]]) -> tuple[Step, ...]:
-  """Names the passes of one device, leaving out what is beyond its microbatches."""
+  """Turns the passes of one device into steps, without those of microbatches that do not exist."""
   stages = sorted(lanes)
   row: list[Step] = []
   for passes in pattern:
@@ -100,7 +104,7 @@ def _row(pattern: list[tuple[_Pass, ...]], lanes: Mapping[int, Sequence[int]]) -
 
 
 class _Device:
-  """The list of one device, as it grows: every call appends one step."""
+  """The list of one device as it grows: every call of a method appends one step."""
 
   def __init__(self) -> None:
     self.steps: list[tuple[_Pass, ...]] = []
@@ -108,7 +112,7 @@ class _Device:
     self._counts = {(side, kind): 0 for side in (_NEAR, _FAR) for kind in (Kind.F, Kind.B)}
 
   def run(self, *passes: tuple[int, Kind]) -> None:
-    """A pass, or an overlapped pair of them; the W of an I is noted as pending."""
+    """Appends a pass, or an overlapped pair of passes; the W of an I is noted as pending."""
     step = []
     for side, kind in passes:
       counted = Kind.F if kind is Kind.F else Kind.B
@@ -120,12 +124,12 @@ class _Device:
     self.steps.append(tuple(step))
 
   def weight(self) -> None:
-    """The W that has been pending longest."""
+    """Appends the W that has been pending longest."""
     self.steps.append((self.pending.popleft(),))
 
 
 def _passes(r: int, P: int, M: int) -> list[tuple[_Pass, ...]]:
-  """The pattern of rank r of P, for at least 2P microbatches."""
+  """Returns the pattern of rank r of P, for at least 2P microbatches."""
   F, I, B = Kind.F, Kind.I, Kind.B
   device = _Device()
   run = device.run
@@ -160,9 +164,10 @@ def _passes(r: int, P: int, M: int) -> list[tuple[_Pass, ...]]:
 
 
 def _without_pairs(placement: Placement, work: Work, ranks: int, spec: Spec) -> Order:
-  """Input gradients before forwards before weight gradients, within the pattern's memory."""
+  """Plans F, I and W without pairs: I before F before W, within the pattern's memory."""
 
   def urgency(kind: Kind, stage: int, microbatch: int) -> float:
+    """Ranks every I before every F, and W last."""
     if kind is Kind.W:
       return math.inf
     return microbatch + (spec.microbatches if kind is Kind.F else 0)

@@ -10,14 +10,15 @@ The bubble is (P-1) / (M+P-1) and every device holds all M microbatches. Backwar
 last, as in PyTorch. With M=1 this is naive model parallelism.
 """
 
-from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.actions import Action
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
 
 
 def gpipe(spec: Spec) -> Schedule:
-  """All forwards in order of microbatch, then all backwards in the same order.
+  """Builds GPipe: all forwards in order of microbatch, then all backwards in the same order.
 
   Args:
     spec: devices and microbatches; one stage per device.

@@ -25,7 +25,7 @@ microbatches. So neither idle time nor memory grows with M. For multiples of P f
 
 from collections.abc import Sequence
 
-from jaxpipe.schedules.actions import Kind
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.planning.fused_list import fused_list_schedule
 from jaxpipe.schedules.planning.list_schedule import Urgency, all_work
@@ -34,7 +34,7 @@ from jaxpipe.schedules.spec import Spec
 
 
 def hanayo(spec: Spec) -> Schedule:
-  """Waves over the devices, planned as F and B for the given costs.
+  """Builds Hanayo: waves over the devices, planned as F and B for the given costs.
 
   Args:
     spec: devices, microbatches and an even number of chunks, or the option `waves`, half of it.
@@ -59,6 +59,7 @@ def hanayo(spec: Spec) -> Schedule:
 
 
 def _chunks(spec: Spec) -> int:
+  """Returns V, from the option `waves` where it is given."""
   waves, V = spec.options.get("waves"), spec.chunks
   # The family's default stands for "not given".
   if waves is not None and V not in (2, 2 * waves):
@@ -75,11 +76,14 @@ def _chunks(spec: Spec) -> int:
 
 
 def wave_urgency(S: int, places: Sequence[tuple[int, int]]) -> Urgency:
-  """Urgency by when the plan has a pass, in halves of a forward.
+  """Makes a pass as urgent as its time in the plan of a wave, in halves of a forward.
 
   Args:
     S: number of stages.
-    places: of every microbatch, the begin of its round and its number in the round.
+    places: for every microbatch, the time at which its round begins and its number in the round.
+
+  Returns:
+    The urgency of a pass by (kind, stage, microbatch); smaller is more urgent.
   """
   # As if a forward took 1.5 times as long: where the last forwards meet the first backwards, they
   # then take turns as the backwards need them.
@@ -87,6 +91,7 @@ def wave_urgency(S: int, places: Sequence[tuple[int, int]]) -> Urgency:
   backward = [begin + 3 * S + 4 * (S - 1) + 8 * j for begin, j in places]
 
   def urgency(kind: Kind, stage: int, microbatch: int) -> float:
+    """Counts 3 halves of a forward for each stage forwards, and 4 for each stage backwards."""
     if kind is Kind.F:
       return forward[microbatch] + 3 * stage
     return backward[microbatch] - 4 * stage
@@ -95,8 +100,11 @@ def wave_urgency(S: int, places: Sequence[tuple[int, int]]) -> Urgency:
 
 
 def _steady(S: int) -> Urgency:
+  """Makes the pass that is furthest ahead on its way the most urgent one."""
+
   # A forward is as urgent as the backward that ends a microbatch half its number earlier.
   def urgency(kind: Kind, stage: int, microbatch: int) -> float:
+    """Counts microbatches for F, and for B the stages left and two for each microbatch."""
     return microbatch if kind is Kind.F else S - 1 - stage + 2 * microbatch
 
   return urgency

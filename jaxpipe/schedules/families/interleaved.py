@@ -18,14 +18,15 @@ longer rounds first where they cannot be equal; PyTorch has the same rounds, but
 With V=1 the warm-up is still twice 1F1B's, as in PyTorch, and so is nearly the memory.
 """
 
-from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.actions import Action
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
 
 
 def interleaved_1f1b(spec: Spec) -> Schedule:
-  """1F1B over chunks, in rounds of about P microbatches.
+  """Builds interleaved 1F1B: 1F1B over chunks, in rounds of about P microbatches.
 
   Args:
     spec: devices, microbatches and chunks, any numbers of them.
@@ -46,12 +47,15 @@ Passes = tuple[list[tuple[int, int]], list[tuple[int, int]]]
 
 
 def round_robin(stages: tuple[int, ...], M: int, P: int) -> Passes:
-  """The forwards and the backwards of one device, each as (stage, microbatch) in order.
+  """Lists the forwards and the backwards of one device, each as (stage, microbatch) in order.
 
   Args:
-    stages: what the device holds, in chunk order.
+    stages: the stages that the device holds, in chunk order.
     M: number of microbatches.
     P: number of devices, the least that a round holds if there are as many microbatches.
+
+  Returns:
+    The forwards, then the backwards.
   """
   spans = _rounds(M, P)
   forwards = [(s, m) for span in spans for s in stages for m in span]
@@ -60,7 +64,13 @@ def round_robin(stages: tuple[int, ...], M: int, P: int) -> Passes:
 
 
 def warm_up(spec: Spec, d: int, per_hop: int) -> int:
-  """Forwards that device d runs before it alternates, `per_hop` for each device after it."""
+  """Counts the forwards that a device runs before it alternates.
+
+  Args:
+    spec: devices, microbatches and chunks.
+    d: the device.
+    per_hop: forwards for each of the devices after it, on top of those of its earlier chunks.
+  """
   # The longest round decides: the last chunk's backward of any round waits for all earlier chunks'
   # forwards of that round, and alternating never catches up on them.
   longest = len(_rounds(spec.microbatches, spec.devices)[0])

@@ -14,14 +14,15 @@ The bubble is interleaved 1F1B's, (P-1) / (VM+P-1) for M of at least P, and ever
 VM chunks. Backwards run last to first, as in PyTorch.
 """
 
-from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.actions import Action
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
 
 
 def looped_bfs(spec: Spec) -> Schedule:
-  """All forwards breadth first, then all backwards in the opposite order.
+  """Builds looped BFS: all forwards breadth first, then all backwards in the opposite order.
 
   Args:
     spec: devices, microbatches and chunks, any numbers of them.
@@ -31,6 +32,7 @@ def looped_bfs(spec: Spec) -> Schedule:
   """
   M = spec.microbatches
   placement = Placement.loop(spec.devices, spec.chunks)
+  # Chunks outside, microbatches inside: each chunk's weights are needed in one run per pass.
   order = tuple(
     tuple(Action(s, Kind.F, m) for s in stages for m in range(M))
     + tuple(Action(s, Kind.B, m) for s in stages[::-1] for m in reversed(range(M)))

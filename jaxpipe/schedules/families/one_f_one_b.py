@@ -12,14 +12,15 @@ P=3, M=4, with a backward that takes as long as two forwards:
 The bubble is GPipe's, (P-1) / (M+P-1), but device d holds only min(P-d, M) microbatches.
 """
 
-from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.actions import Action
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
 
 
 def one_f_one_b(spec: Spec) -> Schedule:
-  """Warms up with just enough forwards to reach the last device and back, then alternates.
+  """Builds 1F1B: just enough forwards to reach the last device and back, then in turn.
 
   Args:
     spec: devices and microbatches; one stage per device.
@@ -35,7 +36,7 @@ def one_f_one_b(spec: Spec) -> Schedule:
 
 
 def _device(d: int, ahead: int, M: int) -> tuple[Action, ...]:
-  """Device d's list: forwards stay `ahead` of backwards until they run out."""
+  """Returns device d's list: forwards stay `ahead` of backwards until they run out."""
   warm_up = [Action(d, Kind.F, m) for m in range(ahead)]  # [1]
   # [2] F first: the device then holds ahead + 1 microbatches, its peak.
   steady = [

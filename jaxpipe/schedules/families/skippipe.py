@@ -22,8 +22,9 @@ own.
 import math
 from collections.abc import Sequence
 
-from jaxpipe.schedules.actions import Kind, ScheduleError
+from jaxpipe.schedules.actions import ScheduleError
 from jaxpipe.schedules.costs import memory_changes
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.planning.paths import find_routes
 from jaxpipe.schedules.planning.routes import Network, Routes, dispatch
@@ -35,7 +36,7 @@ _WORK = 20_000
 
 
 def skippipe(spec: Spec) -> Schedule:
-  """Paths through a part of the stages, one stage per device.
+  """Builds SkipPipe: paths through a part of the stages, with one stage per device.
 
   Args:
     spec: devices and microbatches; `costs` and `memory_limit` to plan with; the option `visits` is
@@ -49,7 +50,8 @@ def skippipe(spec: Spec) -> Schedule:
   """
   P = spec.devices
   times, changes = spec.costs.durations(P), memory_changes(spec.memory, P)
-  room = tuple(
+  # Microbatches that fit into a device's memory, each held from its F on.
+  capacity = tuple(
     limit // change if change > 0 else math.inf
     for limit, change in zip(spec.limits(), changes[Kind.F], strict=True)
   )
@@ -60,7 +62,7 @@ def skippipe(spec: Spec) -> Schedule:
       spec.options.get("visits"),
       forward=times[Kind.F],
       backward=times[Kind.B],
-      room=room,
+      capacity=capacity,
       hop=spec.costs.hop,
     ),
     work=_WORK,
@@ -112,7 +114,7 @@ def plan_paths(
     visits,
     forward=forwards,
     backward=backwards,
-    room=limit_by_device(memory_limit, P),
+    capacity=limit_by_device(memory_limit, P),
     cap=cap,
     hop=hop,
     reorder=reorder,
@@ -127,12 +129,27 @@ def make_network(
   *,
   forward: tuple[float, ...],
   backward: tuple[float, ...],
-  room: tuple[float, ...],
+  capacity: tuple[float, ...],
   cap: int | None = None,
   hop: float = 0,
   reorder: bool = False,
 ) -> Network:
-  """Checks the numbers of a network and fills in those that follow.
+  """Checks the numbers of a network and fills in those that follow from others.
+
+  Args:
+    placement: one stage per device; a stage may live on several.
+    microbatches: number of microbatches, M.
+    visits: stages on a path; None for two thirds of them, or as many as it takes to visit all.
+    forward: P times of F, by device.
+    backward: P times of B, by device.
+    capacity: P numbers, the most microbatches that each device may hold from F to B.
+    cap: most microbatches that may visit any stage but the first; None where all of these have
+      equally many, or one more.
+    hop: latency between devices.
+    reorder: whether a path may take its stages in any order, after the first.
+
+  Returns:
+    The network.
 
   Raises:
     ValueError: the numbers do not fit each other.
@@ -148,7 +165,7 @@ def make_network(
   for word, times in (("forward", forward), ("backward", backward)):
     if len(times) != P:
       raise ValueError(f"{word} lists {len(times)} devices, there are {P}; give one number, or {P}")
-  for d, most in enumerate(room):
+  for d, most in enumerate(capacity):
     if most < 1:
       raise ValueError(
         f"device {d} has memory for {most:g} microbatches; use a memory_limit for 1 or more"
@@ -162,7 +179,7 @@ def make_network(
     least=math.floor(each) if cap is None else 0,
     forward=forward,
     backward=backward,
-    room=room,
+    capacity=capacity,
     hop=hop,
     reorder=reorder,
   )
@@ -171,7 +188,13 @@ def make_network(
 def schedule_routes(
   network: Network, routes: Routes | None = None, *, seed: int = 0, work: int | None = None
 ) -> Schedule:
-  """The schedule that comes of routes, by default of those that a search finds.
+  """Builds the schedule of given routes, by default of those that a search finds.
+
+  Args:
+    network: devices, times and capacities.
+    routes: one route per microbatch; None to search for them.
+    seed: of the search.
+    work: bound on the search, in passes; None for the search's own.
 
   Raises:
     ScheduleError: the routes block each other, which takes `reorder` and little memory.

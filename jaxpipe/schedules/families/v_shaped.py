@@ -1,4 +1,4 @@
-"""V-Min, V-Half and V-ZB: a V in a third, a half and all of 1F1B's memory.
+"""V-Min, V-Half and V-ZB: a V that holds a third, a half and all of 1F1B's chunks.
 
 Controllable Memory (Qi et al., 2024, arXiv:2405.15362): the pace at which a microbatch walks down
 and up the V decides how long its chunks are held. V-Min at P=3, M=3, the second chunk in small
@@ -19,19 +19,19 @@ here were measured, for P = 3 to 16, to have
 microbatch; `v_search` then looks for other schedules in the same memory.
 """
 
-from jaxpipe.schedules.actions import Kind
 from jaxpipe.schedules.families.zb_v import patterns
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.planning.building_block import Block, v_half_block, v_min_block
-from jaxpipe.schedules.planning.problem import Objective
 from jaxpipe.schedules.planning.v_search import best_v
 from jaxpipe.schedules.planning.v_trials import Task, Trial, block_trial, block_trials
 from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.solver.problem import Objective
 from jaxpipe.schedules.spec import Spec
 
 
 def v_min(spec: Spec) -> Schedule:
-  """About a third of 1F1B's memory: as fast down and up the V as passes follow each other.
+  """Builds V-Min: a third of 1F1B's chunks, as fast down and up the V as passes can follow.
 
   Args:
     spec: devices and microbatches.
@@ -44,7 +44,7 @@ def v_min(spec: Spec) -> Schedule:
 
 
 def v_half(spec: Spec) -> Schedule:
-  """About half of 1F1B's memory: down the V at half the pace.
+  """Builds V-Half: about half of 1F1B's chunks, down the V at half the pace.
 
   Args:
     spec: devices and microbatches.
@@ -57,7 +57,7 @@ def v_half(spec: Spec) -> Schedule:
 
 
 def v_zb(spec: Spec) -> Schedule:
-  """All of 1F1B's memory, and no bubble between a device's first and last action.
+  """Builds V-ZB: as many chunks as 1F1B, no bubble between a device's first and last action.
 
   Args:
     spec: devices and microbatches.
@@ -70,6 +70,7 @@ def v_zb(spec: Spec) -> Schedule:
 
 
 def _from_block(name: str, spec: Spec, block: Block, limit: int) -> Schedule:
+  """Repeats a drawn block where it suits costs and sizes; else searches, at most `limit` chunks."""
   task = _task(name, spec, limit, "makespan")
   # Drawn for equal times, and for steps that are long enough to fill the V.
   if spec.microbatches >= 2 * spec.devices and _is_even(spec):
@@ -80,6 +81,7 @@ def _from_block(name: str, spec: Spec, block: Block, limit: int) -> Schedule:
 
 
 def _task(name: str, spec: Spec, limit: int, objective: Objective) -> Task:
+  """Returns what `v_search` is to search for, at most `limit` chunks on every device."""
   # The limit that makes the family counts chunks; one in another unit is a condition on the result.
   return Task(
     name=name,
@@ -93,7 +95,7 @@ def _task(name: str, spec: Spec, limit: int, objective: Objective) -> Task:
 
 
 def _is_even(spec: Spec) -> bool:
-  """Whether every F, I and W takes equally long, and a hop nothing."""
+  """Whether every F, I and W takes equally long, and hops and head take nothing."""
   durations = spec.costs.durations(2 * spec.devices)
   times = {time for kind in (Kind.F, Kind.I, Kind.W) for time in durations[kind]}
   return len(times) == 1 and not spec.costs.hop and not spec.costs.head

@@ -21,17 +21,18 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.actions import Action
 from jaxpipe.schedules.families.gpipe import gpipe
 from jaxpipe.schedules.families.one_f_one_b import one_f_one_b
 from jaxpipe.schedules.families.zero_bubble import zb_h1, zb_h2
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.planning.bounds import lower_bound
-from jaxpipe.schedules.planning.fill import Policy, fill
-from jaxpipe.schedules.planning.improve import improve
-from jaxpipe.schedules.planning.problem import Problem, Words, pose
-from jaxpipe.schedules.planning.run import run
 from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.solver.bounds import lower_bound
+from jaxpipe.schedules.solver.fill import Policy, fill
+from jaxpipe.schedules.solver.improve import improve
+from jaxpipe.schedules.solver.problem import Problem, Words, pose
+from jaxpipe.schedules.solver.run import run
 from jaxpipe.schedules.spec import Spec
 from jaxpipe.schedules.transforms.backward import with_backward
 
@@ -49,9 +50,10 @@ class _Plan:
   """A candidate that fits the limits.
 
   Attributes:
-    words: what devices do.
-    key: its span, makespan and largest peak; the least is the best.
-    schedule: where words would not fit: a schedule whose B must stay whole.
+    words: the word of each device, see `solver.problem`.
+    key: span, makespan and largest peak of memory, in units of the problem; the least is the best.
+    schedule: a schedule whose fused B must stay whole, where words would not fit the limits; else
+      None.
   """
 
   words: Words
@@ -60,7 +62,7 @@ class _Plan:
 
 
 def zb_auto(spec: Spec) -> Schedule:
-  """Plans for `spec.costs` within `spec.memory_limit`.
+  """Builds the best plan found for `spec.costs` within `spec.memory_limit`.
 
   Args:
     spec: devices and microbatches, one stage per device; costs and memory, by stage where they
@@ -93,7 +95,7 @@ def zb_auto(spec: Spec) -> Schedule:
 
 
 def _named(spec: Spec) -> Iterator[Schedule]:
-  """What a plan must not be longer than."""
+  """Yields the schedules that a plan must not be longer than."""
   for build in (gpipe, one_f_one_b):
     fused = build(spec)
     yield from (fused, with_backward(fused, "deferred", spec.costs))
@@ -101,6 +103,7 @@ def _named(spec: Spec) -> Iterator[Schedule]:
 
 
 def _one_by_one(spec: Spec) -> Schedule:
+  """Returns the schedule that runs one microbatch after the other, forward and backward."""
   # Nothing holds less: every backward needs the forward before it.
   order = tuple(
     tuple(Action(d, kind, m) for m in range(spec.microbatches) for kind in (Kind.F, Kind.B))
@@ -110,6 +113,7 @@ def _one_by_one(spec: Spec) -> Schedule:
 
 
 def _plan_of(problem: Problem, schedule: Schedule) -> _Plan | None:
+  """Returns a schedule as a candidate, its backwards split where that fits; None if it does not."""
   words = problem.words(schedule)
   plan = _plan(problem, words)
   if plan is not None or not problem.fusable or problem.value(schedule) is None:
@@ -119,7 +123,7 @@ def _plan_of(problem: Problem, schedule: Schedule) -> _Plan | None:
 
 
 def _plan(problem: Problem, words: Words) -> _Plan | None:
-  """The words as a candidate, if they fit."""
+  """Returns words as a candidate; None if they do not fit the limits, or dead-lock."""
   peaks = [
     max(itertools.accumulate((problem.changes[t] for t in word), initial=0)) for word in words
   ]
@@ -130,7 +134,7 @@ def _plan(problem: Problem, words: Words) -> _Plan | None:
 
 
 def _timed(problem: Problem, words: Words) -> tuple[int, int] | None:
-  """Span and makespan."""
+  """Returns span and makespan of words; None if they dead-lock."""
   timed = run(problem, words)
   if timed is None:
     return None
@@ -139,6 +143,7 @@ def _timed(problem: Problem, words: Words) -> tuple[int, int] | None:
 
 
 def _grid(problem: Problem) -> Iterator[_Plan]:
+  """Yields what the policies of the grid make, as far as the effort goes."""
   actions = len(problem.times) * problem.microbatches
   count = max(_LEAST_POLICIES, _GRID // actions)
   bound = lower_bound(problem)
@@ -147,12 +152,13 @@ def _grid(problem: Problem) -> Iterator[_Plan]:
     plan = words and _plan(problem, words)
     if plan:
       yield plan
+      # In a large problem nothing more is tried once the span is proven to be the best.
       if plan.key[0] <= bound and actions * _LEAST_POLICIES > _GRID:
         return
 
 
 def _policies(problem: Problem) -> Iterator[Policy]:
-  """The grid, each policy once, the likeliest first."""
+  """Yields the policies of the grid, each once, the likeliest first."""
   P = problem.placement.devices
   none = (0,) * P
   seen = set()
@@ -167,7 +173,11 @@ def _policies(problem: Problem) -> Iterator[Policy]:
 
 
 def _depths(problem: Problem) -> list[tuple[int, ...]]:
-  """Forwards in flight: 1F1B's for each hop to the last stage and back, or for each round trip."""
+  """Returns numbers of forwards in flight to try, each by device.
+
+  They are multiples of 1F1B's, which counts the hops to the last stage, or of the work that fits
+  into the round trip there and back.
+  """
   P, M = problem.placement.devices, problem.microbatches
   pace = max(sum(problem.times[k * P + d] for k in range(3)) for d in range(P)) or 1
   trips, clock = [0.0] * P, 0
@@ -183,7 +193,7 @@ def _depths(problem: Problem) -> list[tuple[int, ...]]:
 
 
 def _improved(problem: Problem, pool: list[_Plan], most: float) -> Iterator[_Plan]:
-  """What local search makes of the best few."""
+  """Yields the results of local search from the best few candidates."""
   bound = lower_bound(problem)
   words = [plan for plan in pool if plan.schedule is None]
   starts = {str(plan.words): plan for plan in sorted(words, key=lambda plan: plan.key)}
@@ -198,6 +208,7 @@ def _improved(problem: Problem, pool: list[_Plan], most: float) -> Iterator[_Pla
 
 
 def _too_low(problem: Problem, spec: Spec) -> ValueError:
+  """Returns the error that says which limit is too low, and what would do."""
   needs = problem.peaks(_one_by_one(spec))
   assert problem.limits is not None  # without limits everything fits
   d = next(d for d, limit in enumerate(problem.limits) if needs[d] > limit)

@@ -1,4 +1,4 @@
-"""ZB-V: zero bubble in 1F1B's memory (Qi et al., 2023, arXiv:2401.10241).
+"""ZB-V: zero bubble while holding as many chunks as 1F1B (Qi et al., 2023, arXiv:2401.10241).
 
 The chunks of a device are folded into a V, so that the device that runs the first stage runs the
 last one too, and gradients start where forwards end. P=2, M=4, the second chunk in small letters:
@@ -22,8 +22,9 @@ other paces, greedy schedules and local search (`v_search`), which plan with `co
 import itertools
 import math
 
-from jaxpipe.schedules.actions import Kind, Order
+from jaxpipe.schedules.actions import Order
 from jaxpipe.schedules.costs import memory_changes
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.planning.building_block import v_half_block, v_min_block
 from jaxpipe.schedules.planning.list_schedule import Policy, all_work, list_schedule
@@ -36,7 +37,7 @@ _Pass = tuple[Kind, int, int]
 
 
 def zb_v(spec: Spec) -> Schedule:
-  """The V schedule with the shortest span under the limit, and of equal ones the shortest step.
+  """Builds the V schedule of shortest span under the limit, and of equals the shortest step.
 
   Args:
     spec: devices and microbatches; without a memory limit, 2P chunks whatever `memory` says.
@@ -64,12 +65,17 @@ def zb_v(spec: Spec) -> Schedule:
 
 
 def _below_pattern(spec: Spec) -> bool:
+  """Whether some device may hold less than the 2P chunks that the drawn pattern takes."""
   forward = memory_changes(spec.memory, 2 * spec.devices)[Kind.F]
   return min(spec.limits()) < 2 * spec.devices * max(forward)
 
 
 def patterns(task: Task) -> list[Trial]:
-  """The drawn pattern first, then variants of it and the block that fits the limit."""
+  """Returns the drawn pattern, then variants of it, then blocks that keep to the limit.
+
+  Args:
+    task: sizes, costs and limit.
+  """
   variants = itertools.product((False, True), (True, False), (0, 0.5, 1))
   found = [
     _pattern_trial(task, early=early, strict=strict, gap=gap) for early, strict, gap in variants
@@ -82,20 +88,25 @@ def patterns(task: Task) -> list[Trial]:
 
 
 def _pattern_trial(task: Task, *, early: bool, strict: bool, gap: float) -> Trial:
+  """Returns the trial that makes one variant of the pattern."""
   return lambda: _in_pattern(task, early=early, strict=strict, gap=gap)
 
 
 def _in_pattern(task: Task, *, early: bool, strict: bool, gap: float) -> Order:
-  """F and I in the pattern's order.
+  """Plans with F and I in the pattern's order.
 
   Args:
     task: sizes and costs.
     early: whether W follows its I at once up to the drain; else it waits for a gap as well.
     strict: whether the drain keeps to the pattern's order.
-    gap: the share of a W that a gap must have room for.
+    gap: the share of a W that must fit into a gap.
+
+  Returns:
+    Each device's list.
   """
   P, M = task.placement.devices, task.microbatches
-  # By kind's position, stage and microbatch: where it stands in its row, and with which rank.
+  # By position of the kind in F, I, W, by stage and microbatch: its place in the pattern's row
+  # (infinite where a W waits for a gap), and its rank (infinite in a drain that is not strict).
   places = [[[math.inf] * M for _ in range(2 * P)] for _ in range(3)]
   ranks = [[[math.inf] * M for _ in range(2 * P)] for _ in range(2)]
   for d in range(P):
@@ -109,10 +120,12 @@ def _in_pattern(task: Task, *, early: bool, strict: bool, gap: float) -> Order:
         places[2][stage][m] = i
 
   def urgency(kind: Kind, stage: int, microbatch: int) -> float:
+    """Returns the place in the pattern's row."""
     which = 0 if kind is Kind.F else 1 if kind is Kind.I else 2
     return places[which][stage][microbatch]
 
   def rank(kind: Kind, stage: int, microbatch: int) -> float:
+    """Returns the place in the pattern's row where that order is prescribed."""
     return ranks[kind is Kind.I][stage][microbatch]
 
   policy = Policy(urgency=urgency, rank=rank, gap=gap)
@@ -127,7 +140,7 @@ def _in_pattern(task: Task, *, early: bool, strict: bool, gap: float) -> Order:
 
 
 def _row(d: int, P: int, M: int) -> tuple[list[_Pass], int]:
-  """Device d's Fs and Is, and where its drain begins."""
+  """Returns device d's Fs and Is in the pattern's order, and the position where it drains."""
   first, second = d, 2 * P - 1 - d
   # With fewer microbatches than fill the V, those that are missing are left out.
   total = max(M, 2 * P - 1)
@@ -135,6 +148,7 @@ def _row(d: int, P: int, M: int) -> tuple[list[_Pass], int]:
   row: list[_Pass] = []
 
   def run(kind: Kind, stage: int) -> None:
+    """Appends the next microbatch's pass on a stage, if there is such a microbatch."""
     m = count[kind, stage]
     count[kind, stage] += 1
     if m < M:

@@ -27,15 +27,16 @@ ZB-H1 with several chunks per device is PyTorch's interleaved zero bubble: the r
 1F1B with half of its warm-up. The paper has H1 and H2 with one chunk only.
 """
 
-from jaxpipe.schedules.actions import Action, Kind
+from jaxpipe.schedules.actions import Action
 from jaxpipe.schedules.families.interleaved import Passes, round_robin, warm_up
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
 
 
 def zb_h1(spec: Spec) -> Schedule:
-  """1F1B's memory: device d keeps back up to d weight gradients.
+  """Builds ZB-H1: 1F1B's memory, where device d keeps back up to d weight gradients.
 
   Args:
     spec: devices, microbatches and chunks, any numbers of them.
@@ -47,7 +48,7 @@ def zb_h1(spec: Spec) -> Schedule:
 
 
 def zb_h2(spec: Spec) -> Schedule:
-  """Twice 1F1B's memory: twice the warm-up, and up to 2d weight gradients kept back.
+  """Builds ZB-H2: twice 1F1B's memory and warm-up, up to 2d weight gradients kept back.
 
   Args:
     spec: devices and microbatches; one stage per device.
@@ -59,6 +60,7 @@ def zb_h2(spec: Spec) -> Schedule:
 
 
 def _zero_bubble(name: str, spec: Spec, depth: int) -> Schedule:
+  """Builds either; `depth` is the forwards per hop of the warm-up, and the Ws kept per device."""
   P, M = spec.devices, spec.microbatches
   placement = Placement.loop(P, spec.chunks)
   order = tuple(
@@ -69,7 +71,7 @@ def _zero_bubble(name: str, spec: Spec, depth: int) -> Schedule:
 
 
 def _device(passes: Passes, ahead: int, kept: int) -> tuple[Action, ...]:
-  """Forwards stay `ahead` of input gradients, weight gradients `kept` behind them."""
+  """Returns a device's list: F stays `ahead` of input gradients, and W `kept` behind them."""
   forwards, backwards = passes
   weights = [Action(s, Kind.W, m) for s, m in backwards]
   row = [Action(s, Kind.F, m) for s, m in forwards[:ahead]]

@@ -31,7 +31,8 @@ makespan is not above looped-bfs's; M where there is none.
 import collections
 import math
 
-from jaxpipe.schedules.actions import Action, Kind, Order
+from jaxpipe.schedules.actions import Action, Order
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
@@ -42,7 +43,7 @@ _SPARE = 4
 
 
 def zeropp(spec: Spec) -> Schedule:
-  """Blocks of forwards and of input gradients in units, weight gradients where devices wait.
+  """Builds ZeroPP: units of blocks of F and of I, weight gradients where devices wait.
 
   Args:
     spec: devices, microbatches and chunks, any numbers of them; `costs` to plan with; the option
@@ -67,6 +68,7 @@ def zeropp(spec: Spec) -> Schedule:
 
 
 def _plan(spec: Spec, unit: int) -> "_Plan":
+  """Plans all microbatches in units of so many, of which the last may be smaller."""
   plan = _Plan(spec, spec.chunks * unit - 1)
   for begin in range(0, spec.microbatches, unit):
     plan.unit(range(begin, min(begin + unit, spec.microbatches)))
@@ -75,7 +77,7 @@ def _plan(spec: Spec, unit: int) -> "_Plan":
 
 
 def _most_units(spec: Spec) -> int:
-  """Units of so many microbatches that their weight gradients outlast a trip there and back."""
+  """Returns the most units of which each has weight gradients enough to hide a round trip."""
   P, M, V = spec.devices, spec.microbatches, spec.chunks
   times, hop = spec.costs.durations(P * V), spec.costs.hop
   forward, input_grad = max(times[Kind.F]), max(times[Kind.I])
@@ -91,7 +93,7 @@ def _most_units(spec: Spec) -> int:
 
 
 def _fewer_units(count: int, M: int, least: int) -> int:
-  """The most units, up to `count`, of which none is smaller than `least`."""
+  """Returns the most units, up to `count`, of which none is smaller than `least`."""
   # A small last unit would have the trip of a large one, and little to hide it with.
   while count > 1 and M - (count - 1) * math.ceil(M / count) < least:
     count -= 1
@@ -99,7 +101,7 @@ def _fewer_units(count: int, M: int, least: int) -> int:
 
 
 def _breadth_first_time(spec: Spec) -> float:
-  """Makespan of looped-bfs: all forwards chunk by chunk, then all fused backwards."""
+  """Returns the makespan of looped-bfs: all forwards chunk by chunk, then all fused backwards."""
   P, S = spec.devices, spec.devices * spec.chunks
   times, hop = spec.costs.durations(S), spec.costs.hop if P > 1 else 0
   free: list[float] = [0] * P
@@ -117,7 +119,7 @@ def _breadth_first_time(spec: Spec) -> float:
 
 
 class _Row:
-  """What one device has done so far, and when it is free again."""
+  """The list of one device as it grows, and the time at which the device is free again."""
 
   __slots__ = ("actions", "begin", "busy", "free", "idle", "most", "pending")
 
@@ -154,7 +156,7 @@ class _Plan:
     self.rows = [_Row(most) for _ in self.placement.table]
 
   def unit(self, microbatches: range) -> None:
-    """Forwards and input gradients of a unit, and the weight gradients that find room."""
+    """Adds a unit's forwards and input gradients, with weight gradients where devices wait."""
     S = self.placement.stages
     for d, row in enumerate(self.rows):
       self._shed(row, self._kept(d))
@@ -170,19 +172,19 @@ class _Plan:
       self._shed(row, 0)
 
   def makespan(self) -> float:
-    """When the last device is done."""
+    """Returns the time at which the last device has ended."""
     return max(row.free for row in self.rows)
 
   def schedule(self) -> Schedule:
-    """What has been run."""
+    """Returns the schedule of all that has been run."""
     return self.schedule_of(tuple(tuple(row.actions) for row in self.rows))
 
   def schedule_of(self, order: Order) -> Schedule:
-    """An order under the family's name."""
+    """Returns an order as a schedule with the family's name."""
     return Schedule("zeropp", self.placement, self.microbatches, order)
 
   def _kept(self, d: int) -> int:
-    """Weight gradients that device d saves for the next unit's waiting: as many as it can hide."""
+    """Returns how many weight gradients device d keeps back for the gaps of the next unit."""
     weight = sum(self.times[Kind.W][s] for s in self.placement.table[d]) / self.placement.chunks
     row = self.rows[d]
     if not row.idle or not weight:
@@ -190,14 +192,25 @@ class _Plan:
     return min(math.ceil(row.idle / weight) + _SPARE, row.most)
 
   def _shed(self, row: _Row, most: int) -> None:
+    """Runs pending weight gradients until at most so many are left."""
     while len(row.pending) > most:
       self._run(row, row.pending.popleft())
 
   def _run(self, row: _Row, action: Action) -> float:
+    """Adds an action to a device's list, and returns when it ends."""
     return row.run(action, self.times[action.kind][action.stage])
 
   def _block(self, stage: int, kind: Kind, ready: dict[int, float]) -> dict[int, float]:
-    """One chunk's pass over a unit, given when each microbatch's input was made."""
+    """Adds one chunk's F or I of every microbatch of a unit, with the gather and the release.
+
+    Args:
+      stage: the chunk's stage.
+      kind: F or I.
+      ready: microbatch -> when the input of its pass is made.
+
+    Returns:
+      Microbatch -> when its pass ends.
+    """
     row = self.rows[self.placement.device(stage)]
     first = next(iter(ready))
     self._run(row, Action(stage, Kind.G, first))

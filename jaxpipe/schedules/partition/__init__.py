@@ -1,7 +1,10 @@
-"""Cutting a list of layers into stages.
+"""Partitions: cuts a list of layers into stages, by a rule or so that a schedule ends first.
 
-plan = best(layers, "1f1b", devices=4, microbatches=8)
-print(plan.report())
+  plan = best(layers, "1f1b", devices=4, microbatches=8)
+  print(plan.report())
+
+Open `partition.py` first, the value, then `rules.py` for simple cuts, or `best.py` and `solve.py`
+for the search below which `orders.py`, `critical.py`, `rows.py` and `minimax.py` lie.
 """
 
 from jaxpipe.schedules.partition.best import best

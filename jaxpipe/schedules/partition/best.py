@@ -1,4 +1,4 @@
-"""The partition with which a schedule ends first, and whether that is proven.
+"""Finds the partition with which a schedule ends first, and says whether that is proven.
 
 The slowest stage is not all that counts. How long a step takes depends on where the slow stages
 stand, on how forwards and backwards share their time, and on what fits in each device's memory at
@@ -22,7 +22,7 @@ from jaxpipe.schedules.spec import limit_by_device
 # Families whose order is the same whatever stages cost; the others plan around them.
 FIXED = ("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-h2", "chimera")
 _Limit = float | Sequence[float] | None
-# What answers for a schedule where sending takes so long.
+# Returns the `Order` of a schedule by the time of a hop.
 _OrderOf = Callable[[float], Order]
 
 
@@ -61,7 +61,7 @@ def best(
     empty: whether stages may be empty where there are fewer layers than stages.
     effort: how many partitions and beginnings of them may be looked at; one that a schedule is
       planned for counts as 100. One is looked at in any case.
-    options: what only this family understands, for a name.
+    options: arguments that only this family understands, for a name.
 
   Returns:
     The best partition found; `proven` says whether there is no better one.
@@ -79,7 +79,7 @@ def best(
       raise ValueError(
         f"{schedule} has no sizes with devices={devices}, microbatches={microbatches}; give both"
       )
-    # As a function of any arguments, for what `options` holds is the family's affair.
+    # As a function of any arguments: which `options` there are depends on the family.
     make: Callable[..., Schedule] = make_schedule
     build = functools.partial(
       make,
@@ -110,6 +110,7 @@ def best(
 def _given(
   schedule: Schedule | Callable[[Costs], Schedule], limit: _Limit
 ) -> tuple[_OrderOf, tuple[float, ...]]:
+  """Returns the orders, and the limits by device, of a given schedule or planner."""
   if isinstance(schedule, Schedule):
     fixed = schedule
     return lambda hop: FixedOrder(fixed, hop), limit_by_device(limit, fixed.devices)
@@ -117,6 +118,7 @@ def _given(
   limits = limit_by_device(limit, example.devices)
 
   def order_of(hop: float) -> Order:
+    """Returns the planner where a hop takes so long."""
     return PlannedOrder(lambda found: plan(found.costs(hop)), hop, example, limits)
 
   return order_of, limits
@@ -125,6 +127,7 @@ def _given(
 def _named(
   build: Callable[..., Schedule], fixed: bool, limit: _Limit
 ) -> tuple[_OrderOf, tuple[float, ...]]:
+  """Returns the orders, and the limits by device, of a family whose order is fixed or planned."""
   # Sizes that do not fit are refused here, before many partitions are asked about them.
   example = build()
   limits = limit_by_device(limit, example.devices)
@@ -132,11 +135,13 @@ def _named(
     return lambda hop: FixedOrder(example, hop), limits
 
   def planned(found: Partition, hop: float) -> Schedule:
+    """Plans for a partition's costs, in the memory that its parameters leave."""
     held = [sum(found.stages[s].parameters for s in row) for row in example.placement.table]
     left = [limit - parameters for limit, parameters in zip(limits, held, strict=True)]
     return build(costs=found.costs(hop), memory=found.memory, memory_limit=left)
 
   def order_of(hop: float) -> Order:
+    """Returns the planner where a hop takes so long."""
     return PlannedOrder(lambda found: planned(found, hop), hop, example, limits)
 
   return order_of, limits

@@ -14,31 +14,32 @@ These linear functions are what `minimax` bounds partitions with.
 
 from collections.abc import Sequence
 
-from jaxpipe.schedules.actions import Kind
+from jaxpipe.schedules.kinds import REQUIRED, Kind
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.walk import walk
 
-# How often a path passes F, I and W of each stage: `weights[s]` is (F, I, W).
+# For each stage, how often a path passes its F, I and W.
 PathWeights = tuple[tuple[int, int, int], ...]
-# The durations of F, I and W of each stage.
+# For each stage, the durations of its F, I and W.
 Loads = Sequence[tuple[float, float, float]]
 
-_PARTS: dict[Kind, tuple[int, ...]] = {
-  Kind.F: (0,),
-  Kind.R: (0,),  # recomputing takes as long as the forward
-  Kind.I: (1,),
-  Kind.W: (2,),
-  Kind.B: (1, 2),
-  # Moving weights is not a layer's work: it takes no time unless costs say so.
-  Kind.G: (),
-  Kind.X: (),
+# For every kind whose time is its stage's, the positions in `Loads` that add up to it.
+_PARTS = {
+  kind: tuple(REQUIRED.index(Kind(letter)) for letter in kind.info.times)
+  for kind in Kind
+  if kind.info.times is not None
 }
 # How much heavier a device is made than the others to find the paths that it decides.
 _HEAVY = 1000
 
 
 class CriticalPaths:
-  """A schedule's waits, laid out once for many costs."""
+  """The waits of a schedule, laid out once and then evaluated for many costs.
+
+  Attributes:
+    schedule: the schedule.
+    hop: latency between two devices.
+  """
 
   def __init__(self, schedule: Schedule, hop: float = 0) -> None:
     """Walks the schedule once.
@@ -52,7 +53,8 @@ class CriticalPaths:
     """
     self.schedule, self.hop = schedule, hop
     kinds: dict[tuple[tuple[int, int], ...], int] = {}
-    # By visit: its device, its number in `kinds`, and what it waits for on other devices.
+    # For each visit of the walk: its device, the number of its duration among `self._kinds`, and
+    # the visits on other devices that it waits for.
     self._visits: list[tuple[int, int, tuple[int, ...]]] = []
     made: dict[int, tuple[int, int]] = {}
     for visit in walk(schedule):
@@ -70,11 +72,11 @@ class CriticalPaths:
     self._kinds = list(kinds)
 
   def makespan(self, loads: Loads) -> float:
-    """What `simulate` calls the makespan, for durations of F, I and W by stage."""
+    """Returns the makespan that `simulate` finds, for S durations of F, I and W."""
     return max(self._ends(loads))
 
   def path(self, loads: Loads) -> tuple[PathWeights, float]:
-    """A longest path: how often it passes F, I and W of each stage, and its hops' time."""
+    """Returns a longest path: how often it passes F, I and W of each stage, and its hops' time."""
     ends, durations = self._ends(loads), self._durations(loads)
     before: list[int] = []
     last = [-1] * self.schedule.devices
@@ -82,24 +84,24 @@ class CriticalPaths:
       before.append(last[d])
       last[d] = i
     counts = [[0, 0, 0] for _ in range(self.schedule.stages)]
-    here, hops = max(range(len(ends)), key=ends.__getitem__), 0
-    while here >= 0:
-      _, kind, waits = self._visits[here]
+    at, hops = max(range(len(ends)), key=ends.__getitem__), 0
+    while at >= 0:
+      _, kind, waits = self._visits[at]
       for stage, x in self._kinds[kind]:
         counts[stage][x] += 1
-      start = ends[here] - durations[kind]
+      start = ends[at] - durations[kind]
       # Whoever ended last is who was waited for; with floats, `start` is off by a rounding.
-      found, latest = before[here], ends[before[here]] if before[here] >= 0 else 0
+      found, latest = before[at], ends[before[at]] if before[at] >= 0 else 0
       for wait in waits:
         if ends[wait] + self.hop > latest:
           found, latest = wait, ends[wait] + self.hop
       assert latest <= start or abs(latest - start) <= 1e-9 * max(1.0, abs(start))
-      hops += found >= 0 and self._visits[found][0] != self._visits[here][0]
-      here = found
+      hops += found >= 0 and self._visits[found][0] != self._visits[at][0]
+      at = found
     return tuple((f, i, w) for f, i, w in counts), hops * self.hop
 
   def device_paths(self) -> list[tuple[PathWeights, float]]:
-    """For every device, a path that it decides by being far slower than all others."""
+    """Returns, for every device, a longest path where that device is far slower than all others."""
     found = []
     for row in self.schedule.placement.table:
       loads = [(1, 1, 1)] * self.schedule.stages
@@ -109,9 +111,11 @@ class CriticalPaths:
     return found
 
   def _durations(self, loads: Loads) -> list[float]:
+    """Returns the durations of steps, each different combination of passes once."""
     return [sum(loads[stage][x] for stage, x in parts) for parts in self._kinds]
 
   def _ends(self, loads: Loads) -> list[float]:
+    """Returns the end of every visit."""
     durations, hop = self._durations(loads), self.hop
     free: list[float] = [0] * self.schedule.devices
     ends: list[float] = []

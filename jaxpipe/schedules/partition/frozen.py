@@ -35,18 +35,19 @@ class FilledPlan:
   """A partitioned backbone with frozen layers in its bubbles.
 
   Attributes:
-    backbone: the backbone's plan, without them.
-    timeline: the step with them; frozen layer k's pieces are Y of consecutive numbers.
-    pieces: in how many pieces each frozen layer runs a microbatch.
-    overhead: what every piece takes beyond its share of the layer.
-    apart: time of a step that runs the frozen layers before the backbone, on all devices at once.
+    backbone: the plan of the backbone, without frozen layers.
+    timeline: the step with frozen layers; the pieces of one are Y of consecutive numbers.
+    pieces: for each frozen layer, the number of pieces in which it runs a microbatch.
+    overhead: time that every piece takes beyond its share of the layer.
+    separate: time of a step that runs the frozen layers before the backbone, on all devices at
+      once.
   """
 
   backbone: Plan
   timeline: Timeline
   pieces: tuple[int, ...]
   overhead: float
-  apart: float
+  separate: float
 
   @property
   def makespan(self) -> float:
@@ -60,25 +61,25 @@ class FilledPlan:
 
   @property
   def least_bubble(self) -> float:
-    """What any filling of this plan leaves idle: there may be more bubbles than frozen work."""
+    """Idle share that any filling of this plan leaves: there may be more bubbles than work."""
     busy = sum(self.timeline.busy) / len(self.timeline.busy)
     return max(0.0, 1 - busy / self.backbone.makespan) if self.backbone.makespan else 0.0
 
   @property
   def gain(self) -> float:
-    """Share of `apart` that is saved."""
-    return 1 - self.makespan / self.apart if self.apart else 0.0
+    """Share of `separate` that is saved."""
+    return 1 - self.makespan / self.separate if self.separate else 0.0
 
   def report(self) -> str:
-    """Both bubbles, the gain, and the backbone's own report."""
+    """Returns both bubbles, the gain, and the backbone's own report as text."""
     plan = self.backbone
     return "\n".join(
       [
         f"{plan.timeline.schedule.name}: step {self.makespan:.6g}, bubble {self.bubble:.1%}, with"
         f" any filling {self.least_bubble:.1%} or more; unfilled {plan.makespan:.6g},"
         f" {plan.timeline.bubble:.1%}",
-        f"frozen layers before the step: {self.apart:.6g}, {self.gain:.1%} saved; pieces of each:"
-        f" {' '.join(map(str, self.pieces))}",
+        f"frozen layers before the step: {self.separate:.6g}, {self.gain:.1%} saved; pieces of"
+        f" each: {' '.join(map(str, self.pieces))}",
         plan.report(),
       ]
     )
@@ -88,9 +89,9 @@ def fill(plan: Plan, frozen: Sequence[LayerCost], *, overhead: float = 0) -> Fil
   """Fills a plan's bubbles with frozen layers of the next step.
 
   Args:
-    plan: the backbone's.
+    plan: the plan of the backbone.
     frozen: the frozen layers, each running after the one before it; only `forward` counts.
-    overhead: what a piece takes beyond its share of its layer.
+    overhead: time that a piece takes beyond its share of its layer.
 
   Returns:
     The best filling of those tried.
@@ -112,25 +113,28 @@ def fill(plan: Plan, frozen: Sequence[LayerCost], *, overhead: float = 0) -> Fil
     timeline=timelines[pieces],
     pieces=pieces,
     overhead=overhead,
-    apart=plan.makespan + (work + overhead * M * len(frozen)) / P,
+    separate=plan.makespan + (work + overhead * M * len(frozen)) / P,
   )
 
 
 def best_filled(
   plans: Sequence[Plan], frozen: Sequence[LayerCost], *, overhead: float = 0
 ) -> tuple[FilledPlan, str]:
-  """Fills several plans of the same backbone; returns the shortest step, and a table of all.
+  """Fills several plans of one backbone, and compares the steps.
 
   Where frozen layers are plenty, the schedule with the smaller bubble is not the better one any
   more: others hold less.
 
   Args:
-    plans: such as `best` makes of several schedules.
-    frozen: as in `fill`.
-    overhead: as in `fill`.
+    plans: plans of one backbone, such as `best` finds for several schedules.
+    frozen: the frozen layers, each running after the one before it; only `forward` counts.
+    overhead: time that a piece takes beyond its share of its layer.
+
+  Returns:
+    The plan with the shortest step, and a table of all as text.
 
   Raises:
-    ValueError: there are no plans, or as in `fill`.
+    ValueError: there are no plans, no frozen layers, or one of them has a backward pass.
   """
   if not plans:
     raise ValueError("there are 0 plans to fill; give 1 or more")
@@ -153,6 +157,7 @@ def best_filled(
 
 
 def _check(frozen: Sequence[LayerCost]) -> None:
+  """Raises ValueError unless there are layers and none of them has a backward pass."""
   if not frozen:
     raise ValueError("there are 0 frozen layers to fill bubbles with; give 1 or more")
   for layer in frozen:
@@ -164,13 +169,14 @@ def _check(frozen: Sequence[LayerCost]) -> None:
 
 
 def _pieces(layer: LayerCost, length: float) -> int:
-  """In how many pieces of at most this length the layer runs."""
+  """Returns the number of pieces, each of at most this length, that a layer runs in."""
   return max(1, math.ceil(layer.forward / length)) if length else 1
 
 
 def _timeline(
   plan: Plan, frozen: Sequence[LayerCost], pieces: tuple[int, ...], overhead: float
 ) -> Timeline:
+  """Simulates the backbone with frozen layers that run in so many pieces each."""
   times = itertools.chain(
     *(
       [(layer.forward / n if n > 1 else layer.forward) + overhead] * n

@@ -1,8 +1,8 @@
-"""What one layer costs: the unit that stages are cut from.
+"""The cost of one layer, the unit that models are cut into stages by.
 
-Whoever measures a layer (a profile on a device, a count of FLOPs, a guess) fills these in; nothing
-here asks where the numbers come from. Times are of one microbatch, in any one unit; bytes may be
-any one unit of memory as well.
+Whoever measures a layer (a profile on a device, a count of FLOPs, a guess) fills these in; it makes
+no difference where the numbers come from. Times are of one microbatch, in any one unit; bytes may
+be any one unit of memory as well.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ class LayerCost:
   """The cost of one layer, or of a run of them.
 
   Attributes:
-    name: what to call it; `by_pattern` looks for its pattern here.
+    name: name in reports, in which `by_pattern` looks for its pattern.
     forward: time of its forward pass for one microbatch.
     input_grad: time of the gradient of its input.
     weight_grad: time of the gradient of its weights.
-    parameters: bytes that its device holds all the time: weights, and whatever of gradients and
-      optimizer state the caller counts.
+    parameters: bytes that its device holds all the time: weights, and as much of gradients and
+      optimizer state as the caller counts.
     activations: bytes that it keeps per microbatch, from its forward to its weight gradient.
-    output: bytes of what it hands on, which is what a stage that ends here sends.
+    output: bytes of its output for one microbatch, which a stage that ends with it sends.
   """
 
   name: str
@@ -48,7 +48,15 @@ class LayerCost:
 
 
 def total(layers: Sequence[LayerCost], name: str) -> LayerCost:
-  """A run of layers as one; of no layers, one that costs nothing."""
+  """Adds the costs of a run of layers up.
+
+  Args:
+    layers: consecutive layers; none of them cost nothing together.
+    name: name of the run.
+
+  Returns:
+    The run as one layer, with the output of its last.
+  """
   return LayerCost(
     name,
     forward=sum(layer.forward for layer in layers),

@@ -1,7 +1,7 @@
-"""Partitions whose largest linear function is least: best-first branch and bound, exact.
+"""Finds the partition whose largest linear function is least, by best-first branch and bound.
 
-What is minimised is given as *rows*, linear functions of the stages' sums, and as `judge`, which
-tells a whole partition's value and the row that attains it. The value must be the largest of all
+The objective is given as *rows*, linear functions of the stages' sums, and as `judge`, which
+returns a whole partition's value and the row that attains it. The value must be the largest of all
 rows there are, most of which nobody has written down; each partition that is looked at adds the
 one that decided it (cutting planes: Kelley, 1960). A row with a limit is a condition instead.
 
@@ -38,13 +38,14 @@ _STRIKE_EVERY = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimum:
-  """What was found.
+  """The result of a search.
 
   Attributes:
-    boundaries: S+1 of them; None if no partition keeps to the limits.
-    value: of these.
-    lower_bound: what no partition can go below.
-    looked: what was spent of the effort.
+    boundaries: S+1 boundaries of the best partition found; None if none was found that keeps to the
+      limits.
+    value: value of these; infinite without.
+    lower_bound: a number that the value of no partition can go below.
+    looked: number of partitions and beginnings of them that were looked at.
   """
 
   boundaries: Boundaries | None
@@ -54,7 +55,7 @@ class Optimum:
 
   @property
   def proven(self) -> bool:
-    """Whether nothing better can exist."""
+    """Whether no better partition can exist."""
     return self.value - self.lower_bound <= _SAME * abs(self.value) or math.isinf(self.lower_bound)
 
 
@@ -64,13 +65,16 @@ Judge = Callable[[Boundaries], tuple[float, Row | None]]
 
 @dataclasses.dataclass(frozen=True, order=True, slots=True)
 class _Open:
-  """A beginning that may hold something better; of equal bounds the longest first.
+  """An open node of the search: the first boundaries of partitions that may be better.
+
+  Nodes are ordered as the heap wants them: by bound, and of equal bounds the longest first.
 
   Attributes:
-    bound: what no partition that begins like this can go below.
-    depth: minus its number of stages.
-    boundaries: where they begin, and where the next one does.
-    values: the rows without the last of them, a list that all its alternatives share.
+    bound: a number that the value of no partition with these first boundaries can go below.
+    depth: minus the number of its stages.
+    boundaries: the first layers of its stages, and the first layer after them.
+    values: the values of the rows without the last stage, a list that all alternatives for that
+      stage share.
   """
 
   bound: float
@@ -80,7 +84,21 @@ class _Open:
 
 
 class Minimax:
-  """The search; see the module."""
+  """The branch and bound, with the rows and stages that it knows.
+
+  Attributes:
+    stages: number of stages, S.
+    layers: number of layers, L.
+    sums: by resource, its sum over the first 0, 1, ... L layers.
+    judge: the value of a whole partition, and a row that has it there.
+    price: what asking `judge` counts as, in nodes.
+    effort: most nodes that may be looked at.
+    best: value and boundaries of the best partition so far; None before the first.
+    looked: nodes looked at so far.
+    ends: `ends[s][y]` are the layers that stage s may end before if it begins at layer y; struck
+      out stages are removed.
+    tables: the known rows, objective and conditions.
+  """
 
   def __init__(
     self,
@@ -101,10 +119,10 @@ class Minimax:
       sums: by resource, its sum over the first 0, 1, ... L layers.
       stages: number of stages, S.
       least: the fewest layers of a stage.
-      rows: some rows to begin with, and all conditions.
-      judge: the value of a whole partition.
-      price: what asking it counts as, in beginnings of partitions looked at.
-      effort: how much may be looked at in all.
+      rows: some rows of the objective to begin with, and all conditions.
+      judge: returns the value of a whole partition, and a row that has it there or None.
+      price: what asking `judge` counts as, in beginnings of partitions looked at.
+      effort: most partitions and beginnings of them that may be looked at.
       pinned: stage -> the layer that it must begin at.
       barred: layers that no stage may begin at.
     """
@@ -116,9 +134,9 @@ class Minimax:
     L = self.layers
 
     def allowed(s: int, x: int) -> bool:
+      """Whether stage s may begin at layer x."""
       return pins.get(s, x) == x and x not in barred
 
-    # By stage and first layer, where it may end: what is left of all the stages there are.
     self.ends = [
       [
         [x for x in range(y + least, L + 1) if allowed(s, y) and allowed(s + 1, x)]
@@ -132,7 +150,14 @@ class Minimax:
     self._struck_at = (math.inf, 0)
 
   def offer(self, boundaries: Boundaries) -> float:
-    """Looks at a whole partition; returns its value, infinite if it breaks a condition."""
+    """Looks at a whole partition, and keeps it if it is the best so far.
+
+    Args:
+      boundaries: S+1 layers.
+
+    Returns:
+      Its value; infinite if it breaks a condition.
+    """
     if any(t.limit is not None and t.until(boundaries) > t.limit for t in self.tables):
       return math.inf
     self.looked += self.price
@@ -144,37 +169,41 @@ class Minimax:
       self._add(row)
     return value
 
-  def descend(self, here: Boundaries) -> None:
+  def descend(self, boundaries: Boundaries) -> None:
     """Moves boundaries by one layer, runs of them together, while that makes the value less.
 
     Moving the boundaries from a to b takes a layer from one stage and gives it to another.
+
+    Args:
+      boundaries: a whole partition to start from.
     """
-    if not self._exists(here):
+    if not self._exists(boundaries):
       return
-    value, before = self.offer(here), math.inf
+    value, before = self.offer(boundaries), math.inf
     while value < before:
       before = value
       for a, b in itertools.combinations(range(1, self.stages + 1), 2):
         for step in (-1, 1):
-          moved = (*here[:a], *(x + step for x in here[a:b]), *here[b:])
+          run = (x + step for x in boundaries[a:b])
+          moved = (*boundaries[:a], *run, *boundaries[b:])
           # What a known row rules out need not be judged.
           if self.looked < self.effort and self._exists(moved) and self.largest_row(moved) < value:
             found = self.offer(moved)
             if found < value:
-              value, here = found, moved
+              value, boundaries = found, moved
 
   def _exists(self, boundaries: Boundaries) -> bool:
-    """Whether all its stages are there and none has been struck out."""
-    pieces = itertools.pairwise(boundaries)
-    return all(y >= 0 and x in stage[y] for stage, (y, x) in zip(self.ends, pieces, strict=True))
+    """Whether all stages of a partition are possible, and none has been struck out."""
+    spans = itertools.pairwise(boundaries)
+    return all(y >= 0 and x in stage[y] for stage, (y, x) in zip(self.ends, spans, strict=True))
 
   def largest_row(self, boundaries: Boundaries) -> float:
-    """The largest row of the objective that is known."""
+    """Returns the largest value of a known row of the objective, for a whole partition."""
     rows = (t.until(boundaries) for t in self.tables if t.limit is None)
     return max(rows, default=-math.inf)
 
   def run(self) -> Optimum:
-    """Searches until the best is proven or the effort is spent."""
+    """Searches until the best partition is proven to be the best, or the effort is spent."""
     self._strike()
     root = _Open(-math.inf, 0, (0,), [])
     heap = [dataclasses.replace(root, bound=self._bound((0,), self._values(root)))]
@@ -185,50 +214,52 @@ class Minimax:
       if self.looked >= self.effort:
         return self._optimum(node.bound)
       self.looked += 1
-      here, values = node.boundaries, self._values(node)
-      bound = self._bound(here, values)
+      begun, values = node.boundaries, self._values(node)
+      bound = self._bound(begun, values)
       if bound > node.bound:  # [2]
         heapq.heappush(heap, dataclasses.replace(node, bound=bound))
-      elif len(here) == self.stages:  # [3]
-        if self.offer((*here, self.layers)) <= self.best[0]:
-          self.descend((*here, self.layers))
+      elif len(begun) == self.stages:  # [3]
+        if self.offer((*begun, self.layers)) <= self.best[0]:
+          self.descend((*begun, self.layers))
         self._strike_if_due()
       else:
-        for item in self._further(here, values):
+        for item in self._further(begun, values):
           heapq.heappush(heap, item)
     return self._optimum(self.best[0])
 
   @property
   def _cutoff(self) -> float:
-    """What is no better than the best."""
+    """The value from which on a partition is no better than the best, rounding allowed for."""
     value = self.best[0]
     return value - _SAME * abs(value) if value < math.inf else value
 
   def _optimum(self, bound: float) -> Optimum:
+    """Returns the best so far, with a bound on all partitions."""
     value, boundaries = self.best
     return Optimum(
       boundaries=boundaries, value=value, lower_bound=min(bound, value), looked=self.looked
     )
 
   def _add(self, row: Row) -> None:
+    """Adds a row to those that bound partitions."""
     table = Table(row, self.sums)
     table.look_ahead(self.ends)
     self.tables.append(table)
 
   def _values(self, node: _Open) -> list[float]:
-    """Every row of a beginning, those that were added since it was pushed as well."""
+    """Returns the values of all rows for a node, including rows added since it was pushed."""
     *before, end = node.boundaries
     if not before:
       return [table.constant for table in self.tables]
     new = self.tables[len(node.values) :]
     values = node.values + [table.until(tuple(before)) for table in new]
     s, start = len(before) - 1, before[-1]
-    pieces = [table.at[s][end] - table.at[s][start] for table in self.tables]
-    return [value + piece for value, piece in zip(values, pieces, strict=True)]
+    added = [table.at[s][end] - table.at[s][start] for table in self.tables]
+    return [value + more for value, more in zip(values, added, strict=True)]
 
-  def _further(self, here: Boundaries, values: list[float]) -> Iterator[_Open]:
-    """The beginnings with one boundary more that may hold something better."""
-    s, start, cutoff = len(here) - 1, here[-1], self._cutoff
+  def _further(self, begun: Boundaries, values: list[float]) -> Iterator[_Open]:
+    """Yields the nodes with one more boundary that may hold something better."""
+    s, start, cutoff = len(begun) - 1, begun[-1], self._cutoff
     ends = self.ends[s][start]
     bounds = [-math.inf] * len(ends)
     for table, value in zip(self.tables, values, strict=True):
@@ -243,10 +274,11 @@ class Minimax:
           bounds[i] = total
     for bound, x in zip(bounds, ends, strict=True):
       if bound < cutoff:  # [4]
-        yield _Open(bound, -s - 1, (*here, x), values)
+        yield _Open(bound, -s - 1, (*begun, x), values)
 
-  def _bound(self, here: Boundaries, values: list[float]) -> float:
-    s, start = len(here) - 1, here[-1]
+  def _bound(self, begun: Boundaries, values: list[float]) -> float:
+    """Returns the bound of a node: the largest row, or infinity where a condition cannot hold."""
+    s, start = len(begun) - 1, begun[-1]
     found = -math.inf
     for table, value in zip(self.tables, values, strict=True):
       total = value + table.to_come[s][start]
@@ -258,12 +290,13 @@ class Minimax:
     return found
 
   def _strike_if_due(self) -> None:
+    """Strikes stages out if the best has improved, or enough rows have been added."""
     value, rows = self._struck_at
     if self.best[0] < value or len(self.tables) >= rows + _STRIKE_EVERY:
       self._strike()
 
   def _strike(self) -> None:
-    """Strikes stages out until no more go."""
+    """Strikes out the stages that no better partition can contain, until no more are found."""
     cutoff, before = self._cutoff, -1
     while before != (left := sum(len(row) for stage in self.ends for row in stage)):
       before = left

@@ -1,4 +1,4 @@
-"""Two backbones through the same devices in opposite directions (DiffusionPipe: Tian et al., 2024).
+"""Partitions two backbones that run in opposite directions (DiffusionPipe: Tian et al., 2024).
 
 A cascaded diffusion model trains two backbones that know nothing of each other. Each device holds
 a stage of both, and where one pipeline has its bubbles the other has its work: the order is that of
@@ -11,8 +11,8 @@ a bidirectional schedule, with the second replica's stages renamed, for it is an
   even microbatches visit 0 ... P-1, odd ones P ... 2P-1, which is what `paths` of a schedule says
 
 Both partitions are found together, because a device is as slow as its two stages are; the order is
-kept as it is. This is a plan on paper: the simulator, the checker and
-the drawings know such a schedule; a step with two models and two losses is not built here.
+kept as it is. This is a plan on paper: simulator, checks and drawings take such a schedule, but the
+executor has no step with two models and two losses.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from jaxpipe.schedules.spec import limit_by_device
 
 
 def two_models(schedule: Schedule) -> Schedule:
-  """Takes the second replica of a bidirectional schedule for another model.
+  """Turns the second replica of a bidirectional schedule into another model.
 
   Args:
-    schedule: one of a `mirrored` placement, of S stages.
+    schedule: a schedule of S stages on a `mirrored` placement.
 
   Returns:
-    The same work on 2S stages that live once, S of each model; microbatches keep their numbers.
+    The work on 2S stages that live once, S of each model; microbatches keep their numbers.
 
   Raises:
     ScheduleError: its stages have no mirrored replicas.
@@ -49,6 +49,7 @@ def two_models(schedule: Schedule) -> Schedule:
   S, chunk = schedule.stages, schedule.placement.chunk
 
   def renamed(action: Action, d: int) -> Action:
+    """Returns an action of device d with the stage's number among 2S."""
     # Odd chunks hold the replica that runs up the devices.
     return dataclasses.replace(action, stage=action.stage + S * (chunk(d, action.stage) % 2))
 
@@ -86,9 +87,10 @@ def opposite(
     microbatches: number of each model's microbatches.
     schedule: `dualpipe`, `chimera` or `bitpipe`, whose two replicas become the two models.
     hop: latency of sending between two devices.
-    bandwidth: bytes that a link sends in one unit of time, as in `best`.
-    memory_limit: most that a device may hold of both, one number or one per device.
-    effort: how many partitions and beginnings of them may be looked at.
+    bandwidth: bytes that a link sends in one unit of time; every hop then takes longer by the time
+      that the widest boundary of the partition takes. None if sending takes the latency only.
+    memory_limit: most that a device may hold of both models, one number or one per device.
+    effort: most partitions and beginnings of them that may be looked at.
 
   Returns:
     The best pair of partitions found, as one of all layers: the second model's stages follow the

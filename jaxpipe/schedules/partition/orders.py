@@ -1,15 +1,17 @@
-"""How a schedule answers for a partition: its value, and linear functions that bound it.
+"""The makespan of a schedule as a function of the partition, and linear bounds on it.
 
-Most schedules are one order whatever stages cost (`FixedOrder`): their makespan is the largest of
-the order's paths, each a row, and memory the largest of what a device holds at any moment. Some
-plan around the costs (`PlannedOrder`); for these there are rows that hold for every order, below
-which they cannot plan.
+The search for a partition asks two questions of a schedule: how long is a step with this partition,
+and which linear functions of the stages' sums (rows) is the makespan never below?
+
+  FixedOrder    one order, whatever stages cost: the makespan is the largest of the order's paths,
+                each a row, and memory is the largest sum that a device holds at any moment
+  PlannedOrder  an order planned around the costs: rows that bound every order that there is
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from jaxpipe.schedules.actions import Kind
+from jaxpipe.schedules.kinds import CHUNKS_HELD
 from jaxpipe.schedules.partition.critical import CriticalPaths, PathWeights
 from jaxpipe.schedules.partition.partition import Partition
 from jaxpipe.schedules.partition.rows import Row
@@ -18,52 +20,63 @@ from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import simulate
 
-# What a row weighs, in this order.
+# The sums over a stage's layers that a row has factors for, in the order of the factors.
 RESOURCES = ("forward", "input_grad", "weight_grad", "parameters", "activations")
-# Builds the schedule of a partition; a ValueError says that it has none.
+# Builds the schedule of a partition; raises ValueError where there is none.
 Factory = Callable[[Partition], Schedule]
 
 
 class Order(Protocol):
-  """What `best` asks of a schedule."""
+  """The questions that the search for a partition asks of a schedule.
+
+  Attributes:
+    placement: where the S stages live on P devices.
+    microbatches: number of microbatches, M.
+    price: what asking for a makespan counts as, in beginnings of partitions looked at.
+  """
 
   placement: Placement
   microbatches: int
-  price: int  # of asking for a makespan, in beginnings of partitions looked at
+  price: int
 
   def rows(self) -> list[Row]:
-    """Linear functions that the makespan is never below, of every partition."""
+    """Returns linear functions of a partition that its makespan is never below."""
 
   def memory_rows(self, limits: Sequence[float]) -> list[Row]:
-    """Conditions that every partition within the limits meets."""
+    """Returns conditions that every partition within P memory limits meets."""
 
   def makespan(self, partition: Partition) -> float:
-    """The makespan, infinite where there is no schedule."""
+    """Returns the makespan of a partition into S stages, infinite where there is no schedule."""
 
   def decisive(self, partition: Partition) -> Row | None:
-    """The row that is the makespan of this partition, where there is one."""
+    """Returns the row that equals the makespan of a partition, None where no row is known to."""
 
   def schedule(self, partition: Partition) -> Schedule:
-    """The schedule of the partition."""
+    """Returns the schedule that runs a partition; raises ValueError where there is none."""
 
 
 class FixedOrder:
-  """One order, whatever the costs."""
+  """A schedule whose order is the same for every partition."""
 
   price = 1
 
   def __init__(self, schedule: Schedule, hop: float) -> None:
-    """Lays the order's waits out."""
+    """Walks the order once.
+
+    Args:
+      schedule: a legal schedule of passes through stages.
+      hop: latency between two devices.
+    """
     self.placement, self.microbatches = schedule.placement, schedule.microbatches
     self._schedule, self._paths = schedule, CriticalPaths(schedule, hop)
 
   def rows(self) -> list[Row]:
-    """A path for each device, which it decides where it is the slowest, and the mean of these."""
+    """Returns a path for each device, longest where that one is the slowest, and means of these."""
     rows = [_path_row(*path) for path in self._paths.device_paths()]
     return [*rows, *(mean(rows[d:]) for d in range(len(rows) - 1))]
 
   def memory_rows(self, limits: Sequence[float]) -> list[Row]:
-    """What each device holds at every moment that no other one contains."""
+    """Returns what each device holds, at every moment that is not contained in another one."""
     return [
       _memory_row(self.placement, d, counts, limit)
       for d, limit in enumerate(limits)
@@ -71,34 +84,42 @@ class FixedOrder:
     ]
 
   def makespan(self, partition: Partition) -> float:
-    """The longest path."""
+    """Returns the length of the longest path."""
     return self._paths.makespan(_loads(partition))
 
   def decisive(self, partition: Partition) -> Row | None:
-    """The longest path as a row."""
+    """Returns the longest path as a row."""
     return _path_row(*self._paths.path(_loads(partition)))
 
   def schedule(self, partition: Partition) -> Schedule:
-    """The same for all."""
+    """Returns the one schedule, which runs every partition."""
     return self._schedule
 
 
 class PlannedOrder:
-  """An order that is planned around the costs."""
+  """A schedule whose order is planned anew around the costs of every partition."""
 
   price = 100
 
   def __init__(
     self, factory: Factory, hop: float, example: Schedule, limits: Sequence[float]
   ) -> None:
-    """Takes sizes and placement from an example."""
+    """Takes sizes and placement from an example.
+
+    Args:
+      factory: plans the schedule of a partition.
+      hop: latency between two devices.
+      example: a schedule that it has planned, for whatever costs.
+      limits: P limits, the most memory that each device may hold.
+    """
     self.placement, self.microbatches = example.placement, example.microbatches
     self._factory, self._hop, self._limits = factory, hop, limits
     self._routed = example.paths is not None
 
   def rows(self) -> list[Row]:
-    """The mean device's work; and one microbatch's way and each device's work between its ends."""
-    if self._routed:  # who leaves stages out is bound by none of these
+    """Returns bounds on every order: the mean work, one microbatch's path, each device's work."""
+    # A microbatch that leaves stages out is bound by none of these.
+    if self._routed:
       return [Row(weights=((0.0,) * 5,) * self.placement.stages)]
     S, P, M = self.placement.stages, self.placement.devices, self.microbatches
     share = M / P
@@ -112,7 +133,7 @@ class PlannedOrder:
     return rows
 
   def _device(self, d: int) -> Iterator[Row]:
-    """Forwards on the way to it, its work, and either its last W or the gradients' way home."""
+    """Yields the bounds of device d: the path to it, its work, then its last W or the path back."""
     M, held = self.microbatches, self.placement.table[d]
     first, way = min(held), self._hops(0, min(held))
     for home in (False, True):
@@ -125,21 +146,24 @@ class PlannedOrder:
       yield Row(weights=tuple(map(tuple, weights)), constant=way * (1 + home))
 
   def _hops(self, first: int, last: int) -> float:
-    """Time between devices from one stage to a later one."""
+    """Returns the time of all hops between devices from one stage to a later one."""
     if self.placement.replicated:
       return 0
     device = self.placement.device
     return self._hop * sum(device(s) != device(s + 1) for s in range(first, last))
 
   def memory_rows(self, limits: Sequence[float]) -> list[Row]:
-    """One microbatch on each of its stages: it has left none before its first gradient there."""
+    """Returns the memory of one microbatch on all stages of each device, which no order avoids.
+
+    A device's first gradient comes after that microbatch's forwards on all of its stages.
+    """
     if self._routed:
       return []
     once = [0 if self.placement.replicated else 1] * self.placement.stages
     return [_memory_row(self.placement, d, once, limit) for d, limit in enumerate(limits)]
 
   def makespan(self, partition: Partition) -> float:
-    """That of the schedule which is planned for it, if that keeps to the limits."""
+    """Returns the makespan of the schedule planned for a partition, infinite above the limits."""
     try:
       schedule = self._factory(partition)
     except ValueError:
@@ -150,16 +174,16 @@ class PlannedOrder:
     return simulate(schedule, partition.costs(self._hop)).makespan
 
   def decisive(self, partition: Partition) -> None:
-    """None: another partition's order may have no such path."""
+    """Returns None: the order of another partition may not have this one's longest path."""
     return None
 
   def schedule(self, partition: Partition) -> Schedule:
-    """Planned for it."""
+    """Plans the schedule of a partition."""
     return self._factory(partition)
 
 
 def mean(rows: Sequence[Row]) -> Row:
-  """The mean of rows, which is never above the largest of them."""
+  """Returns the mean of rows, which is never above the largest of them."""
   n = len(rows)
   return Row(
     weights=tuple(
@@ -171,7 +195,15 @@ def mean(rows: Sequence[Row]) -> Row:
 
 
 def memory(partition: Partition, schedule: Schedule) -> tuple[float, ...]:
-  """What each device holds at most: its stages' parameters, and activations at their peak."""
+  """Returns the most memory that each device holds.
+
+  Args:
+    partition: parameters and activations of S stages.
+    schedule: a schedule of as many stages.
+
+  Returns:
+    P amounts: the parameters of a device's stages, and its activations at their peak.
+  """
   stages = partition.stages
   return tuple(
     sum(stages[s].parameters for s in row) + peak
@@ -182,14 +214,24 @@ def memory(partition: Partition, schedule: Schedule) -> tuple[float, ...]:
 
 
 def _loads(partition: Partition) -> list[tuple[float, float, float]]:
+  """Returns the durations of F, I and W of each stage."""
   return [(s.forward, s.input_grad, s.weight_grad) for s in partition.stages]
 
 
 def _path_row(weights: PathWeights, hops: float) -> Row:
+  """Returns a path as a row of the objective, which weighs no memory."""
   return Row(weights=tuple((*stage, 0, 0) for stage in weights), constant=hops)
 
 
 def _memory_row(placement: Placement, d: int, counts: Sequence[int], limit: float) -> Row:
+  """Returns the condition that device d may hold its parameters and some numbers of microbatches.
+
+  Args:
+    placement: where the stages live.
+    d: the device.
+    counts: S numbers of microbatches, by stage.
+    limit: most memory that the device may hold.
+  """
   held = placement.table[d]
   return Row(
     weights=tuple((0, 0, 0, 1, n) if s in held else (0,) * 5 for s, n in enumerate(counts)),
@@ -198,16 +240,16 @@ def _memory_row(placement: Placement, d: int, counts: Sequence[int], limit: floa
 
 
 def _moments(schedule: Schedule, d: int) -> list[tuple[int, ...]]:
-  """How many microbatches a device holds of each stage, where no other moment has as many of all.
+  """Returns the moments of device d that matter to its memory.
 
-  A moment counts with what comes later only if that frees something, so only peaks do.
+  A moment is the number of microbatches held of each stage. Where another moment has as many of
+  every stage, or more, it is left out: what that one needs includes what this one needs.
   """
-  change = {Kind.F: 1, Kind.W: -1, Kind.B: -1}
   counts = [0] * schedule.stages
   found: list[tuple[int, ...]] = []
   for step in schedule.order[d]:
     for part in step.parts:
-      counts[part.stage] += change.get(part.kind, 0)
+      counts[part.stage] += CHUNKS_HELD.get(part.kind, 0)
       now = tuple(counts)
       if not any(all(a >= b for a, b in zip(other, now, strict=True)) for other in found):
         found = [o for o in found if not all(b >= a for a, b in zip(o, now, strict=True))]

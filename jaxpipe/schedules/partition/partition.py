@@ -1,4 +1,4 @@
-"""A partition: which run of layers is which stage, and what the stages cost for it."""
+"""A partition: which run of layers is which stage, and the costs of the stages that follow."""
 
 import dataclasses
 import functools
@@ -14,9 +14,9 @@ class Partition:
   """A list of layers cut into stages.
 
   Attributes:
-    layers: the layers in model order.
-    sizes: how many of them each stage has, first stage first.
-    method: what chose the sizes.
+    layers: the L layers in model order.
+    sizes: S numbers of layers, by stage; their sum is L.
+    method: name of the rule or search that chose the sizes.
   """
 
   layers: tuple[LayerCost, ...]
@@ -42,10 +42,7 @@ class Partition:
 
   @functools.cached_property
   def stages(self) -> tuple[LayerCost, ...]:
-    """Each stage's layers as one.
-
-    A stage without layers hands on what came to it.
-    """
+    """The costs of the S stages; a stage without layers sends its input on."""
     found: list[LayerCost] = []
     for start, end in itertools.pairwise(self.boundaries):
       stage = total(self.layers[start:end], f"layers {start} to {end - 1}")
@@ -62,7 +59,7 @@ class Partition:
     return max(times) * len(times) / sum(times) if sum(times) else 1.0
 
   def costs(self, hop: float = 0) -> Costs:
-    """What the simulator takes: one duration per stage and pass."""
+    """Returns the durations as the simulator takes them, one per stage and pass."""
     return Costs(
       [stage.forward for stage in self.stages],
       [stage.input_grad for stage in self.stages],
@@ -72,7 +69,7 @@ class Partition:
 
   @property
   def memory(self) -> Memory:
-    """What F, I and W change in what a device holds: activations wait from F for W or B."""
+    """Changes of the memory that a device holds: F adds its stage's activations, W frees them."""
     held = [stage.activations for stage in self.stages]
     return held, 0, [-x for x in held]
 
@@ -91,6 +88,6 @@ class Partition:
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-  """Rows of a table as lines of text, columns to the right."""
+  """Returns the rows of a table as lines of text, columns aligned to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return ["  ".join(map(str.rjust, row, widths)) for row in rows]

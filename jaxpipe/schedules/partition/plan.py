@@ -1,4 +1,4 @@
-"""A partition with the schedule that runs it: what `best` finds, and what it says about it."""
+"""The result of a search for a partition: the partition, its schedule, and a report on both."""
 
 import dataclasses
 import math
@@ -14,14 +14,14 @@ class Plan:
 
   Attributes:
     partition: which layers are which stage.
-    timeline: the schedule with the stages' own times, and the schedule itself in it.
-    hop: time of sending between two devices, the widest boundary's included.
-    limits: most that each device may hold; infinite without a limit.
-    lower_bound: what the makespan of no partition can go below.
-    proven: whether the makespan is that of the best partition there is.
-    uniform: makespan of as many layers in every stage, in memory's limits or not; None where
+    timeline: the schedule, simulated with the times of the stages.
+    hop: latency between two devices, with the time that the widest boundary takes to send.
+    limits: P limits, the most memory that each device may hold; infinite without a limit.
+    lower_bound: a time that the makespan of no partition can go below.
+    proven: whether no other partition has a shorter makespan.
+    uniform: makespan with equally many layers in every stage, within the limits or not; None where
       there is no schedule for it.
-    looked: what was spent of the effort.
+    looked: number of partitions and beginnings of them that were looked at.
   """
 
   partition: Partition
@@ -40,7 +40,7 @@ class Plan:
 
   @property
   def gap(self) -> float:
-    """How much shorter, as a share, an unknown partition might still be; 0 if proven."""
+    """Share of the makespan by which an unknown partition might still be shorter; 0 if proven."""
     return 0.0 if self.proven or not self.makespan else 1 - self.lower_bound / self.makespan
 
   @property
@@ -50,11 +50,11 @@ class Plan:
 
   @property
   def memory(self) -> tuple[float, ...]:
-    """Most that each device holds: parameters, and activations at their peak."""
+    """The most memory that each device holds: parameters, and activations at their peak."""
     return memory(self.partition, self.timeline.schedule)
 
   def report(self) -> str:
-    """Makespan, bubble, what is proven, the stages and the devices, as text."""
+    """Returns makespan, bubble, proof, stages and devices as text."""
     timeline = self.timeline
     proof = "proven best" if self.proven else f"at most {self.gap:.2%} above the best"
     uniform = "none" if self.uniform is None else f"{self.uniform:.6g}, {self.gain:.1%} saved"

@@ -1,4 +1,4 @@
-"""Cuts that look at the layers alone, not at the schedule: one line each, and exact.
+"""Rules that cut layers into stages by the layers alone, not by the schedule; all are exact.
 
   uniform      counts as even as possible
   balanced     the largest stage time is least, and of such cuts the variance
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from jaxpipe.schedules.partition.layer import LayerCost
 from jaxpipe.schedules.partition.partition import Partition
 
-# What a stage of this weight costs: infinite where it must not be.
+# The price of a stage of some weight; infinite where it must not be.
 _Price = Callable[[float], float]
 
 
@@ -47,7 +47,15 @@ def cut(layers: Sequence[LayerCost], stages: int, method: str, *, empty: bool = 
 
 
 def uniform(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) -> Partition:
-  """Counts as even as possible: the first L mod S stages have one layer more.
+  """Cuts so that counts are as even as possible: the first L mod S stages have one layer more.
+
+  Args:
+    layers: the L layers in model order.
+    stages: number of stages, S.
+    empty: whether stages may be empty where there are fewer layers than stages.
+
+  Raises:
+    ValueError: there are too few layers for the stages.
 
   >>> uniform([LayerCost("block")] * 10, 4).sizes
   (3, 3, 2, 2)
@@ -59,7 +67,15 @@ def uniform(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) ->
 
 
 def balanced(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) -> Partition:
-  """The largest stage time is least, and the variance least among such cuts.
+  """Cuts so that the largest stage time is least, and of such cuts the variance.
+
+  Args:
+    layers: the layers in model order.
+    stages: number of stages, S.
+    empty: whether stages may be empty where there are fewer layers than stages.
+
+  Raises:
+    ValueError: there are too few layers for the stages.
 
   >>> balanced([LayerCost(str(t), forward=t) for t in (1, 2, 3, 4, 5)], 3).sizes
   (3, 1, 1)
@@ -68,7 +84,16 @@ def balanced(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) -
 
 
 def by_variance(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) -> Partition:
-  """The variance of the stage times is least, as GPipe cuts."""
+  """Cuts so that the variance of the stage times is least, as GPipe does.
+
+  Args:
+    layers: the layers in model order.
+    stages: number of stages, S.
+    empty: whether stages may be empty where there are fewer layers than stages.
+
+  Raises:
+    ValueError: there are too few layers for the stages.
+  """
   least = least_size(len(layers), stages, empty)
   # The mean is the same for all cuts, so the sum of squares decides.
   _, sizes = _dynamic([x.time for x in layers], stages, least, lambda t: t * t, sum)
@@ -76,12 +101,23 @@ def by_variance(layers: Sequence[LayerCost], stages: int, *, empty: bool = False
 
 
 def by_parameters(layers: Sequence[LayerCost], stages: int, *, empty: bool = False) -> Partition:
-  """The largest stage's parameters are fewest, and the variance least among such cuts."""
+  """Cuts so that the most parameters of a stage are fewest, and of such cuts the variance least.
+
+  Args:
+    layers: the layers in model order.
+    stages: number of stages, S.
+    empty: whether stages may be empty where there are fewer layers than stages.
+
+  Raises:
+    ValueError: there are too few layers for the stages.
+  """
   return _evened([layer.parameters for layer in layers], layers, stages, empty, "parameters")
 
 
 def by_pattern(layers: Sequence[LayerCost], stages: int, pattern: str) -> Partition:
-  """As many matching layers in every stage, the first few one more; stages begin with one.
+  """Cuts so that all stages have equally many matching layers, the first few of them one more.
+
+  Every stage but the first begins with a matching layer.
 
   Args:
     layers: the layers in model order.
@@ -125,7 +161,15 @@ RULES: dict[str, Callable[..., Partition]] = {
 
 
 def least_size(layers: int, stages: int, empty: bool) -> int:
-  """The fewest layers that a stage may have: 1, or 0 where there are too few and that is wanted.
+  """Returns the fewest layers that a stage may have.
+
+  Args:
+    layers: number of layers, L.
+    stages: number of stages, S.
+    empty: whether stages may be empty where there are fewer layers than stages.
+
+  Returns:
+    1, or 0 where there are too few layers and stages may be empty.
 
   Raises:
     ValueError: there are no stages, or too few layers and `empty` does not hold.
@@ -145,7 +189,7 @@ def least_size(layers: int, stages: int, empty: bool) -> int:
 def _evened(
   weights: Sequence[float], layers: Sequence[LayerCost], stages: int, empty: bool, method: str
 ) -> Partition:
-  """The largest sum least, then the variance."""
+  """Cuts so that the largest sum of weights is least, and of such cuts the variance."""
   least = least_size(len(layers), stages, empty)
   largest, _ = _dynamic(weights, stages, least, lambda w: w, max)
   _, sizes = _dynamic(
@@ -167,31 +211,33 @@ def _dynamic(
     weights: one per layer; a stage's is their sum.
     stages: number of stages, S.
     least: the fewest layers of a stage.
-    price: of a stage of some weight, ascending.
-    merge: `sum` or `max` of a stage's price and of what those after it come to.
+    price: the price of a stage by its weight, ascending.
+    merge: `sum` or `max`, of a stage's price and of the merged price of the stages after it.
 
   Returns:
-    What the best cut comes to, and its sizes; the first of equals has the smaller first stages.
+    The merged price of the best cut, and its sizes; of equals the one with smaller first stages.
   """
   L = len(weights)
   up_to = list(itertools.accumulate(weights, initial=0))
 
   @functools.cache
-  def piece(start: int, end: int) -> float:
+  def stage_price(start: int, end: int) -> float:
+    """Returns the price of a stage of the layers from `start` up to `end`."""
     return price(up_to[end] - up_to[start])
 
   inf = float("inf")
-  # What the stages after the present one come to, by their first layer, and where they cut.
+  # The merged price of the stages after the present one, by their first layer. `choices` holds the
+  # end of the best first stage by its first layer, for the last stage, the last two, and so on.
   rest = [inf] * L + [0.0]
   choices: list[list[int]] = []
   for _ in range(stages):
-    here, choice = [inf] * (L + 1), [L] * (L + 1)
+    least_from, choice = [inf] * (L + 1), [L] * (L + 1)
     for start in range(L + 1):
       for end in range(start + least, L + 1):
-        value = merge((piece(start, end), rest[end]))
-        if value < here[start]:
-          here[start], choice[start] = value, end
-    rest = here
+        value = merge((stage_price(start, end), rest[end]))
+        if value < least_from[start]:
+          least_from[start], choice[start] = value, end
+    rest = least_from
     choices.append(choice)
   boundaries = [0]
   for choice in reversed(choices):

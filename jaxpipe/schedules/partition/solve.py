@@ -1,9 +1,9 @@
-"""The search for the best partition: a start, widths of boundaries in turn, and the proof.
+"""Searches for the best partition of a schedule: starts, widths of boundaries in turn, and proof.
 
 [1] widths: with a bandwidth, a hop takes as long as the widest boundary, so partitions are
     searched width by width, narrow ones first: those whose boundaries are no wider, with the hop
-    that this width takes. A narrower one found here would only be charged too much.
-[2] starts: what each rule cuts, and the partition that needs least memory; from each, boundaries
+    that this width takes. A narrower one among them would only be charged too much.
+[2] starts: the partition of each rule, and the one that needs least memory; from each, boundaries
     are moved while that helps
 [3] branch and bound (`minimax`) below the best so far
 """
@@ -28,7 +28,13 @@ _Rule = Callable[..., Partition]
 
 @dataclasses.dataclass(frozen=True)
 class _Models:
-  """What is cut: one model, or several that share the stages evenly."""
+  """The models to be cut: one, or several that share the stages evenly.
+
+  Attributes:
+    models: the layers of each model, first stages' model first.
+    stages: number of stages of all models together, S.
+    empty: whether stages may be empty where there are fewer layers than stages.
+  """
 
   models: tuple[tuple[LayerCost, ...], ...]
   stages: int
@@ -36,38 +42,41 @@ class _Models:
 
   @functools.cached_property
   def layers(self) -> tuple[LayerCost, ...]:
+    """The L layers of all models."""
     return tuple(itertools.chain(*self.models))
 
   @functools.cached_property
   def least(self) -> int:
-    """Fewest layers of a stage."""
+    """The fewest layers that a stage may have."""
     return min(least_size(len(m), self.stages // len(self.models), self.empty) for m in self.models)
 
   @functools.cached_property
   def pinned(self) -> dict[int, int]:
-    """Where each model's first stage must begin, and the last one's last stage end."""
+    """Stage -> layer: where each model's first stage must begin, and the last stage end."""
     firsts = itertools.accumulate(map(len, self.models), initial=0)
     return {i * self.stages // len(self.models): first for i, first in enumerate(firsts)}
 
   @functools.cached_property
   def sums(self) -> list[list[float]]:
-    """By resource, its sum over the first 0, 1, ... L layers."""
+    """For each of `RESOURCES`, its sums over the first 0, 1, ... L layers."""
     return [
       list(itertools.accumulate((getattr(layer, name) for layer in self.layers), initial=0))
       for name in RESOURCES
     ]
 
   def partition(self, boundaries: Boundaries) -> Partition:
+    """Returns the partition of S+1 boundaries."""
     sizes = tuple(end - start for start, end in itertools.pairwise(boundaries))
     return Partition(layers=self.layers, sizes=sizes, method="best")
 
   def by_rule(self, rule: _Rule) -> Partition:
+    """Returns the partition whose models are each cut by a rule."""
     each = self.stages // len(self.models)
     sizes = itertools.chain(*(rule(m, each, empty=self.empty).sizes for m in self.models))
     return Partition(layers=self.layers, sizes=tuple(sizes), method=rule.__name__)
 
   def width(self, boundary: int) -> float:
-    """Bytes that are sent where a stage begins at this layer."""
+    """Returns the bytes that are sent where a stage begins at a layer; none between models."""
     return 0 if boundary in self.pinned.values() else self.layers[boundary - 1].output
 
 
@@ -81,19 +90,22 @@ def solve(
   empty: bool = False,
   effort: int = 20_000,
 ) -> Plan:
-  """`best` for one model, or for several that share the stages of a schedule evenly.
+  """Searches for the best partition of one model, or of several that share a schedule's stages.
 
   Args:
-    order_of: what answers for the schedule, by the time of a hop.
-    models: their layers, first stages' model first.
-    limits: most that each device may hold, infinite without a limit.
-    hop: as in `best`, and so are the rest.
-    bandwidth: bytes that a link sends in one unit of time.
-    empty: whether stages may be empty.
-    effort: how much may be looked at.
+    order_of: returns the schedule's `Order` by the time of a hop.
+    models: the layers of each model, first stages' model first; each gets equally many stages.
+    limits: P limits, the most memory that each device may hold; infinite without a limit.
+    hop: latency between two devices, in the layers' unit of time.
+    bandwidth: bytes that a link sends in one unit of time; None if sending takes the latency only.
+    empty: whether stages may be empty where there are fewer layers than stages.
+    effort: most partitions and beginnings of them that may be looked at.
+
+  Returns:
+    The best partition found.
 
   Raises:
-    ValueError: as in `best`.
+    ValueError: the sizes do not fit each other, or no partition fits the limits.
   """
   if bandwidth is not None and not bandwidth > 0:
     raise ValueError(f"bandwidth={bandwidth} sends nothing; use more than 0, or None")
@@ -116,6 +128,7 @@ def solve(
 
 
 def _widths(work: _Models, bandwidth: float | None) -> list[float]:
+  """Returns the widths of boundaries to search with, narrow ones first."""
   if bandwidth is None:
     return [math.inf]
   return sorted({work.width(x) for x in range(1, len(work.layers) + 1)})
@@ -129,9 +142,10 @@ def _search(
   best: Optimum | None,
   effort: int,
 ) -> Optimum:
-  """The best partition with boundaries no wider, or the given one if that is better."""
+  """Returns the best partition with boundaries no wider, or the given one if that is better."""
 
   def judge(boundaries: Boundaries) -> tuple[float, Row | None]:
+    """Returns the makespan, and the row that equals it."""
     found = work.partition(boundaries)
     return order.makespan(found), order.decisive(found)
 
@@ -146,6 +160,7 @@ def _search(
 
 
 def _minimax(work: _Models, width: float, effort: int) -> Callable[..., Minimax]:
+  """Returns what makes a search over partitions with boundaries no wider than `width`."""
   return functools.partial(
     Minimax,
     sums=work.sums,
@@ -160,6 +175,7 @@ def _minimax(work: _Models, width: float, effort: int) -> Callable[..., Minimax]
 def _starts(
   work: _Models, make: Callable[..., Minimax], conditions: Sequence[Row]
 ) -> Iterator[Boundaries]:
+  """Yields the partitions from which boundaries are moved: [2]."""
   yield from (work.by_rule(rule).boundaries for rule in RULES.values())
   if conditions:
     thriftiest = _thriftiest(make, conditions)
@@ -168,7 +184,10 @@ def _starts(
 
 
 def _thriftiest(make: Callable[..., Minimax], conditions: Sequence[Row]) -> Boundaries | None:
-  """The partition whose largest excess over a limit is least: if it does not fit, none does."""
+  """Returns the partition whose largest excess over a limit is least.
+
+  If that one does not fit the limits, none does.
+  """
   rows = [
     dataclasses.replace(row, constant=row.constant - row.limit, limit=None)
     for row in conditions
@@ -188,6 +207,7 @@ def _plan(
   bandwidth: float | None,
   looked: int,
 ) -> Plan:
+  """Returns a found partition with its simulated schedule, and the uniform one's makespan."""
   assert found.boundaries is not None
   partition = work.partition(found.boundaries)
   schedule = order_of(found_hop).schedule(partition)
@@ -208,7 +228,7 @@ def _plan(
 
 
 def _too_low(order: Order, work: _Models, limits: Sequence[float], *, proven: bool) -> ValueError:
-  """Says which device holds too much, with the partition that comes nearest."""
+  """Returns the error that says which device holds too much with the partition nearest to fit."""
   make = _minimax(work, math.inf, 20_000)
   boundaries = _thriftiest(make, order.memory_rows(limits))
   thriftiest = work.partition(boundaries) if boundaries else work.by_rule(uniform)

@@ -28,8 +28,9 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from jaxpipe.schedules.actions import Kind, Order
+from jaxpipe.schedules.actions import Order
 from jaxpipe.schedules.costs import Costs, Memory
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.planning.list_schedule import Policy, all_work, list_schedule
 
@@ -39,12 +40,12 @@ V_PERIOD = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
-  """When microbatch 0 runs what, in ticks; microbatch m does the same m periods later.
+  """The ticks at which microbatch 0 runs; microbatch m does the same m periods later.
 
   Attributes:
     period: ticks between two microbatches.
-    forward: tick of F, by stage.
-    input_grad: tick of I, by stage.
+    forward: S ticks at which F starts, by stage.
+    input_grad: S ticks at which I starts, by stage.
   """
 
   period: float
@@ -52,9 +53,15 @@ class Block:
   input_grad: tuple[float, ...]
 
   def weight_grad(self, placement: Placement) -> tuple[int, ...] | None:
-    """The first free tick for every W after its I, or None where two passes of a device collide.
+    """Returns the first free tick for every W after its I, by stage.
 
     Ticks count as equal if they are a whole number of periods apart.
+
+    Args:
+      placement: the devices on which passes must not collide.
+
+    Returns:
+      S ticks, or None where two passes of a device collide.
     """
     found = [0] * placement.stages
     for row in placement.table:
@@ -68,7 +75,7 @@ class Block:
     return tuple(found)
 
   def peak(self, placement: Placement) -> int | None:
-    """Most chunks that a device holds, by the formula; None where passes collide."""
+    """Returns the most chunks that a device holds, by the formula; None where passes collide."""
     weight_grad = self.weight_grad(placement)
     if weight_grad is None:
       return None
@@ -88,16 +95,16 @@ def repeat(
   limit: float | Sequence[float] | None = None,
   gap: float = 0,
 ) -> Order:
-  """Repeats, squeezes and reorders a block.
+  """Makes a block into lists of actions: repeats, squeezes and reorders it.
 
   Args:
     placement: where the stages live.
     block: the order of F and I; its ticks need not fit, for only their order is used.
     microbatches: number of microbatches, M.
     costs: durations, by which W finds its gaps.
-    memory: what F, I and W change.
+    memory: changes of the memory that a device holds by F, I and W.
     limit: most memory that a device may hold, one number or one per device; None for no limit.
-    gap: the share of a W that a gap must have room for.
+    gap: the share of a W that must fit into a gap.
 
   Returns:
     Each device's list.
@@ -109,19 +116,21 @@ def repeat(
   forward, input_grad = block.forward, block.input_grad
   first = [min(block.input_grad[s] for s in row) for row in placement.table]
   last = [max(block.forward[s] for s in row) + (M - 1) * T for row in placement.table]
-  # By stage, and as bounds on microbatches: this is asked several times for every action.
+  # Bounds on microbatches, by stage, computed once: they are looked up several times per action.
   homes = [placement.device(s) for s in range(placement.stages)]
   filling = [(first[d] - block.forward[s]) / T for s, d in enumerate(homes)]
   draining = [(last[d] - block.input_grad[s]) / T for s, d in enumerate(homes)]
 
-  # Told apart by identity: looking a kind up in a dict is several times slower.
+  # Kinds are compared by identity: looking one up in a dict is several times slower.
   def rank(kind: Kind, stage: int, microbatch: int) -> float:
+    """Puts F before all else while the pipeline fills, and I after all F while it drains."""
     if kind is Kind.F:
       # [3] and [1]
       return -math.inf if microbatch < filling[stage] else forward[stage] + microbatch * T
     return math.inf if microbatch > draining[stage] else input_grad[stage] + microbatch * T
 
   def urgency(kind: Kind, stage: int, microbatch: int) -> float:
+    """Returns the tick of F or I in the repeated block; W only fills gaps."""
     if kind is Kind.W:
       return math.inf
     return (forward if kind is Kind.F else input_grad)[stage] + microbatch * T
@@ -134,12 +143,13 @@ def repeat(
 def v_ticks(
   P: int, forward: tuple[float, float], input_grad: tuple[float, float], turns: Sequence[float]
 ) -> Block:
-  """A block in a V whose passes go at an even pace.
+  """Makes a block in a V whose passes go at an even pace.
 
   Args:
     P: number of devices.
     forward: ticks from one device to the next for F, on the way down and on the way up.
-    input_grad: the same for I, which begins where F ends: down the second chunk, up the first.
+    input_grad: ticks from one device to the next for I, which begins where F ends: on the way down
+      the second chunk and on the way up the first.
     turns: ticks from F to F on the last device, from F to I on the first, from I to I on the last.
   """
   ahead = [0, *(forward[0],) * (P - 1), turns[0], *(forward[1],) * (P - 1)]
@@ -150,18 +160,18 @@ def v_ticks(
 
 
 def v_min_block(P: int) -> Block:
-  """The paper's block for the least memory: as fast as passes can follow each other."""
+  """Returns the paper's block for the least memory: as fast as passes can follow each other."""
   # Chunks of one device would collide where 3 divides P.
   return v_ticks(P, (1, 1), (1, 1), (1, 3 if P % 3 == 0 else 1, 1))
 
 
 def v_half_block(P: int) -> Block:
-  """The paper's block for half of 1F1B's memory: down the V at half the pace."""
+  """Returns the paper's block for half of 1F1B's memory: down the V at half the pace."""
   return v_ticks(P, (2, 1), (2, 1), (1, 4 if P % 2 == 0 else 1, 2))
 
 
 def v_blocks(P: int, limit: float) -> list[Block]:
-  """Blocks in a V that keep to a memory limit, the most promising first.
+  """Returns the blocks in a V that keep to a memory limit, the most promising first.
 
   A microbatch that takes its time is in flight more often, which is what hides the turns of the
   V at both ends of a step; so those that hold most come first, and of equal ones those that take
@@ -177,24 +187,9 @@ def v_blocks(P: int, limit: float) -> list[Block]:
   return [block for peak, _, block in _v_blocks(P) if peak <= limit]
 
 
-def v_block(P: int, limit: float) -> Block:
-  """The first of `v_blocks`.
-
-  Raises:
-    ValueError: no evenly paced block holds so little.
-  """
-  blocks = v_blocks(P, limit)
-  if not blocks:
-    lowest = _v_blocks(P)[-1][0]
-    raise ValueError(
-      f"no V building block for {P} devices holds only {limit} chunks; use a limit of {lowest}"
-    )
-  return blocks[0]
-
-
 @functools.cache
 def _v_blocks(P: int) -> list[tuple[int, float, Block]]:
-  """With their peaks and durations: largest peak first."""
+  """Returns all blocks in a V with their peaks and durations: largest peak first, then shortest."""
   found = []
   placement = Placement.v(P)
   # Longer turns repeat the residues and only cost time; slower paces hold more than 2P chunks.
@@ -210,7 +205,7 @@ def _v_blocks(P: int) -> list[tuple[int, float, Block]]:
 
 
 def _collides(P: int, paces: Sequence[int], turns: Sequence[int]) -> bool:
-  """Whether two of F, F, I, I share a tick of the period on any device; see `v_ticks`."""
+  """Whether two of the four F and I of a device share a tick of the period, on any device."""
   a, b, c, d = paces
   up = a * (P - 1) + turns[0] + b * (P - 1)
   down = up + turns[1]

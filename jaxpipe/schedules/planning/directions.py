@@ -1,4 +1,4 @@
-"""Two pipelines in opposite directions: which microbatch takes which.
+"""Assigns microbatches to the two pipelines of a bidirectional schedule.
 
 In a `mirrored` placement the even chunks hold the replica that runs down the devices and the odd
 ones the replica that runs up. Even microbatches run down and odd ones up, so that the pipelines
@@ -6,11 +6,19 @@ stay level however many there are, and of an odd number one more runs down.
 """
 
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.planning.list_schedule import Work
+from jaxpipe.schedules.planning.lanes import Work
 
 
 def directed_work(placement: Placement, microbatches: int) -> Work:
-  """What each device runs: for each of its stages, the microbatches of that chunk's direction."""
+  """Returns the work of all devices: on each stage, the microbatches of that chunk's direction.
+
+  Args:
+    placement: a `mirrored` placement.
+    microbatches: number of microbatches, M, of both directions together.
+
+  Returns:
+    For each device and each of its stages, its microbatches in order.
+  """
   return [
     {stage: range(chunk % 2, microbatches, 2) for chunk, stage in enumerate(row)}
     for row in placement.table
@@ -18,5 +26,5 @@ def directed_work(placement: Placement, microbatches: int) -> Work:
 
 
 def index(microbatch: int) -> int:
-  """The how-manieth of its direction a microbatch is."""
+  """Returns the position of a microbatch among those of its direction, from 0."""
   return microbatch // 2

@@ -1,7 +1,7 @@
-"""List scheduling of fused backward passes: the planner below Hanayo and BitPipe.
+"""List scheduling of fused backward passes: the planner of Hanayo and BitPipe.
 
-`list_schedule` plans F, I and W. Here I takes what I and W take together and hands its gradient on
-at its end, W takes nothing and follows at once, and the two become one B. P=2, M=3, forwards and
+`list_schedule` plans F, I and W. Here I takes the time of I and W together and hands its gradient
+on at its end, W takes no time and follows at once, and the two become one B. P=2, M=3, forwards and
 backwards of a microbatch as urgent as its number says:
 
   device 0 | F0 F1 F2    B0---    B1---    B2--- | peak 3
@@ -11,10 +11,12 @@ backwards of a microbatch as urgent as its number says:
 import dataclasses
 from collections.abc import Sequence
 
-from jaxpipe.schedules.actions import Action, Kind, Order
+from jaxpipe.schedules.actions import Action, Order
 from jaxpipe.schedules.costs import Costs, memory_changes
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.planning.list_schedule import Policy, Urgency, Work, list_schedule
+from jaxpipe.schedules.planning.lanes import Work
+from jaxpipe.schedules.planning.list_schedule import Policy, Urgency, list_schedule
 from jaxpipe.schedules.spec import Spec
 
 
@@ -31,9 +33,10 @@ def fused_list_schedule(
 
   Args:
     placement: where the stages live.
-    work: what each device runs.
+    work: for each device and each of its stages, its microbatches in order.
     spec: costs to plan with, and the memory limit to keep to.
-    urgency: by (kind, stage, microbatch), where what is no F is a part of B; smaller goes first.
+    urgency: urgency by (kind, stage, microbatch), asked for F, and for I and W as parts of a B;
+      smaller goes first.
     in_flight: most microbatches that a stage may hold, by stage; None for no bound.
     wait: whether a device waits up to one forward for something more urgent that is to come.
 
@@ -72,4 +75,5 @@ def fused_list_schedule(
 
 
 def _fused(costs: Costs, backward: tuple[float, ...]) -> Costs:
+  """Returns costs whose I takes the time of a whole backward, and W none."""
   return dataclasses.replace(costs, input_grad=backward, weight_grad=0)

@@ -1,4 +1,4 @@
-"""List scheduling: whenever a device is free, it starts the most urgent thing that it may.
+"""List scheduling: whenever a device is free, it starts the most urgent action that it may.
 
 Graham's list scheduling (1966) for split backward passes, on any placement: families differ in
 what is urgent, and in how much memory there is, not in how time is walked through. It is the
@@ -20,31 +20,29 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 
-from jaxpipe.schedules.actions import Action, Kind, Order, ScheduleError
+from jaxpipe.schedules.actions import Action, Order, ScheduleError
 from jaxpipe.schedules.costs import Costs, Memory
+from jaxpipe.schedules.kinds import REQUIRED, Kind
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.planning.lanes import KINDS, F, I, Lane, State, W, Work, fits
+from jaxpipe.schedules.planning.lanes import F, I, Lane, State, W, Work, fits
 
-# `Work` lives with the lanes; those who call `list_schedule` look for it here.
-__all__ = ["Policy", "Urgency", "Work", "all_work", "list_schedule"]
-
-# Smaller is more urgent; of two equal ones the lower microbatch goes first.
+# By (kind, stage, microbatch). Smaller is more urgent; of equals the lower microbatch goes first.
 Urgency = Callable[[Kind, int, int], float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-  """How a device chooses.
+  """The rules by which a device chooses its next action.
 
   Attributes:
-    urgency: of F, I and W by (kind, stage, microbatch); smaller goes first. Within one kind and
-      stage, earlier microbatches of a lane come first whatever it says. A W whose urgency is
+    urgency: urgency of F, I and W by (kind, stage, microbatch); smaller goes first. Within one kind
+      and stage, earlier microbatches of a lane come first whatever it says. A W whose urgency is
       infinite runs in gaps only, or when memory is short.
     in_flight: most microbatches that a stage may hold from F to W, by stage; None for no bound.
     rank: a device runs F and I in ascending order of it, however long it waits; among equals
       urgency decides. None ranks all alike. W is free to move.
-    patience: a device waits so long for something more urgent that it knows to be coming.
-    gap: a W starts in a gap of known length only if this share of it fits.
+    patience: time that a device waits for something more urgent that it knows to be coming.
+    gap: share of a W that must fit into a gap of known length for the W to start there.
     pending: most Ws that a device may put off, however urgent the rest is.
   """
 
@@ -57,7 +55,7 @@ class Policy:
 
 
 def all_work(placement: Placement, microbatches: int) -> Work:
-  """Every microbatch on every stage, where each stage lives on one device."""
+  """Returns the work of every microbatch on every stage, where each stage lives on one device."""
   return [{stage: range(microbatches) for stage in row} for row in placement.table]
 
 
@@ -95,13 +93,14 @@ def list_schedule(
   return _run(State(placement, work, policy.in_flight, costs or Costs(), memory, limit), policy)
 
 
-# What a device may do next: when, how urgent, which microbatch, which kind, in which lane.
+# An action that a device may start: when, its urgency, microbatch, number of its kind, and lane.
 _Choice = tuple[float, float, int, int, Lane]
-# What a lane has next: the kind, the microbatch, and when its input comes.
+# The next action of a lane: the lane, number of the kind, microbatch, and when its input comes.
 _Head = tuple[Lane, int, int, float]
 
 
 def _run(state: State, policy: Policy) -> Order:
+  """Moves all lanes forward in time until everything has run."""
   order: list[list[Action]] = [[] for _ in state.lanes]
   free: list[float] = [0] * len(order)
   todo = 3 * len(state.lane_of)
@@ -123,7 +122,7 @@ def _run(state: State, policy: Policy) -> Order:
       continue
     todo -= 1
     end = free[d] = now + state.durations[which][lane.stage]
-    order[d].append(Action(lane.stage, KINDS[which], m))
+    order[d].append(Action(lane.stage, REQUIRED[which], m))
     state.held[d] += state.changes[which][lane.stage]
     lane.heads[which] += 1
     heapq.heappush(events, (end, d))
@@ -136,7 +135,11 @@ def _run(state: State, policy: Policy) -> Order:
 
 
 def _announce(state: State, lane: Lane, which: int, m: int, end: float) -> tuple[float, int] | None:
-  """Notes when what is being made reaches the next stage, and which device that wakes."""
+  """Notes when a product reaches the next stage, and returns that time and the device there.
+
+  Returns:
+    None where nobody else waits: for a W, and at either end of the model.
+  """
   if which == W or (which == I and lane.stage == 0):
     return None
   if which == F and lane.stage == state.stages - 1:
@@ -149,7 +152,7 @@ def _announce(state: State, lane: Lane, which: int, m: int, end: float) -> tuple
 
 
 def _choose(state: State, policy: Policy, d: int, now: float) -> _Choice | None:
-  """[2] The most urgent head, or [3] a W; later than now if the device had better wait."""
+  """Returns [2] the most urgent head or [3] a W; one that starts later means to wait for it."""
   put_off = _most_urgent_weight(state, policy, d, now)
   if put_off and sum(a.heads[I] - a.heads[W] for a in state.lanes[d]) >= policy.pending:
     return put_off
@@ -165,7 +168,7 @@ def _choose(state: State, policy: Policy, d: int, now: float) -> _Choice | None:
 
 
 def _in_reach(state: State, policy: Policy, d: int, now: float) -> _Choice | None:
-  """The most urgent F or I that comes before patience ends, else the one that comes first."""
+  """Returns the most urgent F or I that comes before patience ends, else the one that is first."""
   best: _Choice | None = None
   coming: _Choice | None = None
   ranked = policy.rank is not None
@@ -173,7 +176,7 @@ def _in_reach(state: State, policy: Policy, d: int, now: float) -> _Choice | Non
     if arrival == math.inf or not fits(state, lane, which, ranked=ranked):
       continue
     start = max(now, arrival)
-    choice = (start, policy.urgency(KINDS[which], lane.stage, m), m, which, lane)
+    choice = (start, policy.urgency(REQUIRED[which], lane.stage, m), m, which, lane)
     if start <= now + policy.patience and (best is None or choice[1:4] < best[1:4]):
       best = choice
     if coming is None or choice[:4] < coming[:4]:
@@ -182,7 +185,7 @@ def _in_reach(state: State, policy: Policy, d: int, now: float) -> _Choice | Non
 
 
 def _known(state: State, d: int) -> list[_Head]:
-  """The next F and I of each lane that are known to come, and when."""
+  """Returns the next F and I of each lane that are known to come, with the times."""
   found: list[_Head] = []
   for lane in state.lanes[d]:
     microbatches = lane.microbatches
@@ -196,7 +199,7 @@ def _known(state: State, d: int) -> list[_Head]:
 
 
 def _coming(state: State, policy: Policy, d: int) -> list[_Head]:
-  """The next F and I of each lane, those of the lowest rank only, known or not."""
+  """Returns the next F and I of each lane, those of the lowest rank only, known to come or not."""
   assert policy.rank is not None
   heads = [
     (lane, which, lane.microbatches[lane.heads[which]])
@@ -204,7 +207,7 @@ def _coming(state: State, policy: Policy, d: int) -> list[_Head]:
     for which in (F, I)
     if lane.heads[which] < len(lane.microbatches)
   ]
-  places = [policy.rank(KINDS[which], lane.stage, m) for lane, which, m in heads]
+  places = [policy.rank(REQUIRED[which], lane.stage, m) for lane, which, m in heads]
   return [
     (lane, which, m, (lane.arrivals if which == F else lane.grads)[m])
     for (lane, which, m), place in zip(heads, places, strict=True)
@@ -213,6 +216,7 @@ def _coming(state: State, policy: Policy, d: int) -> list[_Head]:
 
 
 def _most_urgent_weight(state: State, policy: Policy, d: int, now: float) -> _Choice | None:
+  """Returns the most urgent W whose I has run on device d, or None."""
   best: _Choice | None = None
   for lane in state.lanes[d]:
     at = lane.heads[W]

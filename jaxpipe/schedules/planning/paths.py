@@ -7,7 +7,7 @@ resolved by branching on who of the two must go another way (conflict-based sear
 2015). What is minimised is the makespan of `routes.dispatch`:
 
   [1] few enough combinations of routes: all of them, so that the result is optimal
-  [2] else one microbatch after the other, each round what is taken already (prioritized planning)
+  [2] else one microbatch after the other, in the times left by earlier ones (prioritized planning)
   [3] branch on collisions, best plan first, the worst collision first, up to a bound on the work
   [4] again from other priorities; the best plan of all counts, the balanced one included
   [5] the rest of the work: random changes of the best plan that do not make it longer
@@ -89,7 +89,14 @@ def _climb(best: "_Best", draw: random.Random) -> None:
 
 
 class _Best:
-  """The best plan so far, and how many more may be tried."""
+  """The best plan so far, and how many more may be tried.
+
+  Attributes:
+    network: the devices.
+    left: number of plans that may still be tried.
+    routes: the best plan; empty before the first.
+    makespan: its makespan.
+  """
 
   def __init__(self, network: Network, left: int) -> None:
     self.network, self.left = network, left
@@ -97,7 +104,7 @@ class _Best:
     self.makespan = math.inf
 
   def offer(self, routes: Routes) -> tuple[float, list[tuple[float, int, int, int]]]:
-    """Tries a plan: its makespan, and its collisions with the worst first."""
+    """Tries a plan, and returns its makespan and its collisions, the worst first."""
     self.left -= 1
     run = dispatch(self.network, routes)
     if not self.routes or run.makespan < self.makespan:
@@ -106,7 +113,7 @@ class _Best:
 
 
 def _branch(best: _Best, root: Routes, budget: int) -> None:
-  """[3] Best-first over plans that differ in the routes of two microbatches that collide."""
+  """[3] Searches best-first over plans that differ in the routes of two colliding microbatches."""
   stop = best.left - budget
   seen = {root}
   ticket = itertools.count()  # plans of one makespan are opened in the order in which they came
@@ -120,10 +127,12 @@ def _branch(best: _Best, root: Routes, budget: int) -> None:
           heapq.heappush(open_plans, _entry(best, child, ticket))
 
 
+# An entry of the heap of open plans: makespan, ticket, plan, collisions.
 _Entry = tuple[float, int, Routes, list[tuple[float, int, int, int]]]
 
 
 def _entry(best: _Best, routes: Routes, ticket: "itertools.count[int]") -> _Entry:
+  """Tries a plan and returns its entry of the heap."""
   makespan, collisions = best.offer(routes)
   return makespan, next(ticket), routes, collisions
 
@@ -131,7 +140,7 @@ def _entry(best: _Best, routes: Routes, ticket: "itertools.count[int]") -> _Entr
 def _resolutions(
   network: Network, routes: Routes, m: int, other: int, device: int
 ) -> Iterator[Routes]:
-  """Plans in which one of two microbatches keeps off the device on which they collide."""
+  """Yields plans in which one of two microbatches avoids the device on which they collide."""
   yield _with(routes, {m: routes[other], other: routes[m]})
   for one, two in ((m, other), (other, m)):
     for replacement in range(network.placement.devices):
@@ -150,11 +159,12 @@ def _resolutions(
 
 
 def _with(routes: Routes, changes: dict[int, Route]) -> Routes:
+  """Returns routes with those of some microbatches replaced."""
   return tuple(changes.get(m, route) for m, route in enumerate(routes))
 
 
 def _replace(network: Network, route: Route, old: int, new: int) -> Route | None:
-  """The route with another device in place of one, if that is a route."""
+  """Returns a route with another device in place of one; None if that is no route."""
   if old not in route or new in route or (network.stage(old) == 0) != (network.stage(new) == 0):
     return None
   changed = [new if d == old else d for d in route]
@@ -190,7 +200,7 @@ def prioritized(network: Network, order: list[int]) -> Routes | None:
 def _shortest(
   network: Network, taken: list[list[tuple[float, float]]], counts: list[int], others: int
 ) -> Route | None:
-  """A*: the forward that arrives first, round what is taken."""
+  """Returns the route whose forward arrives first, between the times that are taken (A*)."""
   cheapest = min(network.forward)
   # Arriving earlier at the same device after the same stages is never worse: one may wait.
   closed: set[tuple[int, int]] = set()
@@ -230,7 +240,7 @@ def _leaves_enough(network: Network, counts: list[int], mask: int, others: int) 
 
 
 def _reserve(network: Network, taken: list[list[tuple[float, float]]], route: Route) -> None:
-  """Takes the first free times along a route and back."""
+  """Marks the first free times along a route and back as taken."""
   now: float = -network.hop
   for i, (d, times) in enumerate(
     [*((d, network.forward) for d in route), *((d, network.backward) for d in route[::-1])]
@@ -243,7 +253,7 @@ def _reserve(network: Network, taken: list[list[tuple[float, float]]], route: Ro
 
 
 def _slot(taken: list[tuple[float, float]], earliest: float, length: float) -> float:
-  """The first start from `earliest` at which `length` is free."""
+  """Returns the first start from `earliest` on at which a time of `length` is free."""
   for begin, end in taken:
     if begin >= earliest + length:
       break

@@ -1,4 +1,4 @@
-"""Routes: which device runs each stage that a microbatch visits, and what comes of it in time.
+"""Routes of microbatches through devices, and the timetable that follows from them.
 
 A microbatch need not visit every stage, and a stage may live on several devices, which need not be
 equally fast. A route is the row of devices that a microbatch's forward passes; its backward goes
@@ -19,7 +19,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from jaxpipe.schedules.actions import Action, Kind, Order, ScheduleError
+from jaxpipe.schedules.actions import Action, Order, ScheduleError
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 
 # The devices that a microbatch passes, in order.
@@ -29,16 +30,16 @@ Routes = tuple[Route, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-  """Devices with one stage each, and what microbatches must keep to.
+  """Devices with one stage each, and the conditions on routes through them.
 
   Attributes:
     placement: one stage per device; a stage may live on several.
     microbatches: number of microbatches, M.
     visits: stages that each microbatch visits, the first stage first.
     cap: most microbatches that may visit any stage but the first.
-    forward: time of F, by device.
-    backward: time of B, by device.
-    room: most microbatches that a device may hold from F to B, by device.
+    forward: P times of F, by device.
+    backward: P times of B, by device.
+    capacity: P numbers, the most microbatches that a device may hold from F to B.
     hop: latency between devices.
     reorder: whether stages may be visited in any order; ascending otherwise.
     least: fewest microbatches that must visit any stage but the first.
@@ -50,13 +51,13 @@ class Network:
   cap: int
   forward: tuple[float, ...]
   backward: tuple[float, ...]
-  room: tuple[float, ...]
+  capacity: tuple[float, ...]
   hop: float = 0
   reorder: bool = False
   least: int = 0
 
   def stage(self, device: int) -> int:
-    """The stage that a device holds."""
+    """Returns the stage that a device holds."""
     return self.placement.table[device][0]
 
   def allows(self, routes: Routes) -> bool:
@@ -68,11 +69,11 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """What comes of routes.
+  """The timetable of routes.
 
   Attributes:
     order: each device's list.
-    makespan: when the last pass ends; infinite where the routes block each other.
+    makespan: time at which the last pass ends; infinite where the routes block each other.
     collisions: (time lost, microbatch, the one it waited for, device), in order of time.
   """
 
@@ -85,17 +86,17 @@ def dispatch(network: Network, routes: Routes) -> Run:
   """Runs microbatches along their routes.
 
   Args:
-    network: devices, times and room.
+    network: devices, times and capacities.
     routes: one route per microbatch.
 
   Returns:
-    The timetable's order. Time is that of sorting the passes.
+    The timetable. Computing it takes the time of sorting the passes.
   """
   return _Dispatch(network, routes).run()
 
 
 class _Dispatch:
-  """Moves the passes forward in time."""
+  """The state of all devices, which `run` moves forward in time."""
 
   def __init__(self, network: Network, routes: Routes) -> None:
     P = network.placement.devices
@@ -103,7 +104,7 @@ class _Dispatch:
     self.order: list[list[Action]] = [[] for _ in range(P)]
     self.busy = [False] * P
     self.held = [0] * P
-    # What has arrived, with when, lowest microbatch first: backwards, then forwards.
+    # By device, the (microbatch, arrival) of backwards and of forwards, lowest microbatch first.
     self.ready: list[tuple[list[tuple[int, float]], ...]] = [([], []) for _ in range(P)]
     self.collisions: list[tuple[float, int, int, int]] = []
     # (time, device, 0 for B and 1 for F, microbatch, whether it ends rather than arrives)
@@ -111,7 +112,7 @@ class _Dispatch:
     heapq.heapify(self.events)
 
   def run(self) -> Run:
-    """Until nothing happens any more."""
+    """Processes events until there are none."""
     now = 0.0
     while self.events:
       now = self.events[0][0]
@@ -135,9 +136,10 @@ class _Dispatch:
     )
 
   def _start(self, now: float, d: int) -> None:
+    """Starts the next pass on a free device: a backward before a forward, the lower microbatch."""
     network = self.network
     which = 0 if self.ready[d][0] else 1
-    if not self.ready[d][which] or (which and self.held[d] >= network.room[d]):
+    if not self.ready[d][which] or (which and self.held[d] >= network.capacity[d]):
       return
     m, arrival = heapq.heappop(self.ready[d][which])
     if arrival < now:
@@ -149,6 +151,7 @@ class _Dispatch:
     heapq.heappush(self.events, (now + duration, d, which, m, True))
 
   def _end(self, now: float, d: int, which: int, m: int) -> None:
+    """Ends a pass, and sends the microbatch to the next device of its route, or back."""
     self.busy[d] = False
     self.held[d] -= 0 if which else 1
     route = self.routes[m]
@@ -160,7 +163,7 @@ class _Dispatch:
 
 
 def all_routes(network: Network) -> Iterator[Route]:
-  """Every route that one microbatch may take, whatever the others do."""
+  """Yields every route that one microbatch may take, whatever the others do."""
   stages, k = range(1, network.placement.stages), network.visits
   ways = itertools.permutations if network.reorder else itertools.combinations
   for path in ways(stages, k - 1):
@@ -168,7 +171,7 @@ def all_routes(network: Network) -> Iterator[Route]:
 
 
 def balanced(network: Network) -> Routes:
-  """Routes without a search: runs of stages, dealt in turn, and their devices likewise.
+  """Returns routes without a search: runs of stages, dealt in turn, and their devices likewise.
 
   Raises:
     ScheduleError: fewer stages may be visited than `visits` and `cap` ask for.

@@ -1,4 +1,4 @@
-"""The best of many schedules in a V, under one memory limit.
+"""Searches for the best of many schedules in a V under a memory limit.
 
 A drawn pattern is best where every pass takes one tick. Elsewhere nobody knows the best, but it is
 cheap to try: patterns with W where it happens to fit, blocks at other paces, greedy schedules with
@@ -14,12 +14,12 @@ import math
 from collections.abc import Iterator, Sequence
 
 from jaxpipe.schedules.actions import ScheduleError
-from jaxpipe.schedules.planning.bounds import lower_bound
-from jaxpipe.schedules.planning.improve import improve
-from jaxpipe.schedules.planning.problem import Objective, Problem, pose
 from jaxpipe.schedules.planning.v_trials import Task, Trial, greedy, paces
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import simulate
+from jaxpipe.schedules.solver.bounds import lower_bound
+from jaxpipe.schedules.solver.improve import improve
+from jaxpipe.schedules.solver.problem import Objective, Problem, pose
 
 # Actions in all trials together, and moves of local search times actions: a second or so each.
 _TRIALS = 100_000
@@ -37,11 +37,11 @@ _Value = tuple[float, float]
 
 
 def best_v(task: Task, patterns: Sequence[Trial]) -> Schedule:
-  """Searches.
+  """Searches for the best schedule of a task.
 
   Args:
-    task: what for.
-    patterns: what the family would do; the first ones are tried whatever the size.
+    task: sizes, costs, limits and objective.
+    patterns: trials of the family's own; the first ones are tried whatever the size.
 
   Returns:
     The best schedule found: no pattern that was tried is better.
@@ -66,7 +66,7 @@ def best_v(task: Task, patterns: Sequence[Trial]) -> Schedule:
 def _starts(
   task: Task, found: Sequence[tuple[_Value, Schedule]]
 ) -> Iterator[tuple[Schedule, Objective, int]]:
-  """Where local search starts, for what, and with which seed."""
+  """Yields the starts of local search: a schedule, the objective, and a seed."""
   # A link that is busy is more than local search plans with.
   if _moves(task) < _MOST_MOVES // 10 or task.costs.hop_occupies_link:
     return
@@ -78,20 +78,26 @@ def _starts(
 
 
 def _moves(task: Task) -> int:
+  """Returns the number of moves of one local search."""
   return task.effort * min(_MOST_MOVES, _MOVES // _actions(task))
 
 
 def _key(value: _Value, reference: _Value) -> tuple[bool, float, float]:
-  """What is smallest for the best: no gain is worth a loss against the first pattern."""
+  """Returns the key by which schedules are compared, given the values of the first pattern.
+
+  A schedule whose second objective is worse than that of the first pattern comes last, whatever it
+  gains in the first.
+  """
   return value[1] > reference[1], *value
 
 
 def _actions(task: Task) -> int:
+  """Returns the number of F, I and W of a schedule."""
   return 3 * task.placement.stages * task.microbatches
 
 
 def _tried(task: Task, patterns: Sequence[Trial]) -> list[tuple[_Value, Schedule]]:
-  """Schedules with their values, in the order in which they were tried."""
+  """Returns schedules with their values, in the order in which they were tried."""
   count = max(1, min(_MOST_TRIALS, _TRIALS // _actions(task)))
   found: list[tuple[_Value, Schedule]] = []
   # Greedy ones always fit, so a search that runs out of patterns goes on until something does.
@@ -110,6 +116,7 @@ def _tried(task: Task, patterns: Sequence[Trial]) -> list[tuple[_Value, Schedule
 
 
 def _value(task: Task, schedule: Schedule) -> _Value:
+  """Returns the first and the second objective of a schedule."""
   timeline = simulate(schedule, task.costs, task.memory)
   if task.objective == "span":
     return timeline.span, timeline.makespan
@@ -128,10 +135,12 @@ def _is_best(task: Task, value: _Value) -> bool:
 
 
 def _objectives(task: Task) -> tuple[Objective, Objective]:
+  """Returns the task's objective, then the other one."""
   return ("span", "makespan") if task.objective == "span" else ("makespan", "span")
 
 
 def _problem(task: Task, objective: Objective) -> Problem:
+  """Returns a task in whole numbers, for one of its objectives."""
   return pose(
     placement=task.placement,
     microbatches=task.microbatches,
@@ -145,6 +154,7 @@ def _problem(task: Task, objective: Objective) -> Problem:
 def _improved(
   task: Task, schedule: Schedule, objective: Objective, seed: int
 ) -> tuple[_Value, Schedule]:
+  """Returns the result of one local search, with its values."""
   problem = _problem(task, objective)
   words, _ = improve(
     problem,

@@ -1,4 +1,4 @@
-"""How the backward pass of a schedule is cut, whatever the schedule.
+"""Fuses, splits or defers the backward passes of any finished schedule.
 
 Splitting B into I and W (Zero Bubble: Qi et al., 2023, arXiv:2401.10241; 2BP: Rae et al., 2024,
 arXiv:2405.18047) is independent of the order of the passes, so it is applied to a finished
@@ -25,8 +25,9 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 
-from jaxpipe.schedules.actions import Action, Kind, Order, Step
+from jaxpipe.schedules.actions import Action, Order, Step
 from jaxpipe.schedules.costs import Costs
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import simulate
 from jaxpipe.schedules.walk import walk
@@ -36,14 +37,14 @@ BACKWARDS = ("fused", "split", "deferred")
 
 
 def with_backward(schedule: Schedule, backward: str | None, costs: Costs | None = None) -> Schedule:
-  """The same schedule with its backward pass cut in another way.
+  """Returns a schedule with its backward passes fused, split or deferred.
 
   Args:
     schedule: a schedule with fused backward passes, each a B or an I with its W right after it;
       with `split` or None any other, too.
     backward: `fused` makes every backward pass one B; `split` an I and the W right after it;
       `deferred` moves every W into a gap or to the end; None leaves all as it is.
-    costs: the durations that gaps follow from.
+    costs: durations, which say where `deferred` finds gaps.
 
   Returns:
     The schedule, under the same name.
@@ -69,10 +70,12 @@ def with_backward(schedule: Schedule, backward: str | None, costs: Costs | None 
 
 
 def _with_order(schedule: Schedule, rows: Iterator[Iterator[Step]]) -> Schedule:
+  """Returns a schedule with other lists."""
   return dataclasses.replace(schedule, order=tuple(map(tuple, rows)))
 
 
 def _split(row: tuple[Step, ...]) -> Iterator[Step]:
+  """Yields the steps of a list with every B as an I and a W."""
   # Each W directly after its I keeps the order of everything else and the memory of a fused B.
   for step in row:
     backward = _backward(step)
@@ -84,7 +87,7 @@ def _split(row: tuple[Step, ...]) -> Iterator[Step]:
 
 
 def _fused(row: tuple[Step, ...]) -> Iterator[Step]:
-  """Joins every I with the W that follows at once; a W that stands alone stays."""
+  """Yields the steps of a list with every I and the W right after it as one B."""
   joined = False
   for step, after in zip(row, (*row[1:], None), strict=True):
     if joined:
@@ -97,13 +100,13 @@ def _fused(row: tuple[Step, ...]) -> Iterator[Step]:
 
 
 def _backward(step: Step) -> Action | None:
-  """The I or B of a step, be it alone or overlapped with a forward."""
+  """Returns the I or B of a step, be it alone or overlapped with a forward; None without one."""
   action = step.parts[-1]
   return action if action.kind in (Kind.I, Kind.B) else None
 
 
 def _with_kind(step: Step, kind: Kind) -> Step:
-  """The step with a backward of that kind."""
+  """Returns a step with its backward, alone or in a pair, turned into another kind."""
   if isinstance(step, Action):
     return dataclasses.replace(step, kind=kind)
   return dataclasses.replace(step, backward=dataclasses.replace(step.backward, kind=kind))
@@ -115,7 +118,7 @@ _FITS = (1.0, 0.5, 0.0)
 
 
 def _deferred(fused: Schedule, costs: Costs) -> Schedule:
-  """The shortest of the ways to fill gaps, never longer than the schedule as it was."""
+  """Returns the shortest of several ways to fill gaps, never longer than with Ws in place."""
   split = _with_order(fused, (_split(row) for row in fused.order))
   # The first of equally long ones: that which disturbs the passes least.
   filled = [dataclasses.replace(fused, order=_fill(split, costs, fits)) for fits in _FITS]
@@ -123,7 +126,7 @@ def _deferred(fused: Schedule, costs: Costs) -> Schedule:
 
 
 def _fill(split: Schedule, costs: Costs, fits: float) -> Order:
-  """Moves each W to where its device would otherwise wait for a W's time, or `fits` of it."""
+  """Moves each W into a gap that holds it, or a share `fits` of it, and the rest to the end."""
   durations = costs.all_durations(split)
   bare = _with_order(split, ((s for s in row if not _is(s, Kind.W)) for row in split.order))
   free: list[float] = [0] * split.devices
@@ -132,6 +135,7 @@ def _fill(split: Schedule, costs: Costs, fits: float) -> Order:
   made: dict[int, tuple[float, int]] = {}
 
   def run_weight_grad(d: int) -> None:
+    """Runs the W that waits longest on device d."""
     rows[d].append(waiting[d][0])
     free[d] += costs.of(waiting[d].popleft(), durations)
 
@@ -159,8 +163,10 @@ def _fill(split: Schedule, costs: Costs, fits: float) -> Order:
 
 
 def _worth(gap: float, time: float, fits: float) -> bool:
+  """Whether a W of this time goes into this gap."""
   return gap > 0 and gap >= fits * time
 
 
 def _is(step: Step, kind: Kind) -> bool:
+  """Whether a step is a single action of a kind."""
   return isinstance(step, Action) and step.kind is kind

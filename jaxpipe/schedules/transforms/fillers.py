@@ -27,8 +27,9 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 
-from jaxpipe.schedules.actions import Action, Kind, Step
+from jaxpipe.schedules.actions import Action, Step
 from jaxpipe.schedules.costs import Costs, by_stage
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import Timeline, simulate
 
@@ -42,7 +43,7 @@ def with_fillers(schedule: Schedule, layers: int, costs: Costs | None = None) ->
     costs: durations to plan with; `filler` is that of one layer for one microbatch.
 
   Returns:
-    The same schedule with a Y for every frozen layer and microbatch. Everything else keeps its
+    The schedule with a Y for every frozen layer and microbatch. Everything else keeps its
     order and, at these costs, its times.
 
   Raises:
@@ -66,7 +67,13 @@ def with_fillers(schedule: Schedule, layers: int, costs: Costs | None = None) ->
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Bubble:
-  """Idle time of a device, before the step at `position` of its list."""
+  """A stretch of time in which a device is idle.
+
+  Attributes:
+    start: when the step before it ends.
+    end: when the step after it starts; infinite after the last step of a plan.
+    position: index in the device's list of the step after it.
+  """
 
   start: float
   end: float
@@ -74,7 +81,7 @@ class _Bubble:
 
 
 class _Plan:
-  """What has been placed, and what may come next."""
+  """The fillers that have been placed so far, and those that may come next."""
 
   def __init__(
     self, timeline: Timeline, times: tuple[float, ...], hop: float, priority: Sequence[int]
@@ -89,7 +96,7 @@ class _Plan:
     self.placed: list[list[tuple[int, Action]]] = [[] for _ in timeline.end]
 
   def arrival(self, layer: int, d: int) -> float:
-    """When device d could have the layer's next microbatch."""
+    """Returns when device d could have the input of the layer's next microbatch."""
     at, _, home = self.ready[layer][0]
     return at if home == d else at + self.hop
 
@@ -97,6 +104,7 @@ class _Plan:
 def _plan(
   timeline: Timeline, times: tuple[float, ...], hop: float, priority: Sequence[int]
 ) -> _Plan:
+  """Places all fillers, trying layers in the order of `priority` whenever a device idles."""
   plan = _Plan(timeline, times, hop, priority)
   ends = timeline.end
   _fill(plan, [list(_bubbles(timeline, d)) for d in range(len(ends))])
@@ -107,6 +115,7 @@ def _plan(
 
 
 def _bubbles(timeline: Timeline, d: int) -> Iterator[_Bubble]:
+  """Yields the bubbles of a device within the makespan, in order."""
   starts = (*timeline.start[d], timeline.makespan)
   ends = (0, *timeline.end[d])
   for i, (start, end) in enumerate(zip(ends, starts, strict=True)):
@@ -115,6 +124,7 @@ def _bubbles(timeline: Timeline, d: int) -> Iterator[_Bubble]:
 
 
 def _fill(plan: _Plan, bubbles: list[list[_Bubble]]) -> None:
+  """Walks through all devices' bubbles in the order of time, and places what fits."""
   # When to look at which device, and in which of its bubbles.
   events = [(row[0].start, d, 0) for d, row in enumerate(bubbles) if row]
   heapq.heapify(events)
@@ -143,6 +153,7 @@ def _fill(plan: _Plan, bubbles: list[list[_Bubble]]) -> None:
 
 
 def _choose(plan: _Plan, d: int, now: float, end: float) -> int | None:
+  """Returns the first layer by priority that is ready on device d and done by `end`, or None."""
   for layer in plan.priority:
     if plan.ready[layer] and now + plan.times[layer] <= end and plan.arrival(layer, d) <= now:
       return layer
@@ -160,7 +171,7 @@ def _place(plan: _Plan, layer: int, d: int, now: float, position: int) -> float:
 
 
 def _next_arrival(plan: _Plan, d: int, now: float, end: float) -> float | None:
-  """When something that fits comes to device d next, as far as is known."""
+  """Returns when the next input of a layer that fits comes to device d; None if none is known."""
   arrivals = (
     (plan.arrival(layer, d), time) for layer, time in enumerate(plan.times) if plan.ready[layer]
   )
@@ -168,6 +179,7 @@ def _next_arrival(plan: _Plan, d: int, now: float, end: float) -> float | None:
 
 
 def _insert(row: tuple[Step, ...], placed: list[tuple[int, Action]]) -> Iterator[Step]:
+  """Yields a device's list with each filler before the step at its position."""
   # Bubbles were filled in the order of time, so positions ascend.
   fillers = iter(placed)
   position, filler = next(fillers, (len(row) + 1, None))

@@ -24,23 +24,31 @@ import dataclasses
 import heapq
 from collections.abc import Iterator
 
-from jaxpipe.schedules.actions import PRODUCTS, Action, Kind, Step
+from jaxpipe.schedules.actions import Action, Step
 from jaxpipe.schedules.costs import Costs
+from jaxpipe.schedules.kinds import PRODUCTS, Kind
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.walk import Visit, walk
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Recompute:
-  """An R, and between which steps of its device's list it may stand."""
+  """An R, and between which steps of its device's list it may stand.
+
+  Attributes:
+    action: the R.
+    after: index of the first step that it may follow: its forward, or the gather of its weights.
+    before: index of the step that needs it: its backward.
+    time: its duration.
+  """
 
   action: Action
-  after: int  # the step that it may follow first: its forward
-  before: int  # the step that needs it: its backward
+  after: int
+  before: int
   time: float
 
 
-# `_Fills[d][i]` are the Rs directly before the i-th step of device d's list.
+# `[d][i]` are the Rs directly before the i-th step of device d's list.
 _Fills = list[list[list[_Recompute]]]
 
 
@@ -53,7 +61,7 @@ def with_recompute(schedule: Schedule, costs: Costs | None = None) -> Schedule:
       links that they occupy.
 
   Returns:
-    The same schedule with an R between each F and its I or B. Everything else keeps its order.
+    The schedule with an R between each F and its I or B. Everything else keeps its order.
 
   Raises:
     ValueError: the schedule has Rs already.
@@ -77,7 +85,7 @@ def with_recompute(schedule: Schedule, costs: Costs | None = None) -> Schedule:
 
 
 def _recomputes(row: tuple[Step, ...], times: tuple[float, ...]) -> Iterator[_Recompute]:
-  """One R for each backward of a device, in the order of the backwards."""
+  """Yields one R for each backward of a device, in the order of the backwards."""
   made: dict[tuple[int, int], int] = {}
   gathered: dict[int, int] = {}
   for i, step in enumerate(row):
@@ -96,6 +104,7 @@ def _recomputes(row: tuple[Step, ...], times: tuple[float, ...]) -> Iterator[_Re
 
 
 def _empty(durations: list[list[float]]) -> _Fills:
+  """Returns fills without any R."""
   return [[[] for _ in row] for row in durations]
 
 
@@ -185,7 +194,7 @@ def _latest(
 
 
 def _deadlines(durations: list[list[float]], ends: list[list[float]]) -> list[float]:
-  """When each device must have ended: neither makespan nor span of the first pass may grow."""
+  """Returns the time by which each device must end, for makespan and span not to grow."""
   makespan = max((row[-1] for row in ends if row), default=0)
   begins = [end[0] - time[0] if end else 0 for end, time in zip(ends, durations, strict=True)]
   span = max((end[-1] - at for end, at in zip(ends, begins, strict=True) if end), default=0)
@@ -193,7 +202,7 @@ def _deadlines(durations: list[list[float]], ends: list[list[float]]) -> list[fl
 
 
 def _by(recomputes: list[_Recompute], name: str) -> dict[int, list[int]]:
-  """Indices of the Rs by the position that the attribute `name` holds."""
+  """Returns the indices of the Rs by the value of one of their attributes."""
   found: dict[int, list[int]] = {}
   for j, recompute in enumerate(recomputes):
     found.setdefault(getattr(recompute, name), []).append(j)

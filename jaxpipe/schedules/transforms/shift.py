@@ -1,8 +1,8 @@
-"""Forwards shifted against all else: each device runs some of them earlier, all in the same order.
+"""Shifts forwards against all other actions: each device runs its forwards some places earlier.
 
-What a device does before and after a backward says how many microbatches it holds. Running every
-forward in the place of an earlier one holds more of them, and leaves whatever a backward waits for
-more time. By one, for 1F1B on the second of three devices:
+The forwards that come before a backward say how many microbatches a device holds. Running every
+forward in the place of an earlier one holds more of them, and gives the inputs of backwards more
+time to arrive. By one, for 1F1B on the second of three devices:
 
   F0 B0 | F1 B1 | F2 B2 | ...      becomes      F0 F1 B0 | F2 B1 | F3 B2 | ...
 
@@ -13,7 +13,8 @@ schedule which keeps them and has each device's forwards and others in order can
 
 import dataclasses
 
-from jaxpipe.schedules.actions import Action, Kind, Overlap, Step
+from jaxpipe.schedules.actions import Action, Overlap, Step
+from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.walk import walk
 
@@ -23,11 +24,12 @@ class Item:
   """One action of a device's list.
 
   Attributes:
-    action: what runs.
+    action: the action.
     needs: slots of the products it waits for, as the walk numbers them.
-    makes: slots of its products.
-    gate: of a forward, how many of the others must have run; of the backward of a pair, how many
-      forwards, before it takes the next one along; else 0.
+    makes: slots of its products that others wait for.
+    gate: for a forward, the number of other actions of its device that must run before it; for the
+      backward of an overlapped pair, the number of forwards that run before the one that it pairs
+      with; else 0.
   """
 
   action: Action
@@ -38,7 +40,14 @@ class Item:
 
 @dataclasses.dataclass(slots=True)
 class Lists:
-  """A device's forwards and its other actions, and how many of each have run."""
+  """A device's list, taken apart into forwards and other actions.
+
+  Attributes:
+    forwards: the forwards, in order.
+    others: all other actions, in order.
+    forwards_run: number of forwards that have run so far.
+    others_run: number of other actions that have run so far.
+  """
 
   forwards: list[Item] = dataclasses.field(default_factory=list)
   others: list[Item] = dataclasses.field(default_factory=list)
@@ -46,7 +55,7 @@ class Lists:
   others_run: int = 0
 
   def heads(self) -> tuple[Item | None, Item | None]:
-    """The next forward, unless the shifted list has another action before it, and that action."""
+    """Returns the next forward, None where its gate is closed, and the next other action."""
     n, j = self.forwards_run, self.others_run
     forward = self.forwards[n] if n < len(self.forwards) else None
     if forward is not None and forward.gate > j:
@@ -55,18 +64,18 @@ class Lists:
 
 
 def shifted(schedule: Schedule, by: int) -> list[Lists]:
-  """Cuts each device's list into forwards and the others, and shifts them against each other.
+  """Divides each device's list into forwards and the others, and shifts them by gates.
 
   Args:
     schedule: a legal schedule.
     by: how many forwards earlier each forward takes its place, 1 or more.
 
   Returns:
-    One pair of lists per device. Pairs are taken apart; their backwards have a gate.
+    One pair of lists per device. Overlapped pairs are taken apart; their backwards have a gate.
   """
   found = [Lists() for _ in schedule.order]
   flat = tuple(tuple(part for step in row for part in step.parts) for row in schedule.order)
-  # What could run at once could also run one after the other.
+  # A legal schedule stays legal with the parts of its pairs one after the other.
   for visit in walk(dataclasses.replace(schedule, order=flat)):
     (action,) = visit.step.parts
     lists = found[visit.device]
@@ -78,7 +87,7 @@ def shifted(schedule: Schedule, by: int) -> list[Lists]:
 
 
 def _shift(lists: Lists, row: tuple[Step, ...], by: int) -> None:
-  """Each forward takes the place of the one `by` before it, in a pair too."""
+  """Sets the gates of one device: each forward takes the place of the one `by` before it."""
   n = j = 0
   for step in row:
     if step.parts[0].kind is Kind.F:

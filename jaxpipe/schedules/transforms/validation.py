@@ -1,4 +1,4 @@
-"""Optimizer post-validation: a step without a barrier (Qi et al., 2023, arXiv:2401.10241).
+"""Adds optimizer post-validation: a step without a barrier (Qi et al., 2023, arXiv:2401.10241).
 
 Clipping by the global norm, or skipping a step whose gradients are not finite, needs a number that
 depends on all stages before any of them may step: a barrier at the end of each step, at which the
@@ -23,7 +23,8 @@ the two, and the next step begins on each device as soon as this one has ended t
 import bisect
 import dataclasses
 
-from jaxpipe.schedules.actions import PRODUCTS, Action, Kind, Step
+from jaxpipe.schedules.actions import Action, Step
+from jaxpipe.schedules.kinds import PRODUCTS, Kind
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import simulate
 
@@ -35,7 +36,7 @@ def with_post_validation(schedule: Schedule) -> Schedule:
     schedule: a legal schedule whose stages live on one device each, without U.
 
   Returns:
-    The same schedule with two more actions per stage. Everything else keeps its order.
+    The schedule with two more actions per stage. Everything else keeps its order.
 
   Raises:
     ValueError: stages have replicas, or the schedule has optimizer actions already.
@@ -57,11 +58,12 @@ def with_post_validation(schedule: Schedule) -> Schedule:
 
 
 def _all(stages: tuple[int, ...], number: int) -> tuple[Step, ...]:
+  """Returns the U0s or U1s of some stages."""
   return tuple(Action(stage, Kind.U, number) for stage in sorted(stages))
 
 
 def _warm_ups(schedule: Schedule) -> list[int]:
-  """How many steps of each device come before its U1s.
+  """Returns how many steps of each device come before its U1s.
 
   Every U1 has a time, that of the first backward on its device or on an earlier one. These times
   do not rise from one device to the next, so that in the order of times each U1 follows those that

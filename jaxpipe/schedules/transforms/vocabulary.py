@@ -30,8 +30,9 @@ import dataclasses
 import heapq
 import math
 
-from jaxpipe.schedules.actions import PRODUCTS, STAGE_KINDS, Action, Kind, Overlap, Step
+from jaxpipe.schedules.actions import Action, Overlap, Step
 from jaxpipe.schedules.costs import Costs
+from jaxpipe.schedules.kinds import PRODUCTS, STAGE_KINDS, Kind
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.transforms.shift import Item, Lists, shifted
 
@@ -74,10 +75,17 @@ def with_vocabulary(schedule: Schedule, barriers: int = 1, costs: Costs | None =
 
 @dataclasses.dataclass(slots=True)
 class _Device:
-  """What one device has still to do, and the list that it has made so far."""
+  """The work that one device has still to do, and the list that it has made so far.
+
+  Attributes:
+    lists: its forwards and its other actions, and how many of each have run.
+    shards: microbatches whose S may run, each with the time from which it may.
+    weights: microbatches whose T may run, each with the time from which it may.
+    free: when it has ended what it does now.
+    row: its list so far.
+  """
 
   lists: Lists
-  # Whose S and T may run.
   shards: _Queue = dataclasses.field(default_factory=collections.deque)
   weights: _Queue = dataclasses.field(default_factory=collections.deque)
   free: float = 0
@@ -85,7 +93,7 @@ class _Device:
 
 
 class _State:
-  """What `_run` moves forward in time."""
+  """The state of all devices, which `_run` moves forward in time."""
 
   def __init__(self, schedule: Schedule, barriers: int, costs: Costs) -> None:
     M, P = schedule.microbatches, schedule.devices
@@ -111,6 +119,7 @@ class _State:
 
 
 def _run(state: _State) -> None:
+  """Lets every device begin what it can at every event, until none can begin anything."""
   while state.events:
     while state.events:
       now, d = heapq.heappop(state.events)
@@ -121,7 +130,7 @@ def _run(state: _State) -> None:
 
 
 def _start(state: _State, d: int, now: float, *, patient: bool) -> bool:
-  """Lets a free device begin something, if it can."""
+  """Lets a free device begin the next step, and returns whether it could."""
   device = state.devices[d]
   step, makes = _choose(state, d, now, patient) or (None, ())
   if step is None:
@@ -139,7 +148,7 @@ def _start(state: _State, d: int, now: float, *, patient: bool) -> bool:
 
 
 def _announce(state: _State, action: Action, d: int, end: float) -> None:
-  """Tells all shards when they may go on with a microbatch."""
+  """Notes the end of an action that passes at a barrier wait for, and lets those go on."""
   kind, m = action.kind, action.microbatch
   if kind is Kind.F and action.stage == state.last[m]:
     _wake(state, Kind.S, m, [end if e == d else end + state.hop for e in range(len(state.devices))])
@@ -155,7 +164,8 @@ def _announce(state: _State, action: Action, d: int, end: float) -> None:
 
 
 def _wake(state: _State, kind: Kind | None, m: int, times: list[float]) -> None:
-  """Lets every device run S or T of a microbatch, and after the last barrier its backward."""
+  """Allows every device its S or T of a microbatch, and after the last barrier its backward."""
+  # The last barrier is that of S where there is one, after which T may run, and else that of T.
   if kind is (Kind.T, None)[state.barriers - 1]:
     state.loss[m] = times
   for d, at in enumerate(times):
@@ -168,6 +178,7 @@ def _wake(state: _State, kind: Kind | None, m: int, times: list[float]) -> None:
 def _choose(
   state: _State, d: int, now: float, patient: bool
 ) -> tuple[Step, tuple[int, ...]] | None:
+  """Returns the step that device d begins now, with the slots of its products; None to wait."""
   device = state.devices[d]
   shards, weights = device.shards, device.weights
   may_shard = bool(shards) and shards[0][0] <= now
@@ -186,6 +197,7 @@ def _choose(
 def _choose_next(
   state: _State, d: int, now: float, patient: bool
 ) -> tuple[Step, tuple[int, ...]] | None:
+  """Returns the next step of the shifted lists, or None; the patient keep pairs together."""
   lists = state.devices[d].lists
   forward, other = lists.heads()
   may_forward = forward is not None and _has_arrived(state, forward, d, now)
@@ -208,6 +220,7 @@ def _choose_next(
 
 
 def _has_arrived(state: _State, item: Item, d: int, now: float) -> bool:
+  """Whether all that an action waits for has reached device d."""
   action = item.action
   m = action.microbatch
   if Kind.I in PRODUCTS[action.kind] and action.stage == state.last[m] and state.loss[m][d] > now:

@@ -1,17 +1,19 @@
 """A training step compiled ahead of time, for devices that need not be there.
 
-A jitted step is compiled from shapes that know where they lie; no parameter is ever made. For a TPU
-the compiler also says how many cycles each action takes, from which the schedule gives a step time.
+JAX compiles a step from shapes alone if these carry their shardings, so that the program of a model
+of any size can be had, and read, without making one parameter. For a TPU the compiler also notes
+its own estimate of the cycles that every instruction takes. Summed up by action (F, I, W, ...) they
+are costs of the schedule, and the schedule's simulation gives the time of a step:
 
-References:
-  Cloud TPU documentation, system architecture: HBM and matrix units of each generation.
+    placed_shapes, on_all    arguments of the step, as shapes with shardings
+    ring_shapes              ring buffers of the traced step, to find copies of them when compiled
+    estimate                 cycles by action -> seconds of a step
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ from jaxpipe.pipeline.compiled.cycles import Cost
 from jaxpipe.pipeline.compiled.step import CompiledStep
 from jaxpipe.schedules import Costs, Schedule, Timeline, simulate
 from jaxpipe.stack.stack import LayerStack
-from jaxpipe.training.chips import peak_flops
+from jaxpipe.training.chips import DeviceSpec
 from jaxpipe.training.plan.state import state_shardings
 
 Tree = Any
@@ -32,62 +34,16 @@ Tree = Any
 _JAXPRS = (core.Jaxpr, core.ClosedJaxpr)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """A TPU generation.
-
-  Attributes:
-    memory: bytes of HBM.
-    flops_per_cycle: 2 * 128 * 128 for each of its matrix units.
-  """
-
-  memory: float
-  flops_per_cycle: int | None
-
-
-_MXU = 2 * 128 * 128
-# By `jax.Device.device_kind`. v6e has no clock: its documented matrix units and peak would make it
-# 3.5 GHz, far from what its compiler's own estimate of a large matmul allows.
-_CHIPS = {
-  "TPU v4": Chip(32e9, 8 * _MXU),
-  "TPU v5 lite": Chip(16e9, 4 * _MXU),
-  "TPU v5": Chip(95e9, 8 * _MXU),
-  "TPU v6 lite": Chip(32e9, None),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceSpec:
-  """What one device of a program may use: a chip, or the part of it that is a device.
-
-  Attributes:
-    kind: its `device_kind`.
-    memory: bytes; None if unknown.
-    peak: dense bfloat16 FLOP/s; None if unknown.
-    clock: cycles per second, peak over FLOPs per cycle; None if unknown.
-  """
-
-  kind: str
-  memory: int | None
-  peak: float | None
-  clock: float | None
-
-  @classmethod
-  def of(cls, devices: Sequence[Any]) -> DeviceSpec:
-    """What each of these devices is."""
-    kind = devices[0].device_kind
-    chip, peak = _CHIPS.get(kind), peak_flops(kind)
-    if chip is None:
-      stats = devices[0].memory_stats() or {}
-      return cls(kind, stats.get("bytes_limit"), peak, None)
-    # On v4 each of a chip's two cores may be a device of its own.
-    each = len(devices) // len({tuple(device.coords) for device in devices})
-    clock = peak / chip.flops_per_cycle if peak and chip.flops_per_cycle else None
-    return cls(kind, int(chip.memory / each), peak and peak / each, clock)
-
-
 def placed_shapes(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Tree:
-  """A state of shapes that know where they lie."""
+  """Gives every shape of a training state the sharding that its array would have.
+
+  Args:
+    state: `jax.ShapeDtypeStruct`s, such as `state_shapes` returns.
+    stack, schedule, mesh: what is trained; they decide where parameters lie, and moments with them.
+
+  Returns:
+    The state's tree, of `jax.ShapeDtypeStruct`s with shardings.
+  """
   return jax.tree.map(
     lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
     state,
@@ -96,23 +52,21 @@ def placed_shapes(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh
 
 
 def on_all(batch: Tree, mesh: Mesh) -> Tree:
-  """A batch of shapes that lies on every device, as the training loop's does."""
+  """Gives the shapes of a batch, leaves [B, ...], the sharding that is whole on every device."""
   everywhere = NamedSharding(mesh, Spec())
   return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), batch)
 
 
-def local_bytes(tree: Tree) -> int:
-  """Bytes of a tree of placed shapes on one device."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
-
-
 def ring_shapes(jaxpr: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
-  """Yields (dtype, shape) on one device of the rings: what is allocated outside all branches.
+  """Finds the ring buffers of a step: what it allocates outside of all conditionals.
 
-  A ring of one slot is left out: it looks like what is put into it.
+  A ring of one slot is left out, since nothing tells a copy of it from a copy of the value in it.
+
+  Args:
+    jaxpr: a `jax.extend.core.Jaxpr` or `ClosedJaxpr` of the step.
+
+  Yields:
+    Dtype and shape [slots, ...] of each, as one device holds it.
   """
   for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     if equation.primitive.name == "empty":
@@ -128,11 +82,12 @@ def ring_shapes(jaxpr: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """What the compiler's cycles imply for a whole step.
+  """The time of a whole step that the compiler's cycles imply.
 
   Attributes:
-    timeline: of the schedule, in cycles; devices that exchange wait for each other every tick.
-    seconds: of a step, what runs once a step (reductions, optimizer) included.
+    timeline: the simulated schedule, times in cycles; devices that exchange on a tick wait for each
+      other.
+    seconds: of a step, with what runs once in it (reductions of gradients, optimizer).
   """
 
   timeline: Timeline
@@ -142,7 +97,17 @@ class Estimate:
 def estimate(
   found: CompiledStep, schedule: Schedule, device: DeviceSpec, slack: int = 0
 ) -> Estimate | None:
-  """Returns the step time on paper, None where cycles or clock are unknown."""
+  """Estimates the time of a step whose ticks all run in one loop.
+
+  Args:
+    found: the compiled step, with the cycles of its actions.
+    schedule: that it runs.
+    device: one of those that it was compiled for; its clock turns cycles into seconds.
+    slack: ticks that a transfer may take beyond its own.
+
+  Returns:
+    The estimate; None where the cycles of F and of a backward, or the clock, are unknown.
+  """
   actions = {scope: cost for scope in SCOPES if (cost := found.action(scope))}
   if device.clock is None or not {"F"} < actions.keys():
     return None
@@ -152,10 +117,12 @@ def estimate(
 
 
 def _costs(actions: Mapping[str, Cost], tick: int, stages: int, devices: int) -> Costs:
-  """Cycles as costs: every action also pays for the tick that it runs on.
+  """Makes costs of cycles: every action also pays for the tick that it runs on.
 
-  The last stage takes the dearest way through its branches, the others the cheapest. A fused B
-  counts as two halves. S and T share three P-ths of the head.
+  Where an action has conditionals of its own, the last stage is given the dearest way through them
+  and the others the cheapest. A fused B counts as two halves, I and W. S and T, the passes of a
+  sharded head, take three P-ths of a head's forward, as `Costs.head` has it: the sum of both times
+  P / 3 is that forward.
   """
 
   def by_stage(name: str, share: float = 1) -> list[float]:
@@ -164,7 +131,7 @@ def _costs(actions: Mapping[str, Cost], tick: int, stages: int, devices: int) ->
     return [least] * (stages - 1) + [most]
 
   forward = by_stage("F")
-  # Embedding, and the head with its gradient.
+  # Embedding, and the head with its gradient, which the last stage's F ends with.
   for end, stage in (("first_stage", 0), ("last_stage", -1)):
     if end in actions:
       forward[stage] += actions[end].most

@@ -1,4 +1,8 @@
-"""What is said about a step that was compiled ahead of time: as JSON holds it, and as text."""
+"""Reports a step that was compiled ahead of time, as JSON and as text.
+
+`describe` and `describe_estimate` make the JSON values of what was read from the compiled program;
+`lines` formats them.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,23 @@ from jaxpipe.pipeline.compiled.copies import RingCopy
 from jaxpipe.pipeline.compiled.step import CompiledStep
 from jaxpipe.pipeline.compiled.transfers import Permute
 from jaxpipe.schedules import Schedule
-from jaxpipe.training.aot.aot import DeviceSpec, estimate
+from jaxpipe.training.aot.aot import estimate
+from jaxpipe.training.chips import DeviceSpec
 
 
 def describe(
   found: CompiledStep, predicted: Mapping[str, int], device: DeviceSpec
 ) -> dict[str, Any]:
-  """What was read from the program, beside what was predicted.
+  """Returns what was read from a compiled step, beside what was predicted of it.
 
   Args:
-    found: from `read_compiled`.
-    predicted: bytes of one device by kind.
-    device: what it may use.
+    found: the compiled step, from `read_compiled`.
+    predicted: bytes of one device by kind, from `memory_report`.
+    device: the limits of one device.
+
+  Returns:
+    JSON values by name: `instructions`, `memory` in bytes, `ring_copies`, `permutes` (transfers
+    between devices) and `cycles` by action.
   """
   return {
     "instructions": found.instructions,
@@ -34,7 +43,7 @@ def describe(
 
 
 def _memory(known: Mapping[str, int], found: CompiledStep, device: DeviceSpec) -> dict[str, Any]:
-  """Bytes of one device: predicted by kind, the compiler's, and what the chip has."""
+  """Bytes of one device: predicted by kind, the compiler's own figures, and the chip's."""
   report: dict[str, Any] = {"predicted": dict(known)}
   if found.memory:
     report["error"] = sum(known.values()) / found.memory.total - 1
@@ -47,12 +56,12 @@ def _memory(known: Mapping[str, int], found: CompiledStep, device: DeviceSpec) -
 
 
 def _copy(copy: RingCopy) -> dict[str, Any]:
-  """A copy of a ring as JSON holds it."""
+  """A copy of a whole ring as JSON values."""
   return {**dataclasses.asdict(copy), "ring": str(copy.ring), "moved": copy.moved}
 
 
 def _permute(permute: Permute) -> dict[str, Any]:
-  """A transfer as JSON holds it."""
+  """A transfer between devices as JSON values, with what runs under it."""
   under = [{"name": n, "opcode": o, "cycles": c.most} for n, o, _, c in permute.under]
   rest = {k: getattr(permute, k) for k in ("name", "asynchronous", "conditional", "in_loop")}
   return {**rest, "hidden_cycles": [permute.hidden.least, permute.hidden.most], "under": under}
@@ -75,13 +84,18 @@ def describe_estimate(
   devices: int,
   slack: int,
 ) -> dict[str, float]:
-  """The step time and utilisation that the cycles imply; empty where they are unknown.
+  """Returns the step time and utilisation that the compiler's cycles imply.
 
   Args:
-    found, schedule: what runs.
-    device, devices: on what, and on how many of them.
-    flops: of the model, in one step.
-    slack: ticks between send and use.
+    found: the compiled step.
+    schedule: that it runs, with all ticks in one loop.
+    device: the limits of one device.
+    flops: FLOPs of the model in one step.
+    devices: how many there are.
+    slack: ticks that a transfer may take beyond its own.
+
+  Returns:
+    `clock_ghz`, `step_seconds`, `bubble` and `mfu`; empty where cycles, clock or peak are unknown.
   """
   paper = estimate(found, schedule, device, slack)
   if paper is None or device.clock is None or device.peak is None:
@@ -95,7 +109,11 @@ def describe_estimate(
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
-  """Yields the report as text."""
+  """Yields the lines of a report as text.
+
+  Args:
+    report: what `describe` returns, `estimate` from `describe_estimate`, and any other values.
+  """
   for key, value in report.items():
     if not isinstance(value, dict | list):
       yield f"{key:16} {value}"
@@ -119,6 +137,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _memory_lines(memory: Mapping[str, Any]) -> Iterator[str]:
+  """Yields the part about the memory of one device."""
   yield "memory of one device, GB"
   for kind, size in memory["predicted"].items():
     yield f"  {kind:20} {size / 1e9:9.3f}  predicted"

@@ -1,4 +1,4 @@
-"""Folders that runs share: prepared tokens, compiled programs."""
+"""Cache folders that all runs of a user share: prepared tokens, compiled programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import jax
 
 
 def cache_folder(asked: str, name: str) -> pathlib.Path:
-  """Returns the folder that a flag asks for, or one in the user's cache."""
+  """Returns the folder that a flag asks for, or one in the user's cache.
+
+  Args:
+    asked: the flag's value; empty: `$XDG_CACHE_HOME/jaxpipe`, or `~/.cache/jaxpipe`.
+    name: of the folder in there, such as `data`.
+  """
   if asked:
     return pathlib.Path(asked)
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -17,7 +22,7 @@ def cache_folder(asked: str, name: str) -> pathlib.Path:
 
 
 def use_compilation_cache(folder: pathlib.Path) -> None:
-  """Keeps compiled programs in a folder, so that the same command starts faster next time."""
+  """Makes JAX keep compiled programs in a folder, so that a command starts faster next time."""
   # JAX only warns where it cannot write, step after step.
   os.makedirs(folder, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,6 +1,6 @@
-"""What a run will cost, before it runs: `--dry_run` prints this and stops.
+"""The text that `--dry_run` prints: what a run would cost, found without running it.
 
-The step is compiled, from shapes, and its program read: nothing is trained, and nothing written.
+The step is compiled, from shapes, and its program is read: nothing is trained, and nothing written.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jaxpipe.training.plan.state import state_shapes
 
 
 def dry_run(run: Run) -> str:
-  """Mesh, timetable with both bubbles, memory by kind, every parameter's place, and all traffic.
+  """Describes a run: mesh, timetable, memory by kind, every parameter's place, and all traffic.
 
   Args:
     run: built, not begun.
 
   Returns:
-    Text for a terminal or a file.
+    Several lines, for a terminal or a file.
   """
   sent = count_traffic(run)
   by_axis = [
@@ -49,7 +49,7 @@ def dry_run(run: Run) -> str:
 
 
 def place_lines(run: Run) -> Iterator[str]:
-  """One line for every parameter."""
+  """Yields a line for every parameter: its shape, the shape that a device holds, its mesh axes."""
   state = state_shapes(run.stack.laid_out(run.schedule), run.optimizer)
   placed = placed_shapes(state, run.stack, run.schedule, run.mesh).params
   leaves = jax.tree.leaves_with_path(placed)
@@ -65,14 +65,14 @@ def place_lines(run: Run) -> Iterator[str]:
 
 
 def count_traffic(run: Run) -> Traffic:
-  """Compiles the step, from shapes, and counts what it sends."""
+  """Compiles the step, from shapes, and counts the bytes that devices send each other in it."""
   state = state_shapes(run.stack.laid_out(run.schedule), run.optimizer)
   placed = placed_shapes(state, run.stack, run.schedule, run.mesh)
   return traffic(compile_step(run, placed), run.mesh, run.schedule)
 
 
 def _entry(entry: Any) -> str:
-  """One dim of a spec."""
+  """Formats one dim of a `PartitionSpec`: an axis, axes joined by `*`, or `-` for none."""
   if entry is None:
     return "-"
   return entry if isinstance(entry, str) else "*".join(entry)

@@ -1,9 +1,13 @@
-"""Any experiment as a command: flags in, exit status out.
+"""Runs any experiment as a command: reads its flags, trains, and exits with a status.
 
-0  done       2  the command or its input is wrong, one line says how
-128 + n  ended by signal n after saving       1  a bug, with its traceback
+    status     meaning
+    0          done
+    1          a bug, with its traceback
+    2          the command or its input is wrong; one line on standard error says how
+    128 + n    ended by signal n, after saving
 
-The processes of a run all exit alike; what they all have to say, process 0 says.
+All processes of a run exit with the same status; an error that all of them have is printed once, by
+process 0.
 """
 
 from __future__ import annotations
@@ -41,10 +45,11 @@ from jaxpipe.training.processes.processes import (
 )
 
 Result = TypeVar("Result")
-# A run, or what to do in place of one.
+# What a command does: a run, or a function that is called in place of one.
 Job = Run | Callable[[], None]
 
-# Paths on the machine of each process; of the text, what is in it is compared.
+# Flags that may differ between processes, since they are paths on the machine of each. What is in
+# the text is compared all the same.
 _MAY_DIFFER = frozenset({"text", "data_cache", "compilation_cache"})
 
 
@@ -57,11 +62,12 @@ def launch(
   """Runs the process's command line, and exits.
 
   Args:
-    defaults: a `RunConfig`, what the flags say unless they are given.
-    build: makes a run of such a value, or what to do in place of training. Whatever ValueError it
-      raises is the user's, and shown as one line.
-    finish: called with the run in process 0 once it has all its steps.
-    read: makes the value of the parsed flags; by default each field is its flag's.
+    defaults: a `RunConfig` with the values of flags that are not given.
+    build: makes a run of the configuration, or a function to call in place of training. A
+      ValueError that it raises is the user's mistake, and shown as one line.
+    finish: called with the run, in process 0 alone, once it has all its steps.
+    read: returns the configuration that the parsed flags describe; by default each field has the
+      value of its flag.
   """
   define_flags(defaults)
   define_flags(Processes())
@@ -87,12 +93,14 @@ def _leave(status: int) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
-  # Ahead of the others: whatever is wrong with those, all processes are then there to hear it.
+  """Joins the other processes, then parses all flags; a wrong one ends all processes alike."""
+  # The flags that join processes come first: an error in any other flag is then known to all.
   _guard(lambda: start(read_ahead(Processes(), arguments)))
   return _guard(lambda: agreed(lambda: parse_flags(arguments)))
 
 
 def _main(build: Callable[[], Job], finish: Callable[[Any], None], _: Sequence[str]) -> None:
+  """Builds the job, does it, and exits; absl calls it with the arguments that are no flags."""
   # orbax reports every file it touches through absl's logger, matplotlib its font cache through
   # its own.
   logging.get_absl_logger().setLevel("ERROR")
@@ -120,6 +128,7 @@ def _main(build: Callable[[], Job], finish: Callable[[Any], None], _: Sequence[s
 
 
 def _prepare(build: Callable[[], Job]) -> Job:
+  """Builds the job; all processes must mean the same run and share its folder."""
   job = agreed(lambda: _build(build))
   if not isinstance(job, Run) or job.config.dry_run:
     return job
@@ -132,6 +141,7 @@ def _prepare(build: Callable[[], Job]) -> Job:
 
 
 def _build(build: Callable[[], Job]) -> Job:
+  """Builds the job and, of a run, turns JAX's cache of compiled programs on."""
   job = build()
   if isinstance(job, Run):
     with naming(job.config.flag("compilation_cache")):

@@ -1,4 +1,8 @@
-"""A `Task` as a run: built and checked, trained by the same loop as the language model, told."""
+"""Makes a run of a `Task`: checks it, trains it by the loop of all runs, and prints the result.
+
+`run_task` is what the scripts in `experiments/` call. Its counterpart for language models is
+`training/lm/command.py`, and that of `TaskRun` is `LmRun` in `training/lm/run.py`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ def run_task(defaults: Kind, build: Callable[[Kind], Task]) -> None:
   """Runs the process's command line, and exits: trains, or resumes, and prints the result.
 
   Args:
-    defaults: what the flags say unless they are given; its fields are the flags.
+    defaults: values of the flags that are not given; its fields are the flags.
     build: makes the task of a configuration. A ValueError that it raises is shown as one line, with
       exit status 2.
   """
@@ -53,7 +57,8 @@ class TaskRun(Run):
   """A run of a task.
 
   Attributes:
-    task: what `build` made.
+    config: the flags.
+    task: what the script's `build` has made of them.
   """
 
   config: TaskConfig
@@ -61,11 +66,11 @@ class TaskRun(Run):
 
   @contextlib.contextmanager
   def batches(self, start: int) -> Iterator[Iterator[Batch]]:
-    """Each is made while the step before is under way."""
+    """Yields an iterator over batches from `start` on; each is made while a step is under way."""
     yield (self._own(self.task.batches(step)) for step in itertools.count(start))
 
   def validator(self) -> Validate:
-    """Measures the mean loss over the held-out batches, and what `summarize` makes of the sums."""
+    """Returns `validate(state)`: the mean loss over the held-out batches, and `summarize`'s."""
     return self._validate
 
   def _validate(self, state: TrainState) -> Mapping[str, float]:
@@ -80,7 +85,7 @@ class TaskRun(Run):
     return {"loss": loss, **self.task.summarize(loss, totals.metrics, weight)}
 
   def _own(self, batch: Batch) -> Batch:
-    """The rows of this process, once it is as it was said to be."""
+    """Returns the rows of this process, of a batch whose shapes are those of the first."""
     if _shapes(batch) != self.batch_shapes:
       raise ConfigError(
         f"a batch is {_show(batch)} where the first was {_show(self.batch_shapes)}; give all"
@@ -93,11 +98,11 @@ def build_run(config: Kind, build: Callable[[Kind], Task]) -> TaskRun:
   """Checks a configuration against the machine, the task and the run directory.
 
   Args:
-    config: what was asked for.
-    build: makes the task.
+    config: the flags of the command.
+    build: makes the task of them.
 
   Returns:
-    What the loop needs; nothing is compiled, and nothing written.
+    A run that can begin. Nothing has been compiled, and nothing written.
 
   Raises:
     ValueError: anything that does not fit; one line with the flag, and the remedy.
@@ -149,6 +154,7 @@ def conclude(run: TaskRun) -> None:
 
 
 def _result(task: Task, record: Mapping[str, Any]) -> str:
+  """Formats the figures of the last validation, and the baseline's beside them."""
   start = "validation_"
   found = {name.removeprefix(start): x for name, x in record.items() if name.startswith(start)}
   parts = [f"{name} {value:.4f}" for name, value in found.items()]
@@ -159,12 +165,12 @@ def _result(task: Task, record: Mapping[str, Any]) -> str:
 
 
 def _restore(run: TaskRun) -> tuple[Tree, Tree]:
-  """Canonical parameters and state on this process's first device."""
+  """Reads canonical parameters and model state from the newest checkpoint to one device."""
   shapes = state_shapes(run.stack, run.optimizer)
   here = SingleDeviceSharding(jax.local_devices()[0])
   checkpoints = Checkpoints(run.folder.checkpoints, read_only=True, alone=True)
   step = checkpoints.newest
-  assert step is not None  # the run is finished
+  assert step is not None  # a finished run has saved its last step
   params = checkpoints.restore_params(step, shapes.params, here)
   state = checkpoints.restore_model_state(step, shapes.model_state, here)
   checkpoints.close()
@@ -172,7 +178,11 @@ def _restore(run: TaskRun) -> tuple[Tree, Tree]:
 
 
 def _check_rows(config: TaskConfig, batch: Batch) -> Tree:
-  """The shapes of a batch; raises ConfigError where rows or dtypes are not what a run takes."""
+  """Returns the shapes of a batch.
+
+  Raises:
+    ConfigError: a leaf without B rows, or of a dtype that JAX would change, such as float64.
+  """
   for path, leaf in jax.tree.leaves_with_path(batch):
     name = f"batch{jax.tree_util.keystr(path)}"
     if np.ndim(leaf) < 1 or len(leaf) != config.batch_size:

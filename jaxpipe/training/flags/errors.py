@@ -1,4 +1,8 @@
-"""What is wrong with a command, said so that the reader knows which flag to change."""
+"""Errors of a command line, worded so that the reader knows which flag to change.
+
+All of them are `ConfigError`s of one line, which a command prints and then exits with status 2; any
+other exception is a bug and keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,11 @@ class ConfigError(ValueError):
 
 
 class AgreedError(ConfigError):
-  """One that all processes of a run raise alike; process 0 speaks for them.
+  """A ConfigError that every process of a run raises at the same point; process 0 alone prints it.
 
   Args:
-    message: as for any error.
-    process: which of them this is.
+    message: one line, as for `ConfigError`.
+    process: number of this process; it goes into the attribute `process`.
   """
 
   def __init__(self, message: str, process: int) -> None:
@@ -25,15 +29,16 @@ class AgreedError(ConfigError):
 
 @contextlib.contextmanager
 def naming(*flags: str) -> Iterator[None]:
-  """Puts the flags that decide before the message of any ValueError raised inside.
+  """Puts the flags that decide in front of the message of any ValueError raised in the block.
 
-  The parts that raise know numbers but no flags, since they are libraries too.
+  Schedules, meshes and models are libraries as well: what they raise names their arguments and
+  numbers, and no flags.
 
   Args:
     flags: each as it would be typed, such as `--layers=8`.
 
   Raises:
-    ConfigError: in place of any ValueError or OSError, in one line.
+    ConfigError: in place of any ValueError or OSError; its message is one line.
   """
   try:
     yield

@@ -1,7 +1,7 @@
-"""The command line of a configuration: one absl flag per field, and errors of one line.
+"""Makes absl flags of a configuration's fields, and a configuration of the parsed flags.
 
-absl exits 1 and prints its help when a flag is wrong; scripts that start runs want status 2 and a
-line that they can show.
+absl itself exits with status 1 and prints its help when a flag is wrong. Scripts that start runs
+want status 2 and one line that they can show, so that errors of absl become `ConfigError`s here.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _DEFINE: dict[type, Callable[..., Any]] = {
 
 
 def define_flags(defaults: Any, values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines one flag for every field.
+  """Defines one flag for every field of a dataclass.
 
   Args:
-    defaults: where each flag starts; a dataclass such as `Config`, with help in its metadata.
+    defaults: a dataclass such as `Config`; its values are the flags' defaults, `metadata["help"]`
+      of each field is the help text.
     values: absl's registry.
   """
   for field in dataclasses.fields(defaults):
@@ -75,6 +76,13 @@ def parse_flags(arguments: Sequence[str], values: flags.FlagValues = flags.FLAGS
 def read_ahead(defaults: Settings, arguments: Sequence[str]) -> Settings:
   """Reads the flags of one dataclass alone, whatever else stands on the command line.
 
+  Args:
+    defaults: values of flags that are not given.
+    arguments: the program's name and what follows it.
+
+  Returns:
+    A dataclass of the kind of `defaults`. absl's own registry is left as it was.
+
   Raises:
     ConfigError: a value of the wrong type, or one that the dataclass refuses.
   """
@@ -90,6 +98,10 @@ def read_ahead(defaults: Settings, arguments: Sequence[str]) -> Settings:
 def read_flags(kind: type[Settings], values: flags.FlagValues = flags.FLAGS) -> Settings:
   """Returns the dataclass that the parsed flags describe.
 
+  Args:
+    kind: a dataclass, for whose fields `define_flags` has defined flags.
+    values: absl's registry, parsed.
+
   Raises:
     ConfigError: a value that the dataclass refuses.
   """
@@ -99,6 +111,7 @@ def read_flags(kind: type[Settings], values: flags.FlagValues = flags.FLAGS) -> 
 
 def exit_with_error(error: Exception) -> NoReturn:
   """Prints one line to standard error, once for all processes, and exits with status 2."""
+  # Of an error that all processes raise, process 0 speaks for the others.
   if not (isinstance(error, AgreedError) and error.process):
     program = pathlib.Path(sys.argv[0]).name
     print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -1,4 +1,10 @@
-"""What every run can be told, whatever it trains."""
+"""The flags that every training run has, whatever it trains.
+
+They come in three groups, in this order: what decides the numbers (batch size, seed, optimizer; a
+resumed run must repeat them, all but the number of steps), where and in which order the run
+computes (mesh, schedule, microbatches, residuals), and the run directory with what is written to it
+and when.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +17,15 @@ from jaxpipe.pipeline.table.unroll import SHAPES
 from jaxpipe.training.flags.errors import naming
 from jaxpipe.training.flags.settings import Settings, free, same
 
-# In place of a schedule's name.
-AUTO = "auto"
+AUTO = "auto"  # in place of a schedule's name: `plan/choose.py` chooses one
 RUN_DIR = "folder of checkpoints, metrics and plots; resumed if it is ours"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
-  """The fields' help texts say what each means.
+  """The flags of every training run; an experiment's own configuration is a subclass.
+
+  Each field is a flag, and its help text says what it means.
 
   Raises:
     ConfigError: a value that is impossible whatever the others are.
@@ -77,8 +84,7 @@ class RunConfig(Settings):
     self._check_amounts("learning_rate", "warmup_steps", "weight_decay", "clip_norm", "chunks")
     self._check_amounts("checkpoint_every", "validate_every", "memory_limit")
     self._check("seed", 0 <= self.seed < 2**32, "is no seed; use 0 to 4294967295")
-    shapes = ("auto", *SHAPES)
-    self._check("unroll", self.unroll in shapes, f"is unknown; use {', '.join(shapes)}")
+    self._check_choice("unroll", ("auto", *SHAPES))
     self._check("slack", self.slack in (0, 1), "ticks cannot be executed; use 0 or 1")
     with naming(self.flag("residuals")):
       residual_policy(self.residuals)
@@ -91,10 +97,14 @@ class RunConfig(Settings):
     self.profile_range()
 
   def completep(self) -> CompleteP | None:
-    """How rates and decay depend on a parameter's place; None where they do not."""
+    """The rules by which learning rate, decay and epsilon differ between parameters; None: alike.
+
+    Only language models have them (`--completep_base`).
+    """
     return None
 
   def _check_by_name_only(self, name: str, unset: object) -> None:
+    """Refuses a flag that shapes a schedule where `--schedule=auto` is to choose one."""
     message = f"is for a schedule by name, --schedule=auto decides it; leave --{name} out"
     self._check(name, getattr(self, name) == unset, message)
 

@@ -1,4 +1,8 @@
-"""A configuration as one frozen value whose fields are flags (see `flags.py`).
+"""The base class of configurations: frozen dataclasses whose fields are flags (see `flags.py`).
+
+    class MyRun(Settings):
+      width: int = same(64, "width of the model")        # --width, which a resumed run repeats
+      mesh: str = free("stage:4", "devices by axis")     # --mesh, which may change on resuming
 
 Each field's metadata hold the flag's help, and whether a run may be resumed with another value:
 what decides the numbers (model, data, optimizer, seed) may not change, where and how they are
@@ -10,35 +14,46 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Collection
 from typing import Any, Self
 
 from jaxpipe.training.flags.errors import ConfigError
 
 
 def same(default: Any, help: str) -> Any:
-  """A field that a resumed run must repeat."""
+  """Declares a field whose value a resumed run must repeat.
+
+  Args:
+    default: its type is the flag's: bool, int, float or str.
+    help: the flag's help text.
+  """
   return dataclasses.field(default=default, metadata={"help": help, "may_change": False})
 
 
 def free(default: Any, help: str) -> Any:
-  """A field that a resumed run may change."""
+  """Declares a field whose value may differ when a run is resumed.
+
+  Args:
+    default: its type is the flag's: bool, int, float or str.
+    help: the flag's help text.
+  """
   return dataclasses.field(default=default, metadata={"help": help, "may_change": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """What flags can say; a subclass adds fields by `same` and `free`."""
+  """A configuration without fields; a subclass adds them by `same` and `free`."""
 
   def flag(self, name: str) -> str:
     """The field as one would type it: `--layers=4`."""
     return show_flag(name, getattr(self, name))
 
   def flags(self, *names: str) -> tuple[str, ...]:
-    """Several fields as one would type them."""
+    """Several fields as one would type them: `("--layers=4", "--width=64")`."""
     return tuple(self.flag(name) for name in names)
 
   def to_dict(self) -> dict[str, Any]:
-    """The fields as JSON holds them."""
+    """The fields by their names, as `config.json` of a run directory holds them."""
     return dataclasses.asdict(self)
 
   @classmethod
@@ -47,16 +62,24 @@ class Settings:
     return cls(**fields)
 
   def _check(self, name: str, good: bool, message: str) -> None:
+    """Raises a ConfigError that begins with the flag unless its value is good."""
     if not good:
       raise ConfigError(f"{self.flag(name)} {message}")
 
-  # Both are written so that a NaN is refused as well.
+  def _check_choice(self, name: str, choices: Collection[str]) -> None:
+    """Refuses a value that is none of some words."""
+    known = getattr(self, name) in choices
+    self._check(name, known, f"is unknown; use {', '.join(choices)}")
+
+  # Both comparisons below are written so that a NaN is refused as well.
 
   def _check_counts(self, *names: str) -> None:
+    """Refuses values below 1."""
     for name in names:
       self._check(name, getattr(self, name) >= 1, "is not a count; use 1 or more")
 
   def _check_amounts(self, *names: str) -> None:
+    """Refuses values that are negative or infinite."""
     for name in names:
       value = getattr(self, name)
       self._check(name, value >= 0, "is negative or no number; use 0 or more")

@@ -1,5 +1,5 @@
-"""The language model's experiment: its flags, loading of known weights, sampling of text.
+"""The language-model experiment: its flags, its run, loading of trained weights, sampling of text.
 
-Open `run.py` first, which puts the pieces of `experiments/lm.py` together; `config.py` holds its
-flags.
+Open `run.py` first, which builds the run of `experiments/lm.py` from its flags (`config.py`);
+`command.py` is what that script calls, as other experiments call `run_task`.
 """

@@ -1,6 +1,6 @@
-"""Everything that a language-model run can be told besides what every run can (`run_config.py`).
+"""The flags of a language-model run, besides those that every run has (`run_config.py`).
 
-The tokenizer and the text are compared by what they hold, not by their names.
+A resumed run need not name the same text file and tokenizer: these are compared by what they hold.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-  """A language-model run; the fields' help texts say what each means.
+  """The flags of a language-model run: its model, text, parallelism and sampling.
+
+  Each field is a flag, and its help text says what it means.
 
   Raises:
     ConfigError: a value that is impossible whatever the others are.
@@ -94,14 +96,12 @@ class Config(RunConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    self._check_counts(
-      *("layers", "width", "heads", "kv_heads", "sequence_length", "top_k", "ulysses")
-    )
-    self._check_amounts(
-      *("vocabulary_size", "head_width", "norm_epsilon", "max_positions", "rope_base"),
-      *("mlp_width", "sample_length", "temperature", "experts", "capacity_factor"),
-      *("capacity_group", "shared_width", "balance_loss", "router_z_loss", "logits_chunk"),
-    )
+    self._check_counts("layers", "width", "heads", "kv_heads", "sequence_length")
+    self._check_counts("top_k", "ulysses")
+    self._check_amounts("vocabulary_size", "head_width", "norm_epsilon", "max_positions")
+    self._check_amounts("rope_base", "mlp_width", "sample_length", "temperature")
+    self._check_amounts("experts", "capacity_factor", "capacity_group", "shared_width")
+    self._check_amounts("balance_loss", "router_z_loss", "logits_chunk")
     self._check("dropout", 0 <= self.dropout < 1, "is no rate; use 0 or more, below 1")
     self._check("dtype", self.dtype in DTYPES, f"is unknown; use {' or '.join(DTYPES)}")
     for name in ("norm", "bias", "positions"):
@@ -116,15 +116,16 @@ class Config(RunConfig):
         self._check(name, not getattr(self, name), message)
     if self.schedule == AUTO:
       self._check_by_name_only("head", "last")
-    self._moe()  # raises for what is impossible
+    # Each raises for what is impossible: now, and not when the model is built.
+    self._moe()
     self._rope_scaling()
     self.completep()
 
   def model(self, vocabulary_size: int) -> TransformerConfig:
-    """Returns the model's own configuration.
+    """Returns the configuration of the model that the flags describe.
 
     Args:
-      vocabulary_size: ids of the tokenizer.
+      vocabulary_size: number of the tokenizer's ids.
 
     Raises:
       ConfigError: widths and heads that do not fit each other, or fewer rows of the tables than
@@ -154,7 +155,7 @@ class Config(RunConfig):
       )
 
   def completep(self) -> CompleteP | None:
-    """How the model differs from `--completep_base`."""
+    """The factors by which the model is larger than `--completep_base`; None without that flag."""
     base = self.completep_base
     for name in ("experts", "init_from"):
       self._check(
@@ -168,7 +169,7 @@ class Config(RunConfig):
       return RopeScaling.parse(self.rope_scaling) if self.rope_scaling else None
 
   def _moe(self) -> MoeConfig | None:
-    """The experts, if there are any."""
+    """The configuration of the mixture of experts; None for a model with plain MLPs."""
     if not self.experts:
       self._check("expert_axes", self.expert_axes == "expert", "is for --experts; give them, too")
       return None
@@ -193,7 +194,7 @@ _SHAPE = (
 
 
 def shape_flags(model: TransformerConfig) -> dict[str, Any]:
-  """The flags that give a model's shape: what `Config.model` makes of them has it."""
+  """Returns the flags, by name, of which `Config.model` makes a model of this shape."""
   flags = {name: getattr(model, name) for name in _SHAPE}
   flags |= {"rope_scaling": str(model.rope_scaling or ""), "experts": 0}
   if model.moe:

@@ -1,4 +1,7 @@
-"""A trained model back from its run directory: no training, no mesh, no text file."""
+"""Loads the model of a language-model run from its run directory, to sample from it or export it.
+
+The directory alone suffices: neither the mesh that trained the model nor the text is needed.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,14 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedRun:
-  """A run as its newest checkpoint left it.
+  """A trained language model, as the newest checkpoint of its run holds it.
 
   Attributes:
-    config: of the run.
-    stack: the model.
-    params: canonical, whole on one device.
-    tokenizer: of the run.
-    step: updates that the parameters have seen.
+    config: the flags of the run.
+    stack: the model. Its experts, if it has any, drop no token, whatever the run's capacity was.
+    params: canonical parameters, whole on one device.
+    tokenizer: turns text into the model's ids and back.
+    step: number of updates that the parameters have been trained for.
   """
 
   config: Config
@@ -44,7 +47,14 @@ class LoadedRun:
   def sample(
     self, prompt: str = "\n", length: int = 400, temperature: float = 0.8, seed: int = 0
   ) -> str:
-    """Returns `prompt` and `length` tokens after it; see `Sampler`."""
+    """Returns a text: the prompt and what the model says next.
+
+    Args:
+      prompt: how the text begins.
+      length: tokens to draw.
+      temperature: of sampling; 0 takes the likeliest token.
+      seed: the same seed gives the same text.
+    """
     return self._sampler(prompt, length, temperature, seed)
 
   @functools.cached_property

@@ -1,4 +1,8 @@
-"""The flags of a language model, some of which stand for many: `--preset` and `--init_from`."""
+"""Reads the flags of a language model, two of which stand for many others.
+
+`--preset=gpt2` and `--init_from=FOLDER` name a whole model: flags of its shape that are not given
+take that model's values.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ def read_config(
   Args:
     values: absl's registry. Flags that were not given take the values of `--preset` or
       `--init_from`.
-    otherwise: values after those, of any flags that were not given.
+    otherwise: values by name, for flags that were not given; they win over the named model's.
 
   Raises:
     ConfigError: see `Config`; or a model that is unknown or cannot be read.
@@ -35,7 +39,7 @@ def read_config(
 
 
 def _model_flags(values: flags.FlagValues) -> dict[str, Any]:
-  """What the flags that name a whole model stand for."""
+  """Returns the values, by flag, of the model that `--preset` or `--init_from` names."""
   preset, folder = values["preset"].value, values["init_from"].value
   if preset and folder:
     raise ConfigError(

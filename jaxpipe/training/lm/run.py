@@ -1,8 +1,12 @@
-"""A language-model run, built and checked before anything is compiled or written.
+"""A language-model run, built from its flags and checked before anything is compiled or written.
 
 Whatever is wrong with a command is found here, and only here: all errors of this module are the
-user's, so that `command.py` may show them as one line. The cheap checks come first, so that a wrong
-flag is told before a large text is tokenised.
+user's, so that `launch` may show them as one line. The cheap checks come first, so that a wrong
+flag is reported before a large text is tokenised:
+
+    mesh, schedule, sizes of the model  ->  run directory  ->  text and tokenizer  ->  plan
+
+`TaskRun` of `training/command/task_run.py` is its counterpart for all other experiments.
 """
 
 from __future__ import annotations
@@ -46,8 +50,11 @@ class LmRun(Run):
   """A run of a language model.
 
   Attributes:
-    model: the stack's configuration.
-    data, train, validation: what it trains on; of batches, the rows that this process needs.
+    config: the flags.
+    model: configuration of the transformer that is trained.
+    data: the tokenised text and its tokenizer.
+    train: batches of the training text; of each batch the rows that this process needs.
+    validation: batches of the held-out text; of each batch the rows that this process needs.
   """
 
   config: Config
@@ -57,20 +64,19 @@ class LmRun(Run):
   validation: EvaluationBatches
 
   def first_params(self) -> Tree | None:
-    """Where `--init_from` says what the run begins from: its weights, placed; otherwise None."""
+    """Reads the weights of `--init_from` to their places; None without that flag."""
     if not self.config.init_from:
       return None
-    where = (self.schedule, self.mesh)
-    return read_params(self.config.init_from, self.model, self.stack, *where)
+    return read_params(self.config.init_from, self.model, self.stack, self.schedule, self.mesh)
 
   def begin(self) -> Self:
-    """Keeps the tokenizer as well."""
+    """Makes the run directory, with the tokenizer in it, so that sampling needs no text."""
     self.folder.begin(self.record, self.data.tokenizer)
     return self
 
   @contextlib.contextmanager
   def batches(self, start: int) -> Iterator[Iterator[Batch]]:
-    """Reads ahead, in threads that stop with the block."""
+    """Yields an iterator over batches from `start` on, read ahead in threads that end with it."""
     batches = self.train.iterate(start)
     try:
       yield batches
@@ -78,20 +84,21 @@ class LmRun(Run):
       batches.close()
 
   def validator(self) -> Validate:
-    """Measures nats per byte over the whole held-out text."""
+    """Returns `validate(state)`, which measures nats per byte over the whole held-out text."""
     tokenizer = self.data.tokenizer
     validate = make_validation(self.evaluate, self.validation, tokenizer, self.rows.put)
     return lambda state: {"loss": validate(state.params)}
 
 
-def build(config: Config) -> LmRun:
+def build_run(config: Config) -> LmRun:
   """Checks a configuration against the machine, the data and the run directory.
 
   Args:
-    config: what was asked for.
+    config: the flags of the command.
 
   Returns:
-    What the loop needs. Nothing is compiled, and nothing written but prepared tokens in the cache.
+    A run that can begin. Nothing has been compiled, and nothing written but prepared tokens in the
+    cache.
 
   Raises:
     ValueError: anything that does not fit; one line with the flag or file, and the remedy.
@@ -145,7 +152,7 @@ def build(config: Config) -> LmRun:
 
 
 def batch_shapes(config: Config) -> Tree:
-  """A batch as `jax.ShapeDtypeStruct`s."""
+  """Returns the shapes of a batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T]."""
   # Known without reading one, so that nothing has to be read before everything is checked.
   shape = (config.batch_size, config.sequence_length)
   dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
@@ -153,10 +160,10 @@ def batch_shapes(config: Config) -> Tree:
 
 
 def build_schedule(config: Config, mesh: Mesh) -> Schedule:
-  """The schedule that the flags name, over the mesh's stages.
+  """Builds the schedule that the flags name, over the mesh's stages.
 
   Raises:
-    ConfigError: the sizes do not fit; names the flags.
+    ConfigError: the sizes do not fit, or the layers do not fill the stages; names the flags.
   """
   schedule = plan.build_schedule(config, mesh, config.head)
   with naming(*config.flags("layers", "mesh", *["chunks"] * (config.chunks > 0))):
@@ -165,7 +172,7 @@ def build_schedule(config: Config, mesh: Mesh) -> Schedule:
 
 
 def _check_positions(config: Config, mesh: Mesh) -> None:
-  """Raises ConfigError where the mesh cannot cut heads, experts or positions evenly."""
+  """Raises ConfigError where the mesh cannot divide heads, experts or positions evenly."""
   sizes = dict(mesh.shape)
   optional = ["ulysses"] * (config.ulysses > 1) + ["experts"] * bool(config.experts)
   optional += ["expert_axes", "sequence_parallel"] * (config.expert_axes != "expert")
@@ -182,6 +189,7 @@ def _check_positions(config: Config, mesh: Mesh) -> None:
 
 
 def _traced_flags(config: Config) -> tuple[str, ...]:
+  """Names the flags that decide whether a layer can be traced, for the message if it cannot."""
   experts = ("experts", "capacity_factor", "capacity_group", "expert_axes", "sequence_parallel")
   return ("sequence_length", *(experts if config.experts else ()))
 
@@ -189,6 +197,7 @@ def _traced_flags(config: Config) -> tuple[str, ...]:
 def _build_data(
   config: Config, rows: Sequence[int]
 ) -> tuple[TextData, TokenBatches, EvaluationBatches]:
+  """Tokenises the text, or finds it in the cache; of each batch, `rows` will be read."""
   data = prepare_text(
     config.text,
     config.tokenizer,
@@ -204,5 +213,5 @@ def _build_data(
 
 
 def _flag_of(name: str) -> str:
-  """The flag that decides a value of the data's identity."""
+  """Names the flag that decides an entry of the data's identity, for the message if it differs."""
   return "tokenizer" if name == "tokenizer" else "text"

@@ -1,7 +1,14 @@
-"""Text from a model: one compiled program over a fixed window, whatever the prompt's length.
+"""Draws text from a trained stack: one compiled program over a fixed window of tokens.
 
-Without a cache of keys and values each token costs a forward of the whole window; that is the price
-of sampling from any stack whose head has `logits`, and small beside training it.
+There is no cache of keys and values, which would need the layers' cooperation: each token costs a
+forward of the whole window. In return any stack whose head has `logits` can be sampled from, and
+the cost is small beside that of training it. Prompts of all lengths share the program:
+
+    window_T   p p p . . . . .    count = 3 tokens of the prompt; the rest of the T is arbitrary
+               p p p a . . . .    a is drawn from the logits at position count - 1; count = 4
+               ...                once it is full, the window moves on by one for every token
+
+Shapes: T length of the window, V vocabulary, N tokens to draw.
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.data import Tokenizer
+from jaxpipe.stack.forward import head_module
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -22,13 +30,13 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Sampler:
-  """Draws text from a model.
+  """Draws text from a model; its program is compiled once for each number of tokens to draw.
 
   Attributes:
     stack: the model; its head must have `logits(x) -> [B, T, V]`.
-    params: canonical, whole on one device.
-    tokenizer: of the model.
-    window: most tokens that the model looks back, T; the sequence length it was trained on.
+    params: canonical parameters, whole on one device.
+    tokenizer: turns text into the model's ids and back.
+    window: T, the most tokens that the model looks back; the sequence length it was trained on.
   """
 
   stack: LayerStack
@@ -65,14 +73,15 @@ def generate(
   """Draws one token for every key.
 
   Args:
-    stack, params: the model, canonical parameters.
+    stack: the model.
+    params: canonical, whole on one device.
     start: `(window_T, count)`: int32 [T] whose first `count` entries (int32 [], 1 to T) are the
       prompt.
     keys: PRNG keys [N].
     temperature: float32 []; 0 takes the likeliest token.
 
   Returns:
-    int32 [N].
+    The tokens drawn, int32 [N].
   """
 
   def one(carry: Tree, key: jax.Array) -> tuple[Tree, jax.Array]:
@@ -89,7 +98,16 @@ def generate(
 
 
 def forward(stack: LayerStack, params: Tree, window_T: jax.Array) -> jax.Array:
-  """The model without a pipeline and without dropout: logits [T, V] of one row of tokens."""
+  """Runs the model without a pipeline and without dropout.
+
+  Args:
+    stack: the model.
+    params: canonical.
+    window_T: one row of tokens, int32 [T].
+
+  Returns:
+    Logits [T, V], at each position of what follows it.
+  """
   zeros_1T = jnp.zeros((1, len(window_T)), jnp.int32)
   batch = {
     "tokens": window_T[None],
@@ -105,11 +123,12 @@ def forward(stack: LayerStack, params: Tree, window_T: jax.Array) -> jax.Array:
   # A scan over all layers: the depth is in the shapes, so one compiled layer serves.
   x = stack.apply_embed(params["embed"], batch, training=False)
   x, _ = jax.lax.scan(layer, x, (params["layers"], jnp.arange(stack.depth)))
-  head: Any = stack.head_module(params)
+  head = head_module(stack, params)
   return head.logits(x)[0]
 
 
 def _draw(logits_V: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Array:
+  """Draws one token, int32 []; at temperature 0 it is the likeliest."""
   # Dividing by a floor in place of 0 keeps the branch that is not taken finite.
   scaled_V = logits_V / jnp.maximum(temperature, 1e-6)
   drawn = jax.random.categorical(key, scaled_V)

@@ -1,13 +1,13 @@
-"""Checkpoints that any mesh and any schedule can resume from.
+"""Writes and reads checkpoints, from which a run may resume on any mesh and under any schedule.
 
 A checkpoint holds the *canonical* tree: layers in model order, whatever placement wrote it. It is
 written in the background, from a copy, while training goes on; its name appears only once it is
 whole, so that a killed run finds the one before.
 
     checkpoints/STEP/params      parameters
-    checkpoints/STEP/optimizer   moments, and the step
-    checkpoints/STEP/state       what a stack keeps besides parameters, if it does
-    checkpoints/STEP/meta        JSON: step, seed, configuration, fingerprint of the data
+    checkpoints/STEP/optimizer   the optimizer's moments, and the step
+    checkpoints/STEP/state       model state, such as moving averages, if the stack has any
+    checkpoints/STEP/meta        JSON: step, seed, configuration, identity of the data
 
 Parameters stand alone, so that sampling reads them without knowing the optimizer.
 """
@@ -31,7 +31,7 @@ from jaxpipe.training.plan.state import TrainState, canonical_shardings, to_cano
 Tree = Any
 
 _ITEMS = ("params", "optimizer", "state", "meta")
-_KEEP = 3
+_KEEP = 3  # the newest; older ones are deleted
 
 
 class Checkpoints:
@@ -40,8 +40,8 @@ class Checkpoints:
   Args:
     folder: where they are; made if missing, unless `read_only`.
     read_only: never writes, and cleans up nothing.
-    alone: for this process only, and reading; others need not come. Otherwise all processes of a
-      run call the same methods in the same order, and each reads and writes its own part.
+    alone: whether this process alone reads, whatever the others do. Otherwise all processes of a
+      run must call the same methods in the same order, and each reads and writes its own part.
   """
 
   def __init__(self, folder: pathlib.Path, *, read_only: bool = False, alone: bool = False) -> None:
@@ -62,7 +62,7 @@ class Checkpoints:
 
   @property
   def newest(self) -> int | None:
-    """The step of the newest whole checkpoint."""
+    """The step of the newest whole checkpoint; None where there is none."""
     step = self._manager.latest_step()
     return None if step is None else int(step)
 
@@ -72,9 +72,9 @@ class Checkpoints:
     """Starts writing a checkpoint; returns once the state has been copied from the devices.
 
     Args:
-      state: placed; it may be donated as soon as this returns.
-      stack, schedule: say how it is placed.
-      meta: JSON values.
+      state: as placed on the mesh; it may be donated as soon as this returns.
+      stack, schedule: they decide the order in which the state's layers lie.
+      meta: JSON values to keep beside it.
     """
     canonical = to_canonical(state, stack, schedule)
     step = int(canonical.step)
@@ -88,12 +88,19 @@ class Checkpoints:
   def restore(
     self, step: int, shapes: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh
   ) -> TrainState:
-    """Reads a checkpoint and places it: each device its own part, of unlike stages all of it first.
+    """Reads a checkpoint and places it on a mesh.
+
+    Of layers that are alike each device reads its own part; otherwise every device reads the whole
+    canonical tree before it is packed.
 
     Args:
       step: of the checkpoint.
-      shapes: `state_shapes(...)`.
-      stack, schedule, mesh: where it is to lie; need not be those that it was saved from.
+      shapes: the canonical state as shapes, from `state_shapes`.
+      stack, schedule, mesh: where the state is to lie; they need not be those that it was saved
+        from.
+
+    Returns:
+      The placed state.
 
     Raises:
       ConfigError: no such checkpoint, a damaged one, or one of other shapes.
@@ -112,11 +119,24 @@ class Checkpoints:
     return to_placed(state, stack, schedule, mesh)
 
   def restore_params(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
-    """Reads the canonical parameters alone, all leaves to one place."""
+    """Reads the canonical parameters alone.
+
+    Args:
+      step: of the checkpoint.
+      shapes: of the canonical parameters.
+      sharding: where every leaf is to lie.
+
+    Raises:
+      ConfigError: no such checkpoint, a damaged one, or one of other shapes.
+    """
     return self._restore_item("params", step, shapes, sharding)
 
   def restore_model_state(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
-    """Reads what the stack keeps besides them; `{}` where the shapes are."""
+    """Reads the canonical model state alone, as `restore_params` reads parameters.
+
+    Returns:
+      The state; `{}` for `shapes` of a stack without state, whose checkpoints have no such item.
+    """
     return self._restore_item("state", step, shapes, sharding) if shapes else {}
 
   def _restore_item(self, item: str, step: int, shapes: Tree, sharding: Sharding) -> Tree:
@@ -130,7 +150,7 @@ class Checkpoints:
   def _restore(self, step: int, **items: Any) -> Any:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
-    # orbax raises what its many layers do, and none of it says what to do.
+    # orbax passes on whatever its layers raise, and none of it says what the user can do.
     except (ValueError, KeyError, OSError) as error:
       raise ConfigError(
         f"{self._folder / str(step)}: cannot be read ({' '.join(str(error).split())[:80]});"
@@ -147,11 +167,12 @@ class Checkpoints:
 
 
 def _trees(state: TrainState) -> dict[str, Tree]:
-  """What each item holds."""
+  """Divides a state into the items of a checkpoint, by name."""
   optimizer = {"opt_state": state.opt_state, "step": state.step}
   trees = {"params": state.params, "optimizer": optimizer}
   return {**trees, "state": state.model_state} if state.model_state else trees
 
 
 def _on(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+  """Returns the shape of a leaf, with the place that orbax is to read it to."""
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,4 +1,7 @@
-"""Ctrl-C that saves: the first signal asks for an end between steps, the second ends at once."""
+"""Catches Ctrl-C and SIGTERM, so that a run can save before it ends.
+
+The first signal only asks for an end between two steps; the second ends the process at once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ class Interrupt:
   """Catches SIGINT and SIGTERM inside its `with` block (main thread only).
 
   Attributes:
-    received: the signal that asked for the end, or None.
+    received: the signal that has asked for an end; None until then.
   """
 
   def __init__(self) -> None:

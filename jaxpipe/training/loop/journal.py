@@ -1,7 +1,10 @@
-"""Turns steps under way into records, one step late, so that the devices never wait for the host.
+"""Turns the results of steps into records, one step late, so that no device waits for the host.
 
-host    dispatch k   dispatch k+1   fetch k   dispatch k+2   fetch k+1
-device  ───── step k ─────┼───── step k+1 ────┼──────── step k+2
+JAX dispatches a step and returns before it is done; to read its loss is to wait for it. So the next
+step is dispatched first:
+
+    host    dispatch k   dispatch k+1   fetch k   dispatch k+2   fetch k+1
+    device  ───── step k ─────┼───── step k+1 ────┼──────── step k+2
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ from jaxpipe.training.loop.step import StepResult
 
 
 class Journal:
-  """Holds the newest step until the next one is under way.
+  """Holds the newest step until the next one has been dispatched, and then writes its record.
 
   Args:
-    tokens: trained in each step, over all devices; None where batches are not of tokens.
-    write: takes each record once, in order.
+    tokens: how many each step trains on, over all devices; None where batches are not of tokens.
+    write: is called with each record once, in order.
   """
 
   def __init__(self, tokens: int | None, write: Callable[[Record], None]) -> None:
@@ -29,16 +32,17 @@ class Journal:
     self._ready = 0.0
 
   def add(self, step: int, result: StepResult) -> None:
-    """Takes a step that was just dispatched, and writes the one before."""
+    """Takes a step that was just dispatched, and writes the record of the one before."""
     dispatched = time.perf_counter()
     self.flush()
     self._pending = (step, result, dispatched)
 
   def flush(self, validate: Callable[[], Mapping[str, float]] | None = None) -> None:
-    """Waits for the step that is held, if any, and writes it.
+    """Waits for the step that is held, if any, and writes its record.
 
     Args:
-      validate: gives its validation `loss` and what else was measured, after the clock was read.
+      validate: returns the validation `loss` and what else is measured with it. It is called once
+        the step's time has been taken, which it does not add to.
     """
     if self._pending is None:
       return

@@ -1,4 +1,10 @@
-"""The training loop: steps, and between them what is due (validation, checkpoint, trace, end)."""
+"""The training loop: steps, and between them what is due (validation, checkpoint, trace, end).
+
+    for each step k:  trace on or off?   dispatch step k   write the record of step k - 1
+                      signal received?   validate?         save?
+
+What is trained is a `Run`; what it writes goes through the other modules of this folder.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +36,16 @@ def train(run: Run) -> int:
   """Trains from the newest checkpoint of the run directory, or from the start, to the last step.
 
   Args:
-    run: built and begun.
+    run: built, checked, and with its run directory made.
 
   Returns:
-    The exit status, the same in all processes: 0, or 128 plus the signal that ended the run early.
+    The exit status, equal in all processes: 0, or 128 plus the signal that ended the run early.
   """
   checkpoints = Checkpoints(run.folder.checkpoints)
   start, steps = from_first(checkpoints.newest) or 0, run.config.steps
   if start >= steps:
     say(f"{run.folder.path}: finished, {start} steps of --steps={steps}; nothing to train")
-    _draw(run)  # a kill may have come before it
+    _draw(run)  # the run may have been killed between its last step and the drawing
     checkpoints.close()
     return 0
   if is_first():
@@ -69,30 +75,50 @@ def train(run: Run) -> int:
 
 
 def _draw(run: Run) -> None:
+  """Draws the loss curve, in process 0."""
   if is_first():
     units = (run.loss_unit, run.validation_unit)
     draw_loss(run.folder.metrics, run.folder.loss_png, *units)
 
 
 def _metrics(run: Run, start: int) -> MetricsWriter | contextlib.nullcontext[None]:
+  """Opens the metrics for the steps from `start` on; None in processes other than the first."""
   if not is_first():
     return contextlib.nullcontext()
   return MetricsWriter(run.folder.metrics, run.folder.path, start)
 
 
 def _first_state(run: Run, checkpoints: Checkpoints, start: int) -> TrainState:
-  where = (run.stack, run.schedule, run.mesh)
+  """Restores the checkpoint of step `start`, or makes a fresh state for step 0."""
   if not start:
-    seed, shapes = run.config.seed, run.batch_shapes
-    params = run.first_params()
-    return create_state(run.stack, run.optimizer, seed, shapes, *where[1:], params=params)
+    return create_state(
+      run.stack,
+      run.optimizer,
+      run.config.seed,
+      run.batch_shapes,
+      run.schedule,
+      run.mesh,
+      params=run.first_params(),
+    )
   say(f"resuming from {run.folder.path} after {start} steps")
-  return checkpoints.restore(start, state_shapes(run.stack, run.optimizer), *where)
+  shapes = state_shapes(run.stack, run.optimizer)
+  return checkpoints.restore(start, shapes, run.stack, run.schedule, run.mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-  """What the loop works with; see `train`."""
+  """The loop over the steps of a run; `train` opens and closes what it works with.
+
+  Attributes:
+    job: the run.
+    step: the compiled step, `(state, batch) -> (state, StepResult)`; it donates the given state.
+    checkpoints: where states are saved.
+    metrics: where records are written; None in processes other than the first.
+    screen: prints a line for each step.
+    interrupt: the signal that this process has received.
+    signals: the signal that all processes have agreed to end by.
+    profiler: starts and stops the trace of the steps that `--profile_steps` names.
+  """
 
   job: Run
   step: Step
@@ -104,7 +130,15 @@ class Loop:
   profiler: Profiler
 
   def run(self, state: TrainState, start: int) -> int:
-    """Runs the steps from `start` on; returns how many the run has done in total."""
+    """Runs the steps from `start` on.
+
+    Args:
+      state: before step `start`, placed; it is donated.
+      start: the first step.
+
+    Returns:
+      How many steps the run has done in total, those before `start` included.
+    """
     config = self.job.config
     validate = self.job.validator()
     journal = Journal(self.job.tokens, self._writer())
@@ -132,6 +166,7 @@ class Loop:
     return done
 
   def _writer(self) -> Callable[[Record], None]:
+    """Returns a function that writes a record to the metrics and prints it."""
     line = StepLine(self.job)
 
     def write(record: Record) -> None:
@@ -144,7 +179,8 @@ class Loop:
     return write
 
   def _save(self, state: TrainState) -> None:
-    # First: a checkpoint that is ahead of its metrics would leave a hole that no resume fills.
+    """Starts writing a checkpoint of the state."""
+    # Metrics first: a checkpoint ahead of them would leave a gap that no resumed run fills.
     if self.metrics is not None:
       self.metrics.sync()
     config, data = self.job.config, self.job.record.data
@@ -153,4 +189,5 @@ class Loop:
 
 
 def _due(done: int, every: int) -> bool:
+  """Whether something that is to be done every so many steps is due after `done` of them."""
   return every > 0 and done % every == 0

@@ -1,7 +1,8 @@
-"""Numbers of each step, kept: a JSONL file that survives being killed, and tensorboard events.
+"""Writes the numbers of each step to a JSONL file and to tensorboard events.
 
-Each step stands in the file once. A run that died after its last checkpoint has written steps that
-it will do again; on resume those lines go first, in one atomic exchange.
+The file survives a killed run, and each step stands in it once: a run that died some steps after
+its last checkpoint will do these steps again, so that their lines are dropped when it resumes, by
+exchanging the whole file at once.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ class Record:
 
   Attributes:
     step: number of the update, from 0.
-    loss: mean over the batch's targets, nats per token.
-    grad_norm: global norm before clipping.
-    learning_rate: of the update.
-    tokens_per_second: trained, over all devices; None where batches are not of tokens.
+    loss: mean over the batch's targets; of text in nats per token.
+    grad_norm: global norm of the gradient before clipping.
+    learning_rate: that the update was done with.
+    tokens_per_second: tokens trained on, over all devices; None where batches are not of tokens.
     step_seconds: from the end of the step before, or from its own start after a pause.
-    validation_loss: after the update, nats per byte for text; None where it was not measured.
-    more: what else was measured with it, such as validation_accuracy.
+    validation_loss: after the update, of text in nats per byte; None where it was not measured.
+    more: what else was measured at that validation, by key of the line, such as
+      `validation_accuracy`; empty where nothing was.
   """
 
   step: int
@@ -45,7 +47,7 @@ class Record:
   more: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def to_dict(self) -> dict[str, Any]:
-    """The line: all but a rate that there is not, and `more` after the others."""
+    """Returns the line's keys and values: `more` stands last, a rate of None is left out."""
     line = {**vars(self), **self.more}
     del line["more"]
     if self.tokens_per_second is None:
@@ -54,7 +56,9 @@ class Record:
 
 
 def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """Yields the lines of a metrics file; what a kill or a power cut left of the last is left out.
+  """Yields the lines of a metrics file as dicts; nothing if there is no such file.
+
+  A last line that a kill or a power cut has left incomplete is left out.
 
   Raises:
     ConfigError: a damaged line before the last one.
@@ -74,7 +78,7 @@ def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def drop_from(path: pathlib.Path, step: int) -> None:
-  """Leaves the lines of the steps before `step`, whole or not at all."""
+  """Drops the lines of step `step` and later; the file is exchanged whole, or not at all."""
   if not path.exists():
     return
   with atomic_file(path) as file:
@@ -84,12 +88,12 @@ def drop_from(path: pathlib.Path, step: int) -> None:
 
 
 class MetricsWriter:
-  """Appends to both, from one step on; closes with its `with` block.
+  """Appends records to the JSONL file and to the tensorboard events; closes with its `with` block.
 
   Args:
     path: the JSONL file, made if missing.
     events: folder of the tensorboard events.
-    start: the first step that will be written; what is there from it on is dropped.
+    start: the first step that will be written; lines of that step and later ones are dropped.
   """
 
   def __init__(self, path: pathlib.Path, events: pathlib.Path, start: int) -> None:
@@ -127,5 +131,6 @@ class MetricsWriter:
 
 
 def _line(values: dict[str, Any]) -> bytes:
-  # repr, which json uses for floats, reads back to the same float.
+  """Formats a line of the file, with its end."""
+  # json writes floats by repr, which reads back to the same float.
   return (json.dumps(values) + "\n").encode()

@@ -1,4 +1,4 @@
-"""The loss curve of a run, from its metrics file."""
+"""Draws the loss curve of a run from its metrics file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxpipe.data.files import atomic_file
 from jaxpipe.training.loop.metrics import read_records
 
-_REACH = 25  # steps to each side in the mean drawn over the noise of single steps
+_REACH = 25  # steps to each side in the mean that is drawn over the losses of single steps
 
 
 def draw_loss(
@@ -53,9 +53,15 @@ def _label(name: str, unit: str) -> str:
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
-  """Mean over a window centred on each value, cut short at both ends: float64 [n].
+  """Averages over a window centred on each value; at both ends the window is narrower.
 
-  Centred, so that it does not trail behind where the loss falls fast.
+  A mean of past values alone would trail behind where the loss falls fast.
+
+  Args:
+    values: n numbers.
+
+  Returns:
+    float64 [n].
   """
   sums = np.concatenate([[0.0], np.cumsum(values)])
   at = np.arange(len(values))

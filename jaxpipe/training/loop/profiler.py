@@ -1,4 +1,4 @@
-"""A trace of chosen steps, for https://ui.perfetto.dev or tensorboard."""
+"""Traces chosen steps by JAX's profiler, for https://ui.perfetto.dev or tensorboard."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ class Profiler:
   """Traces the steps of a range into a folder.
 
   Args:
-    steps: which; none of them is traced if it is empty.
-    folder: made when the trace ends.
+    steps: the numbers of the steps to trace; empty for none.
+    folder: where the trace is written, made when it ends.
   """
 
   def __init__(self, steps: range, folder: pathlib.Path) -> None:
     self._steps, self._folder, self._running = steps, folder, False
 
   def before(self, step: int) -> None:
-    """Starts or stops the trace; to be called before each step, with no step under way."""
+    """Starts or stops the trace where that is due; call it with no step under way."""
     if step in self._steps and not self._running:
       jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
       self._running = True

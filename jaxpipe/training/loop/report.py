@@ -1,4 +1,7 @@
-"""What a run prints: its plan at the start, then one line a step; a bar only on a terminal."""
+"""The text that a run prints: its plan at the start, then a line for each step.
+
+On a terminal a progress bar stands below the lines; in a file there are lines alone.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,11 @@ Tree = Any
 
 
 def describe(run: Run) -> str:
-  """The plan of a run: mesh, timetable with both bubbles, parameters, expected memory, data."""
+  """Describes a run before its first step, in several lines.
+
+  They say which mesh and schedule it has, with the timetable and both bubbles, how many parameters
+  there are, what memory is expected on a device, and what the data are.
+  """
   # A timetable is broken at a terminal's edge, never in a file.
   width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
   device = run.mesh.devices.flat[0]
@@ -46,8 +53,8 @@ def describe(run: Run) -> str:
 
 
 def count_parameters(run: Run) -> tuple[int, int]:
-  """Parameters in total, and on each device: its share of all that is cut over the stages."""
-  # As they lie: rows of unlike stages are as wide as the widest.
+  """Counts parameters: of the whole model, and of the share that one device holds."""
+  # As they are stored: of unlike stages every row is as wide as the widest, padding counted.
   laid = run.stack.laid_out(run.schedule)
   shapes = laid.param_shapes()
   places = shardings(shapes, laid, run.schedule, run.mesh)
@@ -56,17 +63,17 @@ def count_parameters(run: Run) -> tuple[int, int]:
 
 
 class StepLine:
-  """Formats a step's record; knows what the model costs and what the devices can do.
+  """Formats the record of a step, with the utilisation (MFU) where FLOPs and peak are known.
 
   Args:
-    run: that it reports on.
+    run: whose steps are reported.
   """
 
   def __init__(self, run: Run) -> None:
     self._steps = run.config.steps
     self._flops, self._unit = run.flops_per_token, run.validation_unit
     peak = peak_flops(run.mesh.devices.flat[0].device_kind)
-    # Over the whole mesh: idle devices are paid for too.
+    # Of the whole mesh: a device that idles in a bubble counts as much as one that works.
     self._peak = peak and peak * run.mesh.size
 
   def __call__(self, record: Record) -> str:
@@ -89,10 +96,10 @@ class StepLine:
 
 
 class Screen:
-  """Prints lines; on a terminal, above a progress bar.
+  """Prints lines; on a terminal above a progress bar, which the `with` block shows.
 
   Args:
-    start: the first step.
+    start: steps that are done already.
     steps: of the whole run.
   """
 
@@ -132,4 +139,5 @@ def _count(tree: Tree) -> int:
 
 
 def _mib(size: int) -> str:
+  """Formats bytes as MiB."""
   return f"{size / 2**20:,.1f}"

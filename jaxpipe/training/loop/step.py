@@ -1,4 +1,4 @@
-"""One update: gradients through the pipeline, clipping, AdamW; one program, compiled once."""
+"""The training step: pipelined gradients and the optimizer's update, compiled as one program."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Tree = Any
 
 
 class StepResult(NamedTuple):
-  """Scalars of one step, still on the device.
+  """The numbers of one step, arrays that are still on the devices.
 
   Attributes:
-    loss: what is minimised: mean over the targets, in nats per token, and with experts the losses
-      of their routers besides, which a validation loss does not have.
-    grad_norm: global norm before clipping.
-    learning_rate: that the update took.
-    metrics: the head's own, summed over the targets.
+    loss: [], what is minimised: the mean over the targets (of text, in nats per token) and, with
+      experts, the losses of their routers besides, which a validation loss does not have.
+    grad_norm: [], global norm of the gradient before clipping.
+    learning_rate: [], that the update was done with.
+    metrics: the head's own metrics, summed over the batch.
   """
 
   loss: jax.Array
@@ -42,15 +42,16 @@ def make_train_step(
   state: TrainState,
   mesh: Mesh,
 ) -> jax.stages.Wrapped:
-  """Returns the jitted step.
+  """Returns the jitted step of a run.
 
   Args:
     value_and_grad: `(params, batch, key) -> ((loss, metrics), grads)`, of the pipeline; of a stack
-      with state `(params, batch, key, state) -> ((loss, metrics, state), grads)`.
-    optimizer, learning_rate: from `optimizer.py`.
+      with model state `(params, batch, key, state) -> ((loss, metrics, state), grads)`.
+    optimizer: from `make_optimizer`; clipping is part of it.
+    learning_rate: `step -> rate`, the one that the optimizer has, for the record.
     seed: of dropout; step k draws from `fold_in(key(seed), k)`, whatever came before.
-    state: a placed state or its placed shapes, to lay out the result like it.
-    mesh: where it lies.
+    state: a placed state or its placed shapes; the step's result lies like it.
+    mesh: where the state lies.
 
   Returns:
     `step(state, batch) -> (state, StepResult)`. The given state is donated: it is gone afterwards.
@@ -64,22 +65,22 @@ def make_train_step(
       (loss, metrics, model_state), grads = value_and_grad(state.params, batch, key, model_state)
     else:
       (loss, metrics), grads = value_and_grad(state.params, batch, key)
-    wide = widen(state.params)  # decay reads parameters, and must not round in their dtype
+    wide = widen(state.params)  # weight decay reads parameters, and must not round in their dtype
     updates, opt_state = optimizer.update(grads, state.opt_state, wide)
     new = optax.apply_updates(state.params, updates)
     result = StepResult(loss, optax.tree.norm(grads), learning_rate(state.step), metrics)
     done = TrainState(params=new, opt_state=opt_state, step=state.step + 1, model_state=model_state)
     return done, result
 
-  # Fixed output places: left to the compiler, they may differ from the input's and the second call
-  # would compile again.
+  # The result's shardings are fixed: left to the compiler, they may differ from those of the given
+  # state, and the second call would compile the step again.
   alike = jax.tree.map(lambda leaf: leaf.sharding, state)
   places = (alike, NamedSharding(mesh, Spec()))
   return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def compile_step(run: Run, state: TrainState) -> jax.stages.Compiled:
-  """Compiles the step of a run, for a placed state or its placed shapes."""
+  """Compiles the step of a run, for a placed state or its placed shapes; runs nothing."""
   step = make_train_step(
     run.value_and_grad, run.optimizer, run.learning_rate, run.config.seed, state, run.mesh
   )

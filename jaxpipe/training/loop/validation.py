@@ -1,4 +1,4 @@
-"""Losses on held-out data, over the same pipeline that trains."""
+"""Measures losses on held-out data, by the forward pass of the pipeline that trains."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Tree = Any
 
 
 class Totals(NamedTuple):
-  """Sums over all batches, in float64.
+  """Sums over validation batches, in float64.
 
   Attributes:
-    loss: of the losses, each times its weight.
-    metrics: of the head's own.
-    weight: of the weights.
+    loss: sum of the batches' mean losses, each times the batch's weight.
+    metrics: sums of the head's own metrics; None before the first batch.
+    weight: sum of the weights.
   """
 
   loss: np.float64
@@ -30,11 +30,14 @@ class Totals(NamedTuple):
 def sum_over(
   evaluate: Callable[[Any], tuple[Any, Tree]], batches: Iterable[tuple[Any, float]]
 ) -> Totals:
-  """Adds up what a stack says about some batches.
+  """Evaluates some batches and adds up their losses and metrics.
 
   Args:
-    evaluate: `batch -> (mean loss, metrics)`, not waited for.
-    batches: each with its weight, over all processes; at least one.
+    evaluate: `batch -> (mean loss, metrics)`, arrays that need not be ready when it returns.
+    batches: pairs of a batch and its weight over all processes; at least one.
+
+  Returns:
+    The sums over all batches.
   """
   totals, held = Totals(np.float64(0), None, np.float64(0)), None
   for batch, weight in batches:
@@ -46,6 +49,7 @@ def sum_over(
 
 
 def _add(totals: Totals, held: tuple[tuple[Any, Tree], float] | None) -> Totals:
+  """Waits for a batch's results and adds them to the sums; None adds nothing."""
   if held is None:
     return totals
   (mean_loss, metrics), weight = jax.device_get(held[0]), np.float64(held[1])
@@ -66,9 +70,9 @@ def make_validation(
   """Returns `validate(params) -> nats per byte` over the whole split.
 
   Args:
-    evaluate: `(params, batch) -> (mean loss, metrics)`, of `pipeline_forward`.
-    batches: the split; its last batch is padded with weight 0.
-    tokenizer: says how many bytes the targets stand for.
+    evaluate: `(params, batch) -> (mean loss, metrics)`, from `pipeline_forward`.
+    batches: the held-out split; its last batch is padded with weight 0.
+    tokenizer: knows how many bytes of text each target stands for.
     put: makes a batch on the mesh of the rows that this process has read.
   """
   total_bytes = batches.target_bytes(tokenizer.byte_lengths)

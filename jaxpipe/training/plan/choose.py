@@ -1,7 +1,7 @@
-"""Which schedule to run: the fastest that the devices hold, or the leanest of those as fast.
+"""Chooses a schedule: the fastest that fits into the devices, or the leanest of those as fast.
 
-Zero bubble is not free: what W waits for may be several times what F keeps. So a schedule is
-weighed by both, before anything is compiled:
+The fastest schedule may need the most memory: in zero bubble, what is kept for a delayed W may be
+several times what F keeps. So time and memory are both estimated, before anything is compiled:
 
     [1] time    of every registered schedule's tick table, at the FLOPs of the stack's F, I and W
     [2] memory  of one device, by `memory_report`; what does not fit is left out
@@ -18,30 +18,30 @@ import jax
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import STAGE, row_shards
-from jaxpipe.pipeline.costs.flops import counted_costs
+from jaxpipe.pipeline.costs.layer_costs import counted_costs
 from jaxpipe.pipeline.costs.memory import memory_report
 from jaxpipe.pipeline.device.order import blocks
-from jaxpipe.pipeline.executor import lower_on
-from jaxpipe.pipeline.layer.residuals import Policy, residual_policy
-from jaxpipe.pipeline.table.unroll import cut, estimated_time
+from jaxpipe.pipeline.execution import Execution
+from jaxpipe.pipeline.layer.residuals import Policy
+from jaxpipe.pipeline.table.tick_times import estimated_time
 from jaxpipe.schedules import Costs, Schedule, make_schedule
 from jaxpipe.schedules.command.compare import compare, scale_costs
 
 Tree = Any
 
-# Estimates are no better than this: what is so near the fastest counts as fast.
+# Estimates are no more exact than this: a time within 3 % of the fastest counts as fast.
 _EQUALLY_FAST = 1.03
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """One schedule.
+  """A schedule that may be chosen.
 
   Attributes:
-    label: its name, and how its backward is cut where that is not the family's own way.
-    schedule: itself.
-    time: of a step; the unit is a forward of a P-th part of the layers.
-    bytes: what one device holds; 0 until it is asked.
+    label: its name, and its kind of backward where that is not the family's own.
+    schedule: the schedule, for the mesh's stages.
+    time: estimated time of a step; the unit is a forward of a P-th part of the layers.
+    bytes: memory that one device needs; 0 until it is estimated.
   """
 
   label: str
@@ -52,11 +52,11 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What was chosen, and among what.
+  """The chosen schedule, and those that it was compared with; as text, a line for each.
 
   Attributes:
-    best: the chosen one.
-    candidates: those that were weighed, fastest first; all others are slower.
+    best: the chosen candidate.
+    candidates: those whose memory was estimated, fastest first; all others are slower.
     limit: bytes that one device may hold; None without a limit.
   """
 
@@ -96,8 +96,11 @@ def choose_schedule(
     stack, mesh, residuals, unroll, slack: as for `pipeline_value_and_grad`.
     example_batch: a batch or its shapes, leaves `[B, ...]`.
     microbatches: M.
-    optimizer: an optax transformation, whose state counts.
-    memory_limit: bytes that one device may hold.
+    optimizer: an optax transformation, whose state counts as memory; None: nothing is counted.
+    memory_limit: bytes that one device may hold; None: any number.
+
+  Returns:
+    The choice, whose `schedule` is for the mesh's stages.
 
   Raises:
     ValueError: no schedule fits the layers or the limit; says what 1F1B needs. Or the layers are
@@ -114,22 +117,23 @@ def choose_schedule(
   def report(schedule: Schedule) -> Any:
     return memory_report(stack, schedule, mesh, example_batch, **policy)
 
-  # Families that plan within a limit want it in what F keeps of a P-th part of the layers.
-  one, room = report(make_schedule("1f1b", **sizes)), None
+  # Families that plan within a limit want it in units of what F keeps of a P-th part of the layers;
+  # theirs is what the limit leaves beside the bytes that do not depend on the schedule.
+  one, limit = report(make_schedule("1f1b", **sizes)), None
   costs = _costs(stack, mesh, example_batch, microbatches, residuals)
   if memory_limit is not None:
-    room = max(memory_limit - one.total + one.rings, 0) / one.unit
-  entries = compare(**sizes, costs=costs, memory=one.units, memory_limit=room)
+    limit = max(memory_limit - one.total + one.rings, 0) / one.unit
+  entries = compare(**sizes, costs=costs, memory=one.units, memory_limit=limit)
 
   def timed() -> Iterator[Candidate]:
-    policy = residual_policy(residuals)
     for entry in entries:
       schedule = entry.timeline and entry.timeline.schedule
-      # Who leaves layers out trains another model.
+      # A schedule whose microbatches skip layers trains another model.
       if schedule and not schedule.paths and stack.depth % schedule.stages == 0:
-        program = lower_on(schedule, mesh, policy, slack)
+        execution = Execution.of(stack, schedule, mesh, residuals=residuals, slack=slack)
         times = scale_costs(costs, schedule.devices, schedule.stages)
-        time = estimated_time(program, cut(program, unroll), times, blocking=blocks(mesh))
+        segments = execution.segments(unroll)
+        time = estimated_time(execution.program, segments, times, blocking=blocks(mesh))
         yield Candidate(entry.label, schedule, time)
 
   candidates = sorted(timed(), key=lambda candidate: candidate.time)
@@ -144,6 +148,7 @@ def choose_schedule(
 
 
 def _costs(stack: Any, mesh: Mesh, batch: Tree, microbatches: int, residuals: Any) -> Costs:
+  """Counts the FLOPs of the stack's F, I and W on one data shard's share of a microbatch."""
   each = microbatches * row_shards(mesh)
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // each, *leaf.shape[1:]), leaf.dtype), batch
@@ -154,7 +159,16 @@ def _costs(stack: Any, mesh: Mesh, batch: Tree, microbatches: int, residuals: An
 def _choose(
   candidates: list[Candidate], held: Callable[[Schedule], int], limit: float | None
 ) -> Choice | None:
-  """Weighs them, fastest first, until all that are as fast as the first that fits are seen."""
+  """Chooses the leanest of those that fit and are as fast as the fastest that fits.
+
+  Args:
+    candidates: sorted by time; the memory of the slow ones is never asked for.
+    held: estimates the bytes of one device.
+    limit: bytes that it may hold; None: any number.
+
+  Returns:
+    The choice; None where nothing fits.
+  """
   seen: list[Candidate] = []
   fitting: list[Candidate] = []
   for candidate in candidates:

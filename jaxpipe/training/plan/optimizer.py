@@ -1,4 +1,6 @@
-"""AdamW with warm-up, cosine and clipping, over the parameter tree of a stack.
+"""The optimizer of a run: AdamW with warm-up, cosine decay and clipping, as an optax chain.
+
+It works on the parameter tree of a stack, canonical or as placed on the mesh.
 
 References:
   AdamW: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
@@ -29,15 +31,21 @@ _B1, _B2, _EPSILON = 0.9, 0.95, 1e-8  # GPT-3's (arXiv:2005.14165, appendix B)
 
 
 def learning_rate(config: RunConfig) -> optax.Schedule:
-  """Returns `step -> learning rate`: linear from 0 exclusive, then a cosine to a tenth.
+  """Returns the schedule `step -> learning rate`: linear warm-up, then a cosine to a tenth.
 
-  The first update (step 0) already moves: it takes the rate of one warm-up step, not 0.
+  The first update (step 0) already moves parameters: it takes the rate of one warm-up step, not 0.
+
+  Args:
+    config: peak rate, and numbers of warm-up steps and of all steps.
   """
   peak, warmup = config.learning_rate, min(config.warmup_steps, config.steps)
   cosine = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), alpha=_FINAL_SHARE)
   if not warmup:
     return cosine
-  ramp = lambda step: peak * (step + 1) / warmup  # noqa: E731
+
+  def ramp(step: Any) -> Any:
+    return peak * (step + 1) / warmup
+
   return optax.join_schedules([ramp, cosine], [warmup])
 
 
@@ -45,7 +53,10 @@ def decay_mask(params: Tree) -> Tree:
   """Says per leaf whether weight decay applies: to matrices and tables, not to scales or biases.
 
   Args:
-    params: a parameter tree `{"embed", "layers", "head"}`, or its shapes.
+    params: a tree `{"embed", "layers", "head"}` with a leaf for every parameter, or its shapes.
+
+  Returns:
+    A tree of bools.
   """
 
   def is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
@@ -56,7 +67,13 @@ def decay_mask(params: Tree) -> Tree:
 
 
 def placed_mask(stack: LayerStack, schedule: Schedule) -> Callable[[Tree], Tree]:
-  """`decay_mask` of parameters as they are placed: of packed ones, a mask of every element."""
+  """Returns `decay_mask` for parameters as they are placed on the mesh.
+
+  Returns:
+    `mask(params)`. Where layers are alike, placed parameters have a leaf for every parameter, and
+    the mask a bool. Unlike layers are packed, many parameters into one array, and the mask is a
+    bool array of the same shape.
+  """
   if stack.uniform:
     return decay_mask
 
@@ -69,7 +86,12 @@ def placed_mask(stack: LayerStack, schedule: Schedule) -> Callable[[Tree], Tree]
 
 
 def decayed(weight_decay: float, mask: Callable[[Tree], Tree]) -> optax.GradientTransformation:
-  """Adds decoupled weight decay where the mask says so, leaf by leaf or element by element."""
+  """Returns the transformation that adds decoupled weight decay to updates.
+
+  Args:
+    weight_decay: times the parameters is what it adds.
+    mask: `params -> tree` that says where, by a bool for a leaf or a bool array for its elements.
+  """
 
   def one(update: jax.Array, param: jax.Array, where: Any) -> jax.Array:
     if isinstance(where, bool):
@@ -85,13 +107,13 @@ def decayed(weight_decay: float, mask: Callable[[Tree], Tree]) -> optax.Gradient
 def make_optimizer(
   config: RunConfig, mask: Callable[[Tree], Tree] = decay_mask
 ) -> optax.GradientTransformation:
-  """Returns the optimizer of a run.
+  """Returns the optimizer of a run: clipping, Adam, weight decay and learning rate.
 
-  Its moments have the dtype of what it is given: `widen` parameters first.
+  Its moments have the dtype of the parameters that `init` is given: `widen` these first.
 
   Args:
-    config: of the run.
-    mask: what decays, of parameters as they are placed.
+    config: rates and their schedule, and rules that differ by parameter (CompleteP).
+    mask: `params -> tree` that says what decays, of parameters as they are placed.
   """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   adam = optax.scale_by_adam(_B1, _B2, _EPSILON)
@@ -105,7 +127,7 @@ def make_optimizer(
 def _by_parameter(
   adam: optax.GradientTransformation, weight_decay: float, rules: CompleteP
 ) -> Iterator[optax.GradientTransformation]:
-  """Yields AdamW with a rate, a decay and an epsilon of each parameter's own."""
+  """Yields the transformations of AdamW with each parameter's own rate, decay and epsilon."""
 
   def each(fn: Callable[[Factors, jax.Array, jax.Array], jax.Array]) -> Any:
     def one(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
@@ -114,13 +136,13 @@ def _by_parameter(
 
     return optax.stateless(lambda updates, params: jax.tree.map_with_path(one, updates, params))
 
-  # Adam does not see the scale of what it is given, but by its epsilon: a gradient that is k times
-  # as large has one that is k times as small.
+  # Adam divides by the gradient's own scale, plus epsilon: a gradient that is k times as large is
+  # one whose epsilon is k times as small.
   yield each(lambda f, update, _: update / f.epsilon)
   yield adam
   yield each(lambda f, update, param: f.rate * (update + f.decay * weight_decay * param))
 
 
 def widen(params: Tree) -> Tree:
-  """The same tree in float32 at least: bfloat16 moments would lose most small updates."""
+  """Casts parameters to float32 at least: moments in bfloat16 would lose most small updates."""
   return jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)

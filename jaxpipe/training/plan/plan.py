@@ -1,7 +1,7 @@
-"""Where a run computes and in which order: from flags to mesh, schedule, step and memory.
+"""Plans a run from its flags: its mesh, its schedule, its step and the memory that it will need.
 
-Nothing here knows what is trained. All errors are the user's, in one line, with the flags that
-decide before them.
+No function in this module knows what is trained. All errors are the user's, `ConfigError`s of one
+line that begin with the flags that decide.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import residual_policy
 from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.stack.stack import LayerStack
-from jaxpipe.training.aot.aot import DeviceSpec
+from jaxpipe.training.chips import DeviceSpec
 from jaxpipe.training.flags.errors import ConfigError, naming
 from jaxpipe.training.flags.run_config import AUTO, RunConfig
 from jaxpipe.training.plan.choose import Choice, choose_schedule
@@ -32,15 +32,18 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-  """How a stack is trained.
+  """How a stack is trained: everything that is decided before its data and its run directory.
 
   Attributes:
-    mesh, schedule: where, and in which order.
-    choice: among what the schedule was chosen; None where it was asked for by name.
-    stack: what.
-    batch_shapes: a batch as `jax.ShapeDtypeStruct`s.
-    optimizer, learning_rate: how.
-    value_and_grad, evaluate: `pipeline_value_and_grad` and `pipeline_forward` of all these.
+    mesh: the devices, by axis.
+    schedule: the order of actions on each of the mesh's stages.
+    choice: the schedules that this one was chosen from; None where it was asked for by name.
+    stack: the model.
+    batch_shapes: a whole batch as `jax.ShapeDtypeStruct`s, leaves [B, ...].
+    optimizer: the optax transformation, for parameters as they are placed.
+    learning_rate: `step -> rate`, the one that the optimizer has.
+    value_and_grad: `pipeline_value_and_grad` of stack, schedule and mesh.
+    evaluate: `pipeline_forward` of stack, schedule and mesh.
     memory: what each device will hold, the optimizer's state included.
   """
 
@@ -68,19 +71,21 @@ def make_plan(
   filled_by: Collection[str] = (),
   traced_by: Collection[str] = (),
 ) -> Plan:
-  """Lowers the schedule and traces a layer; compiles nothing.
+  """Plans how a stack is trained: lowers the schedule and traces a layer, and compiles nothing.
 
   Args:
-    config: what was asked for.
-    mesh, schedule: from `build_mesh` and `build_schedule`; the schedule gives way to the best one
-      where `--schedule=auto`.
-    stack, batch_shapes: what is trained.
-    chosen_by, placed_by, filled_by, traced_by: flags to name, besides the plan's own, where no
-      schedule fits, a parameter cannot be cut, the layers do not fill the stages, or what is traced
-      does not fit.
+    config: the flags.
+    mesh: from `build_mesh`.
+    schedule: from `build_schedule`; with `--schedule=auto` the best one takes its place.
+    stack: the model.
+    batch_shapes: of a whole batch, leaves [B, ...].
+    chosen_by: flags to name, besides the plan's own, where no schedule fits.
+    placed_by: flags to name besides where the mesh cannot divide a parameter.
+    filled_by: flags to name besides where the layers do not fill the stages.
+    traced_by: flags to name besides where a layer cannot be traced.
 
   Raises:
-    ConfigError: it cannot be executed.
+    ConfigError: the run cannot be executed.
   """
   optimizer, choice = make_optimizer(config), None
   if config.schedule == AUTO:
@@ -112,21 +117,26 @@ def make_plan(
 
 
 def build_mesh(config: RunConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh that the flags ask for, of these devices or of the machine's.
+  """Makes the mesh that the flags ask for.
+
+  Args:
+    config: the flags.
+    devices: of which it is made; None: all that JAX knows.
 
   Raises:
-    ConfigError: it cannot be made of them.
+    ConfigError: the devices do not make such a mesh.
   """
   with naming(*config.flags("mesh", *["slow_axis"] * bool(config.slow_axis))):
     return make_mesh(config.mesh, devices, slow=config.slow_axis or None)
 
 
 def build_schedule(config: RunConfig, mesh: Mesh, head: str = "last") -> Schedule:
-  """The schedule that the flags name, over the mesh's stages; for `auto` one to check sizes with.
+  """Builds the schedule that the flags name, over the mesh's stages; for `auto` it is 1F1B.
 
   Args:
-    config, mesh: of the run.
-    head: as for `make_schedule`; anything but `last` is a flag of the configuration, too.
+    config: the flags.
+    mesh: its size along `stage` is the number of pipeline devices.
+    head: as for `make_schedule`; anything but `last` must come from a flag `--head`.
 
   Raises:
     ConfigError: the sizes do not fit; names the flags.
@@ -134,7 +144,7 @@ def build_schedule(config: RunConfig, mesh: Mesh, head: str = "last") -> Schedul
   optional = schedule_flags(config) + ["head"] * (head != "last")
   with naming(*config.flags("schedule", "microbatches", *optional)):
     return make_schedule(
-      # Sizes that 1F1B has, auto can have.
+      # To check sizes with: whatever 1F1B can run, auto has a schedule for.
       "1f1b" if config.schedule == AUTO else config.schedule,
       devices=mesh.shape[STAGE],
       microbatches=config.microbatches,
@@ -146,12 +156,12 @@ def build_schedule(config: RunConfig, mesh: Mesh, head: str = "last") -> Schedul
 
 
 def schedule_flags(config: RunConfig) -> list[str]:
-  """Those that shape a schedule and are set: at their defaults they decide nothing."""
+  """Names the flags that shape a schedule and are set: at their defaults they decide nothing."""
   return [name for name in ("chunks", "backward", "recompute") if getattr(config, name)]
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
-  """Raises ConfigError where the rows cannot be cut."""
+  """Raises ConfigError where the rows of a batch do not divide into microbatches and shards."""
   M, shards = config.microbatches, row_shards(mesh)
   if config.batch_size % (M * shards):
     flags = " ".join(config.flags("batch_size", "microbatches", "mesh"))
@@ -169,12 +179,19 @@ def choose(
   optimizer: optax.GradientTransformation,
   flags: Collection[str] = (),
 ) -> Choice:
-  """What `--schedule=auto` stands for, within `--memory_limit` or what the devices have.
+  """Chooses the schedule of `--schedule=auto`, within `--memory_limit` or the devices' memory.
+
+  Args:
+    config: the flags.
+    mesh, stack: what is trained, and where.
+    shapes: of a whole batch, leaves [B, ...].
+    optimizer: whose state counts as memory.
+    flags: names of flags for the message where nothing fits, besides those read here.
 
   Raises:
-    ConfigError: nothing fits; names `flags` besides its own.
+    ConfigError: no schedule fits.
   """
-  # Devices of other processes do not tell what they have.
+  # Only of its own devices does a process learn how much memory they have.
   own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
   limit = 1e9 * config.memory_limit or DeviceSpec.of(own).memory
   with naming(*config.flags("schedule", "memory_limit", *flags, "mesh", "residuals")):

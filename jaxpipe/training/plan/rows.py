@@ -1,10 +1,13 @@
-"""The rows of a batch that this process reads, and the batch that they make on the mesh.
+"""Decides which rows of a batch a process reads, and makes global arrays of what was read.
 
 Each device along the axes of `ROWS` holds an equal slice of every microbatch. A process reads the
 rows of its own devices, once each; peers along the other axes that lie in another process read them
-as well, so that no process sends rows to another.
+as well, so that no process sends rows to another. With 2 microbatches and 2 data shards:
 
-Shapes: B rows of a batch, M microbatches, R rows that are read here.
+    rows of the batch    0 1 2 3 | 4 5 6 7     microbatch 0 | microbatch 1
+    data shard           0 0 1 1 | 0 0 1 1     a process of shard 1 reads rows 2, 3, 6 and 7
+
+Shapes: B rows of a batch, M microbatches, R rows that this process reads.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ Tree = Any
 
 
 class ProcessRows:
-  """Which rows those are, and where they go.
+  """The rows of every batch that this process reads, and their places on the mesh.
 
   Args:
     mesh: of the run; some of its devices are this process's.
@@ -33,7 +36,7 @@ class ProcessRows:
     ValueError: rows that do not divide, or a mesh without a device of this process.
 
   Attributes:
-    rows: numbers of the rows to read, microbatch by microbatch: R of them.
+    rows: numbers of the rows to read, microbatch by microbatch; R of them.
   """
 
   def __init__(self, mesh: Mesh, batch_size: int, microbatches: int) -> None:
@@ -52,10 +55,10 @@ class ProcessRows:
     self.rows: list[int] = (starts + self._columns).ravel().tolist()
 
   def put(self, batch: Tree) -> Microbatches:
-    """Makes the global batch of what each process has read.
+    """Makes a batch on the mesh of the rows that each process has read.
 
     Args:
-      batch: leaves [R, ...], the rows of `rows` in their order.
+      batch: leaves [R, ...], the rows numbered in `rows`, in that order.
 
     Returns:
       Leaves [M, B / M, ...], each device with its own rows.
@@ -65,6 +68,7 @@ class ProcessRows:
       own = read.reshape(self._shape[0], len(self._columns), *read.shape[1:])
 
       def part(index: Any) -> np.ndarray:
+        """The rows of one device: `index` are its slices of [M, B / M, ...]."""
         first, last = np.searchsorted(self._columns, index[1].indices(self._shape[1])[:2])
         return own[index[0], first:last]
 
@@ -74,7 +78,11 @@ class ProcessRows:
     return Microbatches(jax.tree.map(leaf, batch))
 
   def shapes(self, batch: Tree) -> Microbatches:
-    """What `put` makes, as shapes; of a whole batch's shapes, leaves [B, ...]."""
+    """Returns the shapes, with shardings, of what `put` makes.
+
+    Args:
+      batch: shapes of a whole batch, leaves [B, ...].
+    """
 
     def leaf(whole: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
       shape = (*self._shape, *whole.shape[1:])

@@ -1,4 +1,7 @@
-"""What the loop needs to know of a run, whatever it trains."""
+"""The base class of runs: all that the training loop needs to know, whatever is trained.
+
+`LmRun` (`training/lm/run.py`) and `TaskRun` (`training/command/task_run.py`) are its subclasses.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,18 @@ Validate = Callable[[TrainState], Mapping[str, float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Run(Plan, abc.ABC):
-  """A run that can start.
+  """A run that has been checked and can begin: a plan with its data and its run directory.
 
   Attributes:
-    config: what was asked for.
-    folder: its run directory, not yet touched.
-    rows: which rows of a batch this process needs, and where they go.
+    config: the flags.
+    folder: the run directory; nothing has been written to it yet.
+    rows: which rows of a batch this process reads, and where on the mesh they lie.
     identity: JSON values that mark the data; a resumed run must have the same.
-    data_line: says in a line what it trains on.
-    tokens: trained in a step, over all devices; None where batches are not of tokens.
+    data_line: a line about the data for the start of the run; empty for none.
+    tokens: how many a step trains on, over all devices; None where batches are not of tokens.
     flops_per_token: model FLOPs of a token, forward and backward; None if unknown.
-    loss_unit, validation_unit: of the losses, such as `nats per byte`.
+    loss_unit: of the training loss, such as `nats per token`; empty if it has no name.
+    validation_unit: of the validation loss, such as `nats per byte`; empty if it has no name.
   """
 
   config: RunConfig
@@ -45,7 +49,7 @@ class Run(Plan, abc.ABC):
 
   @property
   def record(self) -> RunRecord[Any]:
-    """What marks a run directory as this run's."""
+    """The record that marks a run directory as this run's: its flags and its data's identity."""
     return RunRecord(config=self.config, data=dict(self.identity))
 
   def begin(self) -> Self:
@@ -54,13 +58,21 @@ class Run(Plan, abc.ABC):
     return self
 
   def first_params(self) -> Any:
-    """Placed parameters that the run begins from; None for fresh ones."""
+    """Returns placed parameters that the run begins from; None for fresh ones."""
     return None
 
   @abc.abstractmethod
   def batches(self, start: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-    """Batches of the steps from `start` on, without end; of each, this process's rows."""
+    """Opens the batches of the steps from `start` on.
+
+    Args:
+      start: number of the first step.
+
+    Returns:
+      A context whose value iterates over batches without end; of each batch it has the rows that
+      this process reads, leaves [R, ...].
+    """
 
   @abc.abstractmethod
   def validator(self) -> Validate:
-    """Returns `validate(state)`: what is measured on held-out data, `loss` first."""
+    """Returns `validate(state)`, which measures on held-out data: numbers by name, `loss` first."""

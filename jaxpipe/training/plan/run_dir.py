@@ -1,8 +1,11 @@
-"""The folder of a run: whose it is, and what must agree before anything in it is touched.
+"""The directory of a run: its files, and what must agree before a run may be resumed in it.
 
-config.json     marks the folder as ours: configuration and identity of the data
-tokenizer.json  of a BPE run, so that sampling needs no text
-checkpoints/  metrics.jsonl  events.out.tfevents.*  timetable.png  loss.png  profile/
+config.json     marks the directory as a run's: its flags, and the identity of its data
+tokenizer.json  of a run with byte-pair encoding, so that sampling needs no text
+checkpoints/    see `loop/checkpoint.py`
+metrics.jsonl   a line for each step, see `loop/metrics.py`
+events.out.tfevents.*  timetable.png  loss.png  profile/
+.lock           held by the process that trains here
 """
 
 from __future__ import annotations
@@ -31,10 +34,10 @@ _HELD: dict[pathlib.Path, IO[bytes]] = {}  # locked until the process ends, howe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord(Generic[Kind]):
-  """What `config.json` holds.
+  """The contents of `config.json`.
 
   Attributes:
-    config: of the command that began the run, or last resumed it.
+    config: the flags of the command that began the run, or last resumed it.
     data: JSON values that mark what it trains on, such as `TokenBatches.identity`.
   """
 
@@ -44,28 +47,32 @@ class RunRecord(Generic[Kind]):
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-  """Paths of a run, and its record."""
+  """A run directory: the paths in it, and its record.
+
+  Attributes:
+    path: the directory, which need not exist yet.
+  """
 
   path: pathlib.Path
 
   @property
   def checkpoints(self) -> pathlib.Path:
-    """Folder of the checkpoints."""
+    """The folder of the checkpoints."""
     return self.path / "checkpoints"
 
   @property
   def metrics(self) -> pathlib.Path:
-    """One JSON object a step."""
+    """The file with a JSON object for each step."""
     return self.path / "metrics.jsonl"
 
   @property
   def loss_png(self) -> pathlib.Path:
-    """The loss curve."""
+    """The picture of the loss curve."""
     return self.path / "loss.png"
 
   @property
   def profile(self) -> pathlib.Path:
-    """Folder of the traces."""
+    """The folder of the profiler's traces."""
     return self.path / "profile"
 
   @property
@@ -107,7 +114,8 @@ class RunDir:
       record: to be written.
       tokenizer: of the run, if it has one; bytes need no file.
     """
-    # In this order: a run that is killed here has no mark yet, or everything that it names.
+    # In this order, since a run may be killed between any two lines: config.json, which marks the
+    # directory as a run's, appears only once all that it names is there.
     self.path.mkdir(parents=True, exist_ok=True)
     _hold(self.path)
     if isinstance(tokenizer, BpeTokenizer):
@@ -144,7 +152,7 @@ class RunDir:
 
 
 def _hold(path: pathlib.Path) -> None:
-  """Keeps the folder for this process: two that train in one would undo each other's files.
+  """Locks the folder for this process: two that train in one would undo each other's files.
 
   Raises:
     ConfigError: another process has it.
@@ -164,7 +172,12 @@ def _hold(path: pathlib.Path) -> None:
 
 
 def check_config(path: pathlib.Path, record: RunRecord[Kind], config: Kind) -> None:
-  """Refuses to resume with another value where that would train another model.
+  """Refuses to resume with other flags where these would train another model.
+
+  Args:
+    path: the run directory.
+    record: that is in it.
+    config: the flags of the command that is to resume it.
 
   Raises:
     ConfigError: names the first such flag, both values and what to do.
@@ -181,15 +194,16 @@ def check_config(path: pathlib.Path, record: RunRecord[Kind], config: Kind) -> N
 def check_data(
   path: pathlib.Path, record: RunRecord[Any], data: Mapping[str, Any], flag: Callable[[str], str]
 ) -> None:
-  """The same for the data themselves.
+  """Refuses to resume with other data than the run began with.
 
   Args:
-    path, record: of the run.
-    data: JSON values as in the record.
-    flag: says where a value of `data` comes from, as one would type it.
+    path: the run directory.
+    record: that is in it.
+    data: JSON values that mark the data now, as in the record.
+    flag: `name -> flag`, as one would type it, that decides an entry of `data`.
 
   Raises:
-    ConfigError: they are other than the run's.
+    ConfigError: an entry of `data` is not the record's.
   """
   for name, now in data.items():
     # The path may differ, what the file holds may not.
@@ -202,6 +216,7 @@ def check_data(
 
 
 def _parse(path: pathlib.Path, kind: type[Kind]) -> RunRecord[Kind]:
+  """Reads a record, and refuses one that is damaged or of another experiment."""
   try:
     fields = json.loads(path.read_text())
     mark = fields["format"]
@@ -222,4 +237,5 @@ def _parse(path: pathlib.Path, kind: type[Kind]) -> RunRecord[Kind]:
 
 
 def _short(value: Any) -> str:
+  """The beginning of a value, which may be a long checksum."""
   return str(value)[:17]

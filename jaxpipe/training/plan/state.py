@@ -1,7 +1,8 @@
-"""What a training run carries from step to step, and where each part of it lies.
+"""The state that a training run carries from step to step, and its places on the mesh.
 
-The optimizer's moments have the tree of the parameters, so whatever holds for parameters (their
-places on the mesh, the canonical order of a checkpoint) holds for them by the same functions.
+The optimizer's moments have the tree of the parameters. So whatever holds for parameters (their
+shardings, the canonical order of a checkpoint) holds for moments, by the same functions: they are
+applied to every subtree of the state that has the parts of a parameter tree.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.placing import map_param_trees, place, shardings, unplace
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.protocol import LaidOutStack
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.plan.optimizer import widen
 
 Tree = Any
 
-# Steps fold small numbers into the same key; initialisation takes one that no step reaches.
+# Each step folds its number into the key of the seed; initialisation takes one that no step has.
 _INIT = 2**31
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-  """The state before step `step`.
+  """The training state before an update.
 
   Attributes:
-    params: as placed on the mesh; canonical inside a checkpoint.
-    opt_state: the optimizer's; its moments lie like `params`.
-    step: int32 [], updates done.
-    model_state: what the stack keeps besides parameters, placed like them; empty for a stack
-      without state.
+    params: parameters as placed on the mesh; canonical inside a checkpoint.
+    opt_state: the optimizer's state; its moments lie like `params`.
+    step: int32 [], number of updates that have been done.
+    model_state: variables of the stack that are not trained, such as moving averages, placed like
+      parameters; empty for a stack that has none.
   """
 
   params: Tree
@@ -47,10 +49,18 @@ class TrainState:
 
 
 def state_shardings(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Tree:
-  """Where each leaf of a state, or of its shapes, lies: moments lie like parameters."""
+  """Returns the sharding of each leaf of a state: moments lie like parameters, scalars everywhere.
+
+  Args:
+    state: a state or its shapes, as placed on the mesh.
+    stack, schedule, mesh: what is trained, in which order, and where.
+  """
   everywhere = NamedSharding(mesh, Spec())
-  place = lambda params: shardings(params, stack, schedule, mesh)  # noqa: E731
-  return map_param_trees(place, state, lambda _: everywhere)
+
+  def like_params(tree: Tree) -> Tree:
+    return shardings(tree, stack, schedule, mesh)
+
+  return map_param_trees(like_params, state, lambda _: everywhere)
 
 
 def create_state(
@@ -65,10 +75,11 @@ def create_state(
   """Returns the state before step 0; no device ever holds more than its own part of it.
 
   Args:
-    stack, schedule, mesh: what is trained, and where.
+    stack: the model.
     optimizer: from `make_optimizer`.
-    seed: of the parameters.
+    seed: of fresh parameters.
     example_batch: a batch, or its shapes.
+    schedule, mesh: they decide where the state lies.
     params: placed parameters to begin from, which are donated; None: fresh ones.
   """
   key = jax.random.fold_in(jax.random.key(seed), _INIT)
@@ -86,6 +97,8 @@ def create_state(
 
 
 def _fresh(optimizer: optax.GradientTransformation) -> Callable[[Tree, Tree], TrainState]:
+  """Returns `(params, model_state) -> TrainState`, the state before the first update."""
+
   def fresh(params: Tree, model_state: Tree) -> TrainState:
     step, moments = jnp.zeros((), jnp.int32), optimizer.init(widen(params))
     return TrainState(params=params, opt_state=moments, step=step, model_state=model_state)
@@ -93,28 +106,33 @@ def _fresh(optimizer: optax.GradientTransformation) -> Callable[[Tree, Tree], Tr
   return fresh
 
 
-def state_shapes(stack: LayerStack, optimizer: optax.GradientTransformation) -> TrainState:
-  """The canonical state as `jax.ShapeDtypeStruct`s."""
+def state_shapes(stack: LaidOutStack, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns the canonical state as `jax.ShapeDtypeStruct`s."""
   model_state = stack.state_shapes() if stack.has_state else {}
   shapes: TrainState = jax.eval_shape(_fresh(optimizer), stack.param_shapes(), model_state)
   return shapes
 
 
 def to_canonical(state: TrainState, stack: LayerStack, schedule: Schedule) -> TrainState:
-  """The state with layers in model order: parameters, moments and what the stack keeps."""
+  """Reorders a placed state to the canonical one: layers in model order, nothing packed."""
   return map_param_trees(lambda p: unplace(p, stack, schedule), state, lambda leaf: leaf)
 
 
 def to_placed(state: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> TrainState:
-  """Inverse of `to_canonical`."""
+  """Places a canonical state on the mesh; the inverse of `to_canonical`."""
   return map_param_trees(lambda p: place(p, stack, schedule, mesh), state, lambda leaf: leaf)
 
 
 def canonical_shardings(tree: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Tree:
-  """Where a canonical tree lies before it is placed.
+  """Returns shardings for a canonical tree that is about to be placed.
 
-  In uniform stacks it is spread like the placed tree, which has the same shapes: what is left to do
-  is to exchange layers between devices, and often nothing. Else it is whole on every device.
+  In uniform stacks the tree is spread like the placed one, which has the same shapes: what is left
+  to do is to exchange layers between devices, and often nothing. Otherwise it is whole on every
+  device.
+
+  Args:
+    tree: canonical parameters, moments or model state, or their shapes.
+    stack, schedule, mesh: where the tree will lie.
   """
   if stack.uniform:
     return shardings(tree, stack, schedule, mesh)

@@ -1,5 +1,5 @@
 """Runs of several processes: how they find one another, agree, and end together.
 
-Open `processes.py` first; `cluster.py` reads what Slurm, a TPU pod or GKE says, `rendezvous.py`
-meets.
+Open `processes.py` first. It asks `cluster.py` for what Slurm, GKE or a TPU pod knows of the job,
+and `rendezvous.py` waits until all processes have started.
 """

@@ -1,10 +1,15 @@
-"""A run that several processes share: how it starts, and what they agree on while it runs.
+"""Runs of several processes: how they start, and what they agree on while they run.
 
-Every process runs the same command, holds its own devices of one mesh and reads its own rows. What
-decides the course of the run is agreed on, since a process that goes another way leaves all others
-waiting in a collective: whether the command is right (`agreed`), that all mean the same run
-(`check_same`), and when a signal ends it (`Signals`). Process 0 alone prints and writes, but for
-the checkpoints, of which each process writes its part.
+Every process runs the same command, holds its own devices of one mesh and reads its own rows. A
+process that takes another course than the others leaves them waiting in a collective. So whatever
+decides the course is agreed on:
+
+    start         all processes are there, with equally many devices
+    agreed        whether the command and its input are right
+    check_same    that all mean the same run
+    Signals       after which step a signal ends it
+
+Process 0 alone prints and writes, but for the checkpoints, of which each process writes its part.
 """
 
 from __future__ import annotations
@@ -34,11 +39,10 @@ from jaxpipe.training.processes.rendezvous import meet
 
 Result = TypeVar("Result")
 
-# A process that was killed is noticed after so long, wherever a collective did not notice it first.
+# Seconds after which a killed process is noticed, wherever a collective did not notice it first.
 _HEARTBEAT = 60
-# All leave together: they have waited for each other before.
-_SHUTDOWN = 60
-_MESSAGE = 1000  # bytes of an error's text that others are told
+_SHUTDOWN = 60  # seconds in which all must leave; they have waited for each other before
+_MESSAGE = 1000  # bytes of an error's text that are sent to the other processes
 
 
 def _field(default: Any, help: str) -> Any:
@@ -47,7 +51,9 @@ def _field(default: Any, help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-  """How the processes of a run find each other; the fields are flags, as those of `Config` are.
+  """The flags by which the processes of a run find each other, whatever it trains.
+
+  Each field is a flag, and its help text says what it means.
 
   Raises:
     ConfigError: some of the three that belong together are missing, or a value is impossible.
@@ -94,11 +100,11 @@ class Processes:
 
 
 def start(processes: Processes, environment: Mapping[str, str] = os.environ) -> None:
-  """Joins the other processes, if there are any; must come before anything asks for a device.
+  """Joins the other processes, if there are any; call it before anything asks JAX for a device.
 
   Args:
-    processes: from the command line.
-    environment: what `--distributed=auto` looks at.
+    processes: the flags.
+    environment: variables in which `--distributed=auto` looks for a cluster.
 
   Raises:
     ConfigError: no cluster was found, or not all processes came in time.
@@ -115,7 +121,7 @@ def start(processes: Processes, environment: Mapping[str, str] = os.environ) -> 
     return
   host, port = _resolve(processes.coordinator, processes.start_timeout)
   meet(host, port, processes.process_id, processes.num_processes, processes.start_timeout)
-  # Its handler would swallow SIGTERM; `Signals` does what it is for.
+  # Its handler would swallow SIGTERM, which `Signals` is there for.
   jax.config.update("jax_enable_preemption_service", False)
   address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
   jax.distributed.initialize(
@@ -123,7 +129,7 @@ def start(processes: Processes, environment: Mapping[str, str] = os.environ) -> 
     processes.num_processes,
     processes.process_id,
     cluster_detection_method="deactivate",
-    # Left out, it is every address of the machine.
+    # Left out, JAX would listen at every address of the machine.
     coordinator_bind_address=address,
     initialization_timeout=max(30, math.ceil(processes.start_timeout)),
     heartbeat_timeout_seconds=_HEARTBEAT,
@@ -131,7 +137,7 @@ def start(processes: Processes, environment: Mapping[str, str] = os.environ) -> 
   )
   devices = collections.Counter(device.process_index for device in jax.devices())
   if len(set(devices.values())) > 1:
-    # All see the same, so that none has to be told.
+    # All processes see these counts, and so all raise this error without a message between them.
     counts = ", ".join(str(devices[i]) for i in range(processes.num_processes))
     raise AgreedError(
       f"processes have {counts} devices; let all have as many", processes.process_id
@@ -139,7 +145,14 @@ def start(processes: Processes, environment: Mapping[str, str] = os.environ) -> 
 
 
 def _resolve(coordinator: str, timeout: float) -> tuple[str, int]:
-  """The numeric address behind a name, which a cluster may only know once process 0 runs."""
+  """Returns the numeric address and the port of a coordinator given as HOST:PORT.
+
+  A cluster may know the name only once process 0 runs: until `timeout` seconds are over, an unknown
+  name is looked up again.
+
+  Raises:
+    ConfigError: an unknown name, or an address that stands for every network of the machine.
+  """
   host, _, port = coordinator.rpartition(":")
   end = time.monotonic() + timeout
   while True:
@@ -150,7 +163,7 @@ def _resolve(coordinator: str, timeout: float) -> tuple[str, int]:
       if time.monotonic() > end:
         raise ConfigError(f"--coordinator={coordinator}: {host}: {error.strerror}") from None
     time.sleep(0.5)
-  # IPv4 first, on all of them: `localhost` stands for one of each.
+  # IPv4 first, in every process: `localhost` stands for an address of either kind.
   address = str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
   if ipaddress.ip_address(address.partition("%")[0]).is_unspecified:
     raise ConfigError(
@@ -161,23 +174,27 @@ def _resolve(coordinator: str, timeout: float) -> tuple[str, int]:
 
 
 def several() -> bool:
-  """Whether the run has more than one process."""
+  """Returns whether the run has more than one process."""
   return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-  """Whether this process prints and writes."""
+  """Returns whether this process is the one that prints and writes."""
   return not several() or jax.process_index() == 0
 
 
 def say(text: str) -> None:
-  """Prints a line, once for all processes."""
+  """Prints a line, in process 0 alone."""
   if is_first():
     print(text, flush=True)
 
 
 def wait(name: str) -> None:
-  """Returns once all processes are here."""
+  """Returns once all processes have called it.
+
+  Args:
+    name: of the place in the program, equal in all processes.
+  """
   if several():
     multihost_utils.sync_global_devices(name)
 
@@ -196,9 +213,10 @@ def agreed(step: Callable[[], Result]) -> Result:
   except (ValueError, OSError) as error:
     said = str(error) or type(error).__name__
   text = said.encode()[:_MESSAGE]
-  mine = np.zeros(_MESSAGE, np.uint8)
-  mine[: len(text)] = np.frombuffer(text, np.uint8)
-  for process, row in enumerate(multihost_utils.process_allgather(mine)):
+  # Every process sends a text of one length, which is empty where nothing is wrong.
+  sent = np.zeros(_MESSAGE, np.uint8)
+  sent[: len(text)] = np.frombuffer(text, np.uint8)
+  for process, row in enumerate(multihost_utils.process_allgather(sent)):
     text = row.tobytes().rstrip(b"\0")
     if text:
       whose = f"process {process}: " if process else ""
@@ -207,7 +225,7 @@ def agreed(step: Callable[[], Result]) -> Result:
 
 
 def from_first(value: Any) -> Any:
-  """The JSON value that process 0 has."""
+  """Returns the JSON value that process 0 has, in all processes; all must call it."""
   if not several():
     return value
   text = json.dumps(value).encode()
@@ -223,8 +241,8 @@ def check_same(values: Mapping[str, Any], may_differ: frozenset[str] = frozenset
   """Refuses to go on where the processes do not mean the same run.
 
   Args:
-    values: JSON values by name.
-    may_differ: names of what each process may have its own of.
+    values: JSON values by name, which decide the course of the run.
+    may_differ: names of values that may differ between processes.
 
   Raises:
     AgreedError: names the first value that differs.
@@ -240,17 +258,17 @@ def check_same(values: Mapping[str, Any], may_differ: frozenset[str] = frozenset
 
 
 class Signals:
-  """The signal that ends a run, known to all processes at the same step.
+  """Makes a signal that one process has received known to all of them after the same step.
 
-  What each has received goes round with every step, as one number a device, and is looked at one
-  step later, when the step itself has been waited for: nothing waits for it. It costs a small
-  program a step; a run of one process has none.
+  With every step a small program takes the maximum of the processes' signal numbers. Its result is
+  read one step later, when that step has been waited for anyway, so that nothing waits for it. A
+  run of one process does without.
 
   Args:
     mesh: of the run.
 
   Attributes:
-    received: the signal that all are to end by, or None.
+    received: the signal that all processes are to end by; None until there is one.
   """
 
   def __init__(self, mesh: Mesh) -> None:
@@ -261,12 +279,19 @@ class Signals:
     self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, Spec()))
 
   def agree(self, received: signal.Signals | None) -> None:
-    """Takes what this process has received; to be called at every step, after its dispatch."""
+    """Sends what this process has received, and updates `received`.
+
+    Every process must call it at every step, after the step's dispatch.
+
+    Args:
+      received: the signal that this process has received, or None.
+    """
     if not several():
       self.received = received
       return
-    mine = np.full(1, received or 0, np.int32)
-    numbers = jax.make_array_from_callback((self._size,), self._each, lambda _: mine)
+    # An element for each device of the mesh: 0 stands for no signal.
+    own = np.full(1, received or 0, np.int32)
+    numbers = jax.make_array_from_callback((self._size,), self._each, lambda _: own)
     before, self._under_way = self._under_way, self._largest(numbers)
     number = 0 if before is None else int(before)
     self.received = signal.Signals(number) if number else None

@@ -1,13 +1,15 @@
-"""Where the processes of a run meet before JAX starts; who does not come is named.
+"""Waits for all processes of a run before JAX starts, and names those that do not come.
 
 JAX's own start waits as well, but when a process never arrives it kills the others with a stack
-trace that does not say which. So process 0 first listens at the coordinator's address itself:
+trace that does not say which. So process 0 first listens at the coordinator's address itself, and
+lines of text go over each connection:
 
-    process i    -> process 0     jaxpipe I N            here I am, of N
-    process 0    -> all           COUNT                  so many are here; N of them: go
-    process 0    -> all           !MESSAGE               why it will not be
+    process i    -> process 0     jaxpipe I N     process I of N has started
+    process 0    -> all           COUNT           so many have started; N: go on
+    process 0    -> all           !MESSAGE        the run cannot start, and why
 
-Who has read N leaves first, so that the port is free again when JAX's coordinator takes it.
+The other processes close their connections first, once they have read N, so that the port is free
+again when JAX's coordinator takes it.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ _GRACE = 10.0  # seconds that process 0 may be late with its answer
 
 
 def meet(host: str, port: int, process: int, count: int, timeout: float) -> None:
-  """Returns once all processes are here.
+  """Returns once all processes of a run have started.
 
   Args:
-    host, port: numeric address of process 0, which listens there and nowhere else.
-    process, count: which of how many this is.
-    timeout: seconds for all to come; for the others, to reach process 0.
+    host: numeric address of process 0, which listens there and nowhere else.
+    port: that it listens at; free again when this returns.
+    process: number of this process, from 0.
+    count: processes of the run.
+    timeout: seconds in which all must start; to other processes than 0, in which they must reach
+      process 0.
 
   Raises:
     ConfigError: they did not all come, some came twice, or the address cannot be listened at.
@@ -40,20 +45,22 @@ def meet(host: str, port: int, process: int, count: int, timeout: float) -> None
 
 
 def _missing(came: int, count: int, timeout: float, missing: str) -> str:
+  """Words the error of processes that did not come in time."""
   return f"{came} of {count} processes came within --start_timeout={timeout:g} seconds; {missing}"
 
 
 class _Host:
-  """What process 0 does."""
+  """Process 0's side: it counts the connections, and answers all of them."""
 
   def __init__(self, count: int) -> None:
     self._count = count
-    self._here: dict[int, asyncio.StreamWriter] = {}
+    self._came: dict[int, asyncio.StreamWriter] = {}  # by process, until it leaves
     self._left = asyncio.Event()
-    # Settled once: None where all came, or why they will not.
+    # Set once: to None where all have come, else to the reason why the run cannot start.
     self._answer: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
 
   async def receive(self, host: str, port: int, timeout: float) -> None:
+    """Returns once all have come and left again; raises AgreedError where they did not come."""
     try:
       server = await asyncio.start_server(self._greet, host, port)
     except OSError as error:
@@ -65,63 +72,67 @@ class _Host:
     try:
       refused = await asyncio.wait_for(asyncio.shield(self._answer), timeout)
     except TimeoutError:
-      absent = [str(i) for i in range(1, self._count) if i not in self._here]
+      absent = [str(i) for i in range(1, self._count) if i not in self._came]
       missing = f"process {', '.join(absent)} did not"
-      refused = _missing(len(self._here) + 1, self._count, timeout, missing)
+      refused = _missing(len(self._came) + 1, self._count, timeout, missing)
     if refused:
-      self._tell(f"!{refused}")
+      self._send(f"!{refused}")
       raise AgreedError(refused, 0)
     with contextlib.suppress(TimeoutError):
       await asyncio.wait_for(self._left.wait(), _GRACE)
     server.close()
 
   async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Serves one connection until the other side closes it."""
     process = 0
-    # Strangers, such as a cluster's health checks, are let go.
+    # Whoever says anything else, such as a cluster's health check, is no process of the run.
     with contextlib.suppress(ValueError, OSError):
       hello, *numbers = (await reader.readline()).split()
       process, count = map(int, numbers)
       if hello == _HELLO:
         self._arrive(process, count, writer)
         await reader.read()  # until it leaves
-    if self._here.get(process) is writer:
-      del self._here[process]
-      if not self._here and self._answer.done():
+    if self._came.get(process) is writer:
+      del self._came[process]
+      if not self._came and self._answer.done():
         self._left.set()
     writer.close()
 
   def _arrive(self, process: int, count: int, writer: asyncio.StreamWriter) -> None:
+    """Counts a process, or refuses it; the answer is settled by the last one, or by a wrong one."""
     refused = None
     if count != self._count:
       refused = f"process {process} awaits --num_processes={count}, process 0 {self._count}"
-    elif not 0 < process < count or process in self._here:
+    elif not 0 < process < count or process in self._came:
       refused = f"--process_id={process} came twice; each process has an own number"
     if refused:
       writer.write(f"!{refused}\n".encode())
     else:
-      self._here[process] = writer
-      self._tell(str(len(self._here) + 1))
-    if not self._answer.done() and (refused or len(self._here) + 1 == self._count):
+      self._came[process] = writer
+      self._send(str(len(self._came) + 1))
+    if not self._answer.done() and (refused or len(self._came) + 1 == self._count):
       self._answer.set_result(refused)
 
-  def _tell(self, line: str) -> None:
-    for writer in self._here.values():
+  def _send(self, line: str) -> None:
+    """Sends a line to every process that has come."""
+    for writer in self._came.values():
       writer.write(f"{line}\n".encode())
 
 
 async def _receive(host: str, port: int, count: int, timeout: float) -> None:
+  # Made inside the event loop, whose future it holds.
   await _Host(count).receive(host, port, timeout)
 
 
 async def _join(host: str, port: int, process: int, count: int, timeout: float) -> None:
-  """What the others do."""
+  """The other processes' side: reaches process 0, and reads its lines until all have come."""
   try:
     reader, writer = await asyncio.wait_for(_reach(host, port), timeout)
   except TimeoutError:
     silent = f"process 0 does not answer at {host}:{port}"
     raise ConfigError(_missing(1, count, timeout, silent)) from None
   came, refused = 1, ""
-  # Longer than process 0 waits: then there is one answer, which is its.
+  # Longer than process 0 waits: its answer, which names who is missing, comes first.
   with contextlib.suppress(TimeoutError, ValueError, OSError):
     async with asyncio.timeout(timeout + _GRACE):
       writer.write(b"%s %d %d\n" % (_HELLO, process, count))
@@ -137,6 +148,7 @@ async def _join(host: str, port: int, process: int, count: int, timeout: float) 
 
 
 async def _reach(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+  """Connects to process 0, again and again until it listens."""
   while True:
     with contextlib.suppress(OSError):
       return await asyncio.open_connection(host, port)

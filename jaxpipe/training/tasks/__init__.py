@@ -1,4 +1,5 @@
-"""What single experiments need beside their network: classifying digits, translating and its score.
+"""Parts of single experiments beside their networks: the digits' task, translation and its scores.
 
-Open `digits.py` first; `translator.py` decodes with `beam.py` and is scored by `bleu.py`.
+Open `digits.py` first, the task of three experiments; `translator.py` translates by the search of
+`beam.py`, and `bleu.py` scores what it says.
 """

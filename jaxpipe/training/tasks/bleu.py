@@ -1,4 +1,4 @@
-"""How good translations are, by sacrebleu, so that figures compare with anyone's.
+"""Scores translations by sacrebleu, so that the figures compare with published ones.
 
 References:
   Post, A Call for Clarity in Reporting BLEU Scores, arXiv:1804.08771; BLEU: Papineni et al., 2002;
@@ -13,11 +13,11 @@ from jaxpipe.training.flags.errors import ConfigError
 
 
 def bleu_scores(said: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-  """Scores of a corpus, 0 to 100.
+  """Scores a corpus of translations, each figure from 0 to 100.
 
   Args:
-    said: what the model says, a text a line.
-    wanted: a reference for each.
+    said: the model's translations, at least one.
+    wanted: a reference translation for each.
 
   Returns:
     `bleu` (words, `tokenize=13a`), `char_bleu` (characters, `tokenize=char`: names are short, and

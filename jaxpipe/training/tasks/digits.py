@@ -1,4 +1,7 @@
-"""The handwritten digits as a task for any stack that classifies images."""
+"""The task of classifying the handwritten digits, for any stack that classifies images.
+
+`experiments/mlp.py`, `vit.py` and `image_amoebanet.py` differ in their stacks alone.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from jaxpipe.training.flags.settings import free, same
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DigitsConfig(TaskConfig):
-  """The flags of an experiment on digits, to which a subclass adds those of its model."""
+  """The flags of an experiment on digits; a subclass adds those of its model.
+
+  Each field is a flag, and its help text says what it means.
+  """
 
   digits: str = free("", "digits.csv.gz, as in data/digits")
   shift: int = same(1, "pixels by which training images are moved at most, each way")
@@ -24,12 +30,13 @@ class DigitsConfig(TaskConfig):
 
 
 def digits_task(config: DigitsConfig, stack: LayerStack) -> Task:
-  """Returns the task of naming the digits.
+  """Returns the task of classifying the digits.
 
   Args:
-    config: of the run.
-    stack: takes batches of `image` float32 [B, 8, 8, 1], `label` int32 [B] and `weights` float32
-      [B], and counts in its metrics the `correct` ones.
+    config: the flags.
+    stack: the network. It takes batches of `image` float32 [B, 8, 8, 1], `label` int32 [B] and
+      `weights` float32 [B], and its head's metrics hold `correct`, the weight of images that it
+      classifies rightly.
 
   Raises:
     DataError: the file cannot be read.

@@ -1,26 +1,29 @@
-"""Translations by a trained model, on one device.
+"""Translates texts with a trained encoder-decoder stack, on one device, without a pipeline.
 
-The source is encoded once, and what is said so far is decoded anew for every token.
+A batch of sources goes through the embedding and the encoder layers once. The decoder layers then
+run once for every token of the answer, over the tokens that were chosen before, and the search
+(`beam.py`) chooses the next one:
 
-Dims: B rows, S and T longest source and target, N = B times the beams.
+    source [B, S] -> embed, encoder layers -> encoded [B, S, D], repeated for every beam [N, S, D]
+    tokens [N, T] -> look up, decoder layers on (encoded, tokens) -> logits [N, V] of position t
+
+Dims: B rows, S and T longest source and target, N = B times the beams, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
 
 from jaxpipe.data.experiments.pairs import BEGIN, END, PAD, Pairs, PairVocabulary, in_batches
 from jaxpipe.models.translation import Streams
-from jaxpipe.stack.context import Context
+from jaxpipe.stack.forward import modules, run_layers
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.tasks.beam import beam_search
 
@@ -32,10 +35,11 @@ class Translator:
   """Translates with a stack of `jaxpipe.models.translation`.
 
   Attributes:
-    stack: the model, as many encoder as decoder layers.
-    vocabulary: its ids.
-    batch_size: texts at once.
-    beams: of the search; 1 takes the likeliest token each time.
+    stack: the model; its first half of layers encodes, the second decodes. It has no state.
+    vocabulary: says which ids stand for which text.
+    batch_size: texts that are translated at once, B.
+    beams: answers that the search follows for each text; with 1 it takes the likeliest token each
+      time.
   """
 
   stack: LayerStack
@@ -52,9 +56,10 @@ class Translator:
       which: numbers of the pairs, such as `pairs.of(language)`.
     """
     said = []
-    for piece in in_batches(which, self.batch_size):
-      ids = np.asarray(self.search(params, pairs.batch(piece)["source"]))
-      said += [self.vocabulary.text(row) for row in ids[piece >= 0]]
+    for numbers in in_batches(which, self.batch_size):
+      ids = np.asarray(self.search(params, pairs.batch(numbers)["source"]))
+      # -1 stands for the rows that fill up the last batch.
+      said += [self.vocabulary.text(row) for row in ids[numbers >= 0]]
     return said
 
   @functools.cached_property
@@ -63,37 +68,22 @@ class Translator:
     return jax.jit(self._search)
 
   def _search(self, params: Tree, source_BS: jax.Array) -> jax.Array:
-    embed, *layers, head = modules(self.stack, params)
+    embed, *layers, head = modules(self.stack, params, {})
     half, (B, S) = len(layers) // 2, source_BS.shape
 
-    # The decoder's stream passes by the encoder: any will do.
+    # Encoder layers leave the decoder's half of the stream alone, so that any tokens will do.
     x = embed({"source": source_BS, "tokens": source_BS})
-    encoded_BSD = pass_through(layers[:half], x, {"source": source_BS}).encoded
+    encoded_BSD = run_layers(layers[:half], x, {"source": source_BS}).encoded
     encoded_NSD = jnp.repeat(encoded_BSD, self.beams, axis=0)
     source_NS = jnp.repeat(source_BS, self.beams, axis=0)
 
     def follow(tokens_NT: jax.Array, t: jax.Array) -> jax.Array:
+      """Logits [N, V] of what follows position t, as `beam_search` asks for them."""
       x = Streams(encoded_NSD, embed.look_up(tokens_NT))
-      decoded = pass_through(layers[half:], x, {"source": source_NS})
+      decoded = run_layers(layers[half:], x, {"source": source_NS})
+      # The head multiplies by the whole vocabulary: at one position, not at all T.
       here_N1D = jax.lax.dynamic_slice_in_dim(decoded.decoded, t, 1, axis=1)
       logits_NV: jax.Array = head.logits(Streams(encoded_NSD, here_N1D))[:, 0]
       return logits_NV
 
     return beam_search(follow, B, S, begin=BEGIN, end=END, pad=PAD, beams=self.beams)
-
-
-def pass_through(layers: Sequence[Any], x: Tree, batch: Tree) -> Tree:
-  """Some layers, one after the other, without dropout."""
-  context = Context(batch, False, None, jnp.arange(len(batch["source"])))
-  for layer in layers:
-    x = layer(x, context)
-  return x
-
-
-def modules(stack: LayerStack, params: Tree) -> list[Any]:
-  """The modules of a stack, in order, holding canonical parameters."""
-  trees = stack.network.split(params)
-  return [
-    nnx.merge(spec.graph, stack.network.params_of(name, trees))
-    for name, spec in stack.network.specs.items()
-  ]

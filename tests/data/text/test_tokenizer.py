@@ -140,7 +140,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_vocabulary_sizes_that_cannot_be(tmp_path: Path) -> None:
-  with pytest.raises(DataError, match="256 has no room"):
+  with pytest.raises(DataError, match="256 holds nothing beyond"):
     train_bpe(CORPUS, vocabulary_size=256, path=tmp_path / "a.json")
   with pytest.raises(DataError, match=r"gives 2\d\d tokens, not 5000; use bpe:2\d\d"):
     train_bpe(CORPUS, vocabulary_size=5000, path=tmp_path / "a.json")

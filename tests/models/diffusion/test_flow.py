@@ -11,12 +11,11 @@ rng = np.random.default_rng(0)
 
 def test_the_gaussian_field_ends_at_its_gaussian():
   deviation = 0.5
-  field = lambda x, t, labels: (  # noqa: E731
-    2.0
-    + (t * deviation**2 - (1 - t))[:, None]
-    / ((1 - t) ** 2 + (t * deviation) ** 2)[:, None]
-    * (x - 2.0 * t[:, None])
-  )
+
+  def field(x, t, labels):
+    slope = (t * deviation**2 - (1 - t)) / ((1 - t) ** 2 + (t * deviation) ** 2)
+    return 2.0 + slope[:, None] * (x - 2.0 * t[:, None])
+
   noise = jnp.asarray(rng.standard_normal((2000, 1)), jnp.float32)
   out = euler(field, noise, jnp.zeros(2000, int), 200)
   # The flow of a Gaussian to a Gaussian is affine: every point keeps its rank.
@@ -40,7 +39,9 @@ def test_no_affine_predictor_is_better():
 
 
 def test_guidance_extrapolates_from_no_class():
-  field = lambda x, t, labels: x + labels[:, None]  # noqa: E731
+  def field(x, t, labels):
+    return x + labels[:, None]
+
   x, labels = jnp.zeros((2, 1)), jnp.asarray([1, 2])
   got = guide(field, 3.0, no_class=5)(x, jnp.zeros(2), labels)
   np.testing.assert_allclose(got[:, 0], [5 + 3 * (1 - 5), 5 + 3 * (2 - 5)])

@@ -21,7 +21,10 @@ def test_time_backwards_is_the_other_direction():
   x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 5)), jnp.float32)
   context = Context({}, True, None, jnp.arange(2))
   forwards = layer(x, context)
-  swap = lambda a, axis: jnp.concatenate(jnp.split(a, 2, axis=axis)[::-1], axis=axis)  # noqa: E731
+
+  def swap(a, axis):
+    return jnp.concatenate(jnp.split(a, 2, axis=axis)[::-1], axis=axis)
+
   layer.inputs.kernel[...] = swap(layer.inputs.kernel[...], 1)
   layer.recurrent[...] = layer.recurrent[...][::-1]
   np.testing.assert_allclose(layer(x[:, ::-1], context)[:, ::-1], forwards, atol=1e-5)

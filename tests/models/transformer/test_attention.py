@@ -152,7 +152,10 @@ def test_bfloat16_softmaxes_in_float32():
 
 def test_outside_of_a_mesh_the_core_is_called_whatever_ulysses_is():
   q, k, v, _, _ = inputs(5, 4, 2)
-  core = lambda q, k, v, is_causal: (q, k, v, is_causal)  # noqa: E731
+
+  def core(q, k, v, is_causal):
+    return q, k, v, is_causal
+
   got = attend(q, k, v, core=core, ulysses=4, length=5)
   assert got[0] is q and got[1] is k and got[2] is v and got[3] is True
 
@@ -255,8 +258,13 @@ def test_other_stages_need_not_take_part(ulysses):
 
   def local(*xs):
     own = [sequence.take_own(jax.lax.pcast(x, AXES, to="varying")) for x in xs]
-    work = lambda q, k, v, by: grad(loss, attention, q, k, v, by)[0]  # noqa: E731
-    idle = lambda q, k, v, by: (0 * q, 0 * k, 0 * v)  # noqa: E731
+
+    def work(q, k, v, by):
+      return grad(loss, attention, q, k, v, by)[0]
+
+    def idle(q, k, v, by):
+      return 0 * q, 0 * k, 0 * v
+
     grads = jax.lax.cond(jax.lax.axis_index("stage") == 0, work, idle, *own)
     return [x[None] for x in grads]
 

@@ -56,7 +56,10 @@ def test_fresh_matrices_of_a_wider_model():
   config = TransformerConfig(vocabulary_size=16, layers=8, width=64, heads=2, kv_heads=2)
   wide = dataclasses.replace(config, completep=CompleteP.parse("16x2", 64, 8))
   params = transformer(wide).init(jax.random.key(0), lm.batch(2))
-  deviation = lambda name: float(jnp.std(params["layers"][name]["kernel"]))  # noqa: E731
+
+  def deviation(name):
+    return float(jnp.std(params["layers"][name]["kernel"]))
+
   assert deviation("query") == pytest.approx(0.02 / 2, rel=0.05)
   assert deviation("down") == pytest.approx(0.02 / 2 / (2 * 2) ** 0.5, rel=0.05)
   assert float(jnp.std(params["embed"]["table"])) == pytest.approx(0.02, rel=0.1)

@@ -39,7 +39,10 @@ def test_it_is_the_whole_softmaxs(float64, chunk, t):
       x if "tensor" in axes else jax.lax.pcast(x, ("tensor",), to="varying")
       for x, axes in zip(args, have, strict=True)
     )
-    loss = lambda h, table: cross_entropy(h, table, targets, weights, chunk)  # noqa: E731
+
+    def loss(h, table):
+      return cross_entropy(h, table, targets, weights, chunk)
+
     dh, dtable = jax.grad(lambda *a: loss(*a).loss, (0, 1))(h, table)
     sums = loss(h, table)
     alike = jax.lax.psum((sums.loss, sums.correct, dh), "tensor")
@@ -104,7 +107,9 @@ def test_no_array_of_tokens_and_vocabulary_is_ever_whole():
   h, table, targets, weights = arrays(jnp.float32)
 
   def most(chunk):
-    loss = lambda h, table: cross_entropy(h, table, targets, weights, chunk).loss  # noqa: E731
+    def loss(h, table):
+      return cross_entropy(h, table, targets, weights, chunk).loss
+
     return largest(jax.make_jaxpr(jax.grad(loss, (0, 1)))(h, table).jaxpr)
 
   assert most(0) >= B * T * V

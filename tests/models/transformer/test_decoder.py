@@ -9,6 +9,7 @@ from networks import lm
 from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
 from jaxpipe.models.transformer.decoder import transformer
 from jaxpipe.models.transformer.rotary import RopeScaling, rotate
+from jaxpipe.stack.forward import head_module
 
 SHAPE = dict(vocabulary_size=16, layers=2, width=8, heads=2, kv_heads=1)
 
@@ -38,7 +39,7 @@ def logits(stack, params, tokens):
     layer = jax.tree.map(lambda p, i=i: p[i], params["layers"])
     inputs = dict(batch=batch, key=None, layer=i, microbatch=0, rows=jnp.arange(len(tokens)))
     x = stack.apply_layer(layer, x, False, inputs)
-  return stack.head_module(params).logits(x)
+  return head_module(stack, params).logits(x)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(mlp="gelu", tied=True), lm.GPT2, lm.QWEN2, lm.QWEN3])
@@ -71,8 +72,13 @@ def test_the_loss_is_the_cross_entropy_of_the_logits():
 
 def test_rotary_scores_depend_on_distance_alone():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-  across = lambda a: jnp.tile(a, (1, 10, 1, 1))  # noqa: E731
-  turn = lambda a: rotate(across(a), 10_000.0, jnp.arange(10))  # noqa: E731
+
+  def across(a):
+    return jnp.tile(a, (1, 10, 1, 1))
+
+  def turn(a):
+    return rotate(across(a), 10_000.0, jnp.arange(10))
+
   scores = jnp.einsum("BTNH,BSNH->TS", turn(q), turn(k))
   for distance in (0, 1, 5):
     diagonal = jnp.diagonal(scores, -distance)

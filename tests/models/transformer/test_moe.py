@@ -16,7 +16,8 @@ from jaxpipe.models.transformer.moe import Experts, MoeConfig, check_experts, ex
 from jaxpipe.models.transformer.routing import assign
 from jaxpipe.parallel import axes
 from jaxpipe.parallel.mesh import AXES, ROWS
-from jaxpipe.pipeline.compiled import hlo
+from jaxpipe.pipeline.compiled.hlo import parse
+from jaxpipe.pipeline.compiled.walk import visits
 from jaxpipe.pipeline.layer.varying import collectives, vary
 
 B, T, D, F, E, K = 8, 32, 4, 6, 8, 2
@@ -255,7 +256,7 @@ def forward(config, mesh, positions_cut=False):
   compiled = jax.jit(call).lower(params, x).compile().as_text()
   moved = [
     (visit.instruction.opcode, sum(8 * shape.size for shape in visit.instruction.shapes))
-    for visit in hlo.visits(hlo.parse(compiled))
+    for visit in visits(parse(compiled))
     if visit.instruction.opcode.startswith(("all-", "reduce-scatter", "collective"))
   ]
   return sorted(collectives(jax.make_jaxpr(call)(params, x))), sorted(moved)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpipe.models.vision.amoebanet import amoebanet, places
+from jaxpipe.models.vision.amoebanet import amoebanet, cell_shapes
 from jaxpipe.models.vision.amoebanet_cells import NORMAL, AmoebaNetConfig, Cell
 
 TINY = dict(layers=3, filters=4, classes=3, image_channels=1, stem_cells=0)
@@ -16,20 +16,20 @@ def count(factory):
   return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
-def by_hand(place):
+def by_hand(shape):
   """Parameters of a cell of C channels: matrices, then scale and bias of every norm."""
-  C, few = place.channels, place.channels // 4
+  C, few = shape.channels, shape.channels // 4
   one = C * C + 2 * C
   seven = 2 * C * few + 2 * 7 * few**2 + 2 * (3 * few + C)
   three = 2 * C * few + 9 * few**2 + 2 * (2 * few + C)
-  own = 3 * one + 2 * seven if place.genotype is NORMAL else three + seven + one
-  before = 0 if place.before == C and not place.halved else place.before * C + 2 * C
-  return own + place.now * C + 2 * C + before
+  own = 3 * one + 2 * seven if shape.genotype is NORMAL else three + seven + one
+  before = 0 if shape.before == C and not shape.halved else shape.before * C + 2 * C
+  return own + shape.now * C + 2 * C + before
 
 
 def whole(config):
   """Parameters of the network, by hand."""
-  cells = places(config)
+  cells = cell_shapes(config)
   stem = config.filters // 2**config.stem_cells
   last = cells[-1].channels * len(cells[-1].genotype.out)
   ends = 9 * config.image_channels * stem + 2 * stem + (last + 1) * config.classes
@@ -54,8 +54,8 @@ def test_the_published_shapes_have_the_published_parameters(layers, filters, par
 
 def test_every_cell_has_the_parameters_that_it_should():
   config = AmoebaNetConfig(layers=9, filters=16, classes=10)
-  for place in set(places(config)):
-    assert count(lambda rngs, place=place: Cell(config, place, rngs)) == by_hand(place), place
+  for shape in set(cell_shapes(config)):
+    assert count(lambda rngs, shape=shape: Cell(config, shape, rngs)) == by_hand(shape), shape
 
 
 def shapes_along(config, size):

@@ -28,7 +28,10 @@ def test_the_gate_mixes_patches(float64) -> None:
   """One patch's gate half reaches all patches; its open half stays where it is."""
   gate = SpatialGate(GmlpConfig(hidden=8, **FLOAT64), nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(0), (1, 16, 8), jnp.float64)
-  reached = lambda y: np.abs(gate(y) - gate(x)).max(axis=(0, 2)) > 0  # noqa: E731
+
+  def reached(y):
+    return np.abs(gate(y) - gate(x)).max(axis=(0, 2)) > 0
+
   assert reached(x.at[0, 3, :4].add(1.0)).tolist() == [t == 3 for t in range(16)]
   assert reached(x.at[0, 3, 4].add(1.0)).all()
 

@@ -24,7 +24,9 @@ def test_a_convolution_and_its_gradients_are_xlas(size, kernel, strides):
   x, w = picture(2, size, size, 3), picture(*kernel, 3, 4)
 
   def both(by):
-    loss = lambda x, w: jnp.sum(jnp.sin(by(x, w, strides, "SAME", dimension_numbers=DIMS)))  # noqa: E731
+    def loss(x, w):
+      return jnp.sum(jnp.sin(by(x, w, strides, "SAME", dimension_numbers=DIMS)))
+
     return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
 
   jax.tree.map(
@@ -35,7 +37,9 @@ def test_a_convolution_and_its_gradients_are_xlas(size, kernel, strides):
 
 
 def test_a_flax_convolution_takes_it():
-  make = lambda **options: nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0), **options)  # noqa: E731
+  def make(**options):
+    return nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0), **options)
+
   x = picture(2, 6, 6, 3)
   np.testing.assert_allclose(make(conv_general_dilated=convolve)(x), make()(x), atol=1e-5)
   for options, message in (

@@ -1,4 +1,6 @@
-"""What compiled programs say between devices: whole steps on CPU, and literal text for the rest."""
+"""Collectives, traffic and FLOPs of compiled programs: whole steps on CPU, and literal text."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,16 @@ from networks import lm
 import jaxpipe
 from jaxpipe.parallel import axes
 from jaxpipe.pipeline.compiled.action_paths import runs
-from jaxpipe.pipeline.compiled.collectives import collectives
-from jaxpipe.pipeline.compiled.groups import axes_of, replica_groups, source_target_pairs
-from jaxpipe.pipeline.compiled.hlo import parse, walk
+from jaxpipe.pipeline.compiled.collectives import (
+  axes_of,
+  collectives,
+  replica_groups,
+  source_target_pairs,
+)
+from jaxpipe.pipeline.compiled.hlo import parse
 from jaxpipe.pipeline.compiled.matmuls import flops_of_actions, flops_of_step, matmuls
 from jaxpipe.pipeline.compiled.traffic import traffic
+from jaxpipe.pipeline.compiled.walk import walk
 
 WIDE = 8  # of a small layer
 ROWS = 16
@@ -157,11 +164,11 @@ def test_a_merged_collective_is_as_many_arrays():
     " replica_groups={{0,2},{1,3},{4,6},{5,7}}, use_global_device_ids=true, to_apply=%add"
   )
   found = read([line])
-  assert [(c.shape, c.dtype, c.elements, c.operand_bytes, c.bytes) for c in found] == [
-    ((4, 8), "bf16", 32, 64, 64),
-    ((6,), "f32", 6, 24, 24),
+  assert [(c.shape, c.dtype, c.bytes) for c in found] == [
+    ((4, 8), "bf16", 64),
+    ((6,), "f32", 24),
   ]
-  assert {(c.axes, c.scope, c.times) for c in found} == {(("data",), None, 1)}
+  assert {(c.axes, c.site.path, c.times) for c in found} == {(("data",), (), 1)}
 
 
 def test_an_all_to_all_in_pieces_is_one():
@@ -260,25 +267,25 @@ def test_an_action_is_found_by_names_or_by_its_branch(named, cond, path):
   text = TICKS.replace("NAMED", metadata(named)).replace("COND", metadata(cond))
   by_kind = {c.kind: c for c in collectives(text, jaxpipe.make_mesh(MESH))}
   inside, outside = by_kind["all-reduce"], by_kind["collective-permute"]
-  assert (inside.place.path, inside.scope, inside.times) == (path, path[-1], 3)
-  assert (outside.place.path, outside.scope, outside.times) == ((), None, 5)
+  assert (inside.site.path, inside.times) == (path, 3)
+  assert (outside.site.path, outside.times) == ((), 5)
 
 
 def test_a_branch_of_no_action_counts_as_always_taken():
   text = TICKS.replace("NAMED", "").replace("COND", "").replace("jit(f)/I/sin", "jit(f)/sin")
   one, *_ = [c for c in collectives(text, jaxpipe.make_mesh(MESH)) if c.kind == "all-reduce"]
-  assert (one.scope, one.times, one.place.unknown) == (None, 15, 0)
+  assert (one.site.path, one.times, one.site.unknown) == ((), 15, 0)
 
 
-def test_a_loop_of_unknown_length_counts_once_and_says_so_in_its_place():
+def test_a_loop_of_unknown_length_counts_once_and_says_so_in_its_site():
   text = TICKS.replace("NAMED", "").replace("COND", "").replace('{"n":"3"}', "{}")
   one, *_ = [c for c in collectives(text, jaxpipe.make_mesh(MESH)) if c.kind == "all-reduce"]
-  assert (one.times, one.place.unknown) == (1, 1)
+  assert (one.times, one.site.unknown) == (1, 1)
 
 
-def test_the_way_to_an_instruction():
-  ways = {one.name: way for one, _, way in walk(parse(TICKS))}
-  assert [(e.instruction.name, e.where, e.into) for e in ways["ar"]] == [
+def test_the_calls_that_lead_to_an_instruction():
+  frames = {instruction.name: frames for instruction, _, frames in walk(parse(TICKS))}
+  assert [(f.instruction.name, f.caller, f.callee) for f in frames["ar"]] == [
     ("loop", "main", "tick"),
     ("choice", "tick", "work"),
     ("w.1", "work", "layer"),
@@ -358,7 +365,7 @@ def test_gradients_are_added_once_a_step(float64):
   text, mesh, schedule = transformer("stage:2,data:2,expert:2", "1f1b", unroll="none")
   over = ("data", "expert")
   found = collectives(text, mesh)
-  assert {(c.scope, c.times) for c in found if c.kind == "all-reduce"} == {(None, 1)}
+  assert {(c.site.path, c.times) for c in found if c.kind == "all-reduce"} == {((), 1)}
   stack = lm.stack(4)
   leaves = lambda part: sorted(leaf.shape for leaf in jax.tree.leaves(part))  # noqa: E731
   shapes = stack.param_shapes()
@@ -371,7 +378,7 @@ def test_gradients_are_added_once_a_step(float64):
   )
   g = mine[0].group
   assert g == mesh.size // 2 and {c.group for c in ends} == {mesh.size}
-  size = sum(8 * c.elements for c in mine)
+  size = sum(8 * math.prod(c.shape) for c in mine)
   assert traffic(text, mesh, schedule).bytes(over) == (2 * size * (g - 1) / g,) * 2
 
 
@@ -379,7 +386,7 @@ def test_activations_travel_every_tick(float64):
   text, mesh, schedule = transformer("stage:4,data:2", "1f1b", unroll="none")
   found = [c for c in collectives(text, mesh) if c.kind == "collective-permute"]
   # Two rows of four positions of eight numbers, of eight bytes; there and back.
-  assert [(c.axes, c.scope, c.bytes) for c in found] == [(("stage",), None, 512.0)] * 2
+  assert [(c.axes, c.site.path, c.bytes) for c in found] == [(("stage",), (), 512.0)] * 2
   # 4 F and 4 B on each of 4 devices, the last of which starts after 3 and ends 3 before the end.
   assert [c.times for c in found] == [14, 14]
   table = traffic(text, mesh, schedule)
@@ -409,7 +416,7 @@ def test_what_layers_say_belongs_to_their_action(name, backward, unroll):
   for row in rows.values():
     assert (row.kind, row.group, row.arrays, row.bytes) == ("all-reduce", 2, 2, 2 * x)
     assert row.runs == (4, 4)
-  once = [c for c in collectives(text, mesh) if c.place.path == ("F",)]
+  once = [c for c in collectives(text, mesh) if c.site.path == ("F",)]
   assert {(c.shape, c.dtype, c.times) for c in once} == {((ROWS // 4, WIDE), "f32", 2)}
   # What is replicated along `tensor` is added once a step.
   weights = 2 * 2 * WIDE * WIDE * 4 / 2
@@ -458,7 +465,7 @@ def test_what_is_said_at_the_ends_runs_there():
   }
 
 
-def test_meetings_over_the_vocabulary(float64):
+def test_collectives_over_the_vocabulary(float64):
   mesh, stack = jaxpipe.make_mesh("stage:2"), lm.stack(4)
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=4, head="sharded")
   text = compiled(stack, schedule, mesh, lm.batch(ROWS), unroll="none")
@@ -526,7 +533,7 @@ def test_flops_of_products_of_every_kind():
     jax.jit(run).lower(jnp.ones((4, 6)), jnp.ones((6, 6)), jnp.ones((5, 7, 9))).compile().as_text()
   )
   assert flops_of_actions(text) == {(): 3 * 2 * 4 * 6 * 6 + 2 * 5 * 7 * 7 * 9}
-  assert {one.place.times for one in matmuls(text)} == {1, 3}
+  assert {one.site.times for one in matmuls(text)} == {1, 3}
 
 
 @pytest.mark.parametrize("name, unroll", [("1f1b", "none"), ("zb-h1", "all")])

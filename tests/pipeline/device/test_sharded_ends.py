@@ -14,6 +14,7 @@ from jaxpipe.models.transformer.decoder import Embed, Head, Layer, TransformerCo
 from jaxpipe.pipeline.check import leaf_errors
 from jaxpipe.pipeline.table.lower import lower
 from jaxpipe.schedules import Kind
+from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.stack.module_spec import StackError
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.stack.vocabulary import Tables
@@ -22,7 +23,6 @@ NAMES = (
   *("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "v-min", "hanayo", "chimera"),
   *("bitpipe", "dualpipe", "dualpipe-v", "looped-bfs"),
 )
-REPLICATED = {"chimera", "bitpipe", "dualpipe"}  # P even
 # Data axis, slack, program shape and policy are dealt in turn to the cases of the grid.
 OPTIONS = itertools.cycle(
   itertools.product(
@@ -32,7 +32,7 @@ OPTIONS = itertools.cycle(
 GRID = [
   (name, P, M, tied, *next(OPTIONS))
   for name, P in itertools.product(NAMES, (1, 2, 4))
-  if not (name in REPLICATED and P % 2)
+  if FAMILIES[name].fits(P, FAMILIES[name].chunks)
   for M in sorted({1, P, P + 1, 3 * P + 1})
   for tied in (True, False)
 ]

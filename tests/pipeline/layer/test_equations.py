@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.pipeline.layer import equations as eq
+from jaxpipe.pipeline.layer.trace import lenient, trace
 
 
 @jax.custom_vjp
@@ -109,7 +110,7 @@ def test_functions_that_start_from_a_constant(function):
     over_mesh(both, x)
   halves = [both(half) for half in (x[:2], x[2:])]
   want = jax.tree.map(lambda *parts: np.concatenate(parts), *halves)
-  got = over_mesh(eq.lenient(both), x)
+  got = over_mesh(lenient(both), x)
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6), got, want)
 
 
@@ -119,7 +120,7 @@ def test_a_while_loop_of_varying_length():
     start = (0, jnp.ones(x.shape))
     return lax.while_loop(lambda c: c[0] < x[0], lambda c: (c[0] + 1, c[1] * x), start)[1]
 
-  got = over_mesh(eq.lenient(powers), jnp.arange(4.0) + 1)
+  got = over_mesh(lenient(powers), jnp.arange(4.0) + 1)
   np.testing.assert_allclose(got, [1, 2, 27, 64])
 
 
@@ -131,16 +132,16 @@ def test_what_is_reduced_over_the_mesh_is_differentiated_over_it():
   """Off the mesh, the transpose of a sum over two devices would be a sum once more."""
   x = jnp.arange(4.0) + 1
   gradient = lambda x: jax.vjp(reduced, x)[1](jnp.cos(x))[0]  # noqa: E731
-  np.testing.assert_allclose(over_mesh(eq.lenient(gradient), x), over_mesh(gradient, x))
+  np.testing.assert_allclose(over_mesh(lenient(gradient), x), over_mesh(gradient, x))
 
 
 def test_a_sum_beside_a_loop_from_a_constant_says_what_to_do():
   both = lambda x: reduced(x) + scan_zeros(x)  # noqa: E731
   with pytest.raises(ValueError, match=r"there is psum.* beside it: .* jnp.zeros_like"):
-    over_mesh(eq.lenient(both), jnp.arange(4.0))
+    over_mesh(lenient(both), jnp.arange(4.0))
   inside = lambda x: lax.fori_loop(0, 2, lambda i, c: c + reduced(x), jnp.zeros(2))  # noqa: E731
   with pytest.raises(ValueError, match=r"there is psum.* beside it"):
-    over_mesh(eq.lenient(inside), jnp.arange(4.0))
+    over_mesh(lenient(inside), jnp.arange(4.0))
 
 
 def test_an_error_of_the_functions_own_is_raised_alone():
@@ -148,7 +149,7 @@ def test_an_error_of_the_functions_own_is_raised_alone():
     raise ValueError("mine")
 
   with pytest.raises(ValueError, match="mine") as error:
-    over_mesh(eq.lenient(wrong), jnp.arange(4.0))
+    over_mesh(lenient(wrong), jnp.arange(4.0))
   assert error.value.__context__ is None
 
 
@@ -159,13 +160,13 @@ def names(closed):
 @pytest.mark.smoke
 def test_calls_are_expanded():
   inner = jax.checkpoint(lambda x: jax.jit(jnp.sin)(x) * jax.nn.relu(tripled(x, x)))
-  traced = names(eq.trace(jax.grad(lambda x: inner(x).sum()), jnp.arange(2.0)))
+  traced = names(trace(jax.grad(lambda x: inner(x).sum()), jnp.arange(2.0)))
   assert "cos" in traced and not {"checkpoint", "remat2", "jit", "pjit"} & set(traced)
 
 
 @pytest.mark.smoke
 def test_slices():
-  closed = eq.trace(lambda x, y: (jnp.sin(x) * y, jnp.cos(y)), 1.0, 2.0)
+  closed = trace(lambda x, y: (jnp.sin(x) * y, jnp.cos(y)), 1.0, 2.0)
   jaxpr = getattr(closed, "jaxpr", closed)
   (x, y), (product, cos) = jaxpr.invars, jaxpr.outvars
   name = lambda equations: [e.primitive.name for e in equations]  # noqa: E731

@@ -12,15 +12,9 @@ from networks import lm
 import jaxpipe
 from jaxpipe.pipeline.table.lower import lower
 from jaxpipe.pipeline.table.program import Doing
-from jaxpipe.pipeline.table.unroll import (
-  SHAPES,
-  Segment,
-  _loops,
-  cut,
-  estimated_time,
-  tick_durations,
-  tick_times,
-)
+from jaxpipe.pipeline.table.segment import Segment
+from jaxpipe.pipeline.table.tick_times import estimated_time, tick_durations, tick_times
+from jaxpipe.pipeline.table.unroll import SHAPES, _loops, segments
 
 NAMES = ["gpipe", "1f1b", "zb-h1", "zb-v", "chimera", "zeropp"]
 
@@ -29,17 +23,17 @@ def program(name="1f1b", P=4, M=8, **options):
   return lower(jaxpipe.make_schedule(name, devices=P, microbatches=M), **options)
 
 
-def walked(segments):
+def walked(parts):
   """Ticks in the order in which they run."""
-  return [tick for one in segments for tick in range(one.start, one.stop)]
+  return [tick for one in parts for tick in range(one.start, one.stop)]
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 12))
 def test_loops_cover_every_tick_once_and_have_the_period_that_they_say(period, repeats):
   ids = [*period, *[7, 8, 9] * repeats, *period, *[5] * repeats]
-  segments = list(_loops(np.array(ids), 0))
-  assert walked(segments) == list(range(len(ids)))
-  for one in segments:
+  found = list(_loops(np.array(ids), 0))
+  assert walked(found) == list(range(len(ids)))
+  for one in found:
     body = ids[one.start : one.start + one.period]
     assert ids[one.start : one.stop] == body * one.repeats
 
@@ -49,9 +43,9 @@ def test_loops_cover_every_tick_once_and_have_the_period_that_they_say(period, r
 def test_each_shape_walks_every_tick_and_leaves_out_nothing(name, slack):
   it = program(name, slack=slack)
   for shape in SHAPES:
-    segments = cut(it, shape)
-    assert walked(segments) == list(range(it.ticks))
-    for one in segments:
+    found = segments(it, shape)
+    assert walked(found) == list(range(it.ticks))
+    for one in found:
       bodies = one.bodies(it.doing)
       for tick in range(one.start, one.stop):
         body = bodies[(tick - one.start) % one.period]
@@ -61,7 +55,7 @@ def test_each_shape_walks_every_tick_and_leaves_out_nothing(name, slack):
 @pytest.mark.parametrize("name", NAMES)
 def test_ends_compiles_exactly_what_each_tick_does(name):
   it = program(name, M=24)
-  for one in cut(it, "ends"):
+  for one in segments(it, "ends"):
     bodies = one.bodies(it.doing)
     assert [bodies[i % one.period] for i in range(one.stop - one.start)] == list(
       it.doing[one.start : one.stop]
@@ -70,14 +64,17 @@ def test_ends_compiles_exactly_what_each_tick_does(name):
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "zb-v", "v-min", "hanayo", "dualpipe"])
 def test_loops_do_not_grow_with_the_number_of_microbatches(name):
-  size = lambda M: sum(one.period for one in cut(program(name, M=M), "ends"))  # noqa: E731
+  size = lambda M: sum(one.period for one in segments(program(name, M=M), "ends"))  # noqa: E731
   assert size(16) == size(64) == size(128)
 
 
 def test_exchanges_are_those_that_carry_something():
   it = program("1f1b", P=3, M=4)
   sent = sum(
-    len(pairs) for one in cut(it, "all") for doing in one.bodies(it.doing) for pairs in doing.pairs
+    len(pairs)
+    for one in segments(it, "all")
+    for doing in one.bodies(it.doing)
+    for pairs in doing.pairs
   )
   assert sent == 2 * 4 * (3 - 1)  # y forwards and dx backwards, over each boundary
 
@@ -85,8 +82,8 @@ def test_exchanges_are_those_that_carry_something():
 def test_1f1b_waits_a_quarter_longer_where_every_tick_exchanges_both_ways():
   """F of 1 and B of 2 couple neighbours; sends where something is sent make it the schedule."""
   it = program("1f1b", P=4, M=32)
-  assert estimated_time(it, cut(it, "ends")) == jaxpipe.simulate(it.schedule).makespan == 105
-  assert estimated_time(it, cut(it, "none")) == 136
+  assert estimated_time(it, segments(it, "ends")) == jaxpipe.simulate(it.schedule).makespan == 105
+  assert estimated_time(it, segments(it, "none")) == 136
 
 
 @pytest.mark.parametrize(
@@ -94,14 +91,14 @@ def test_1f1b_waits_a_quarter_longer_where_every_tick_exchanges_both_ways():
 )
 def test_auto_takes_the_smallest_program_that_is_as_fast(name, M, chosen):
   it = program(name, M=M)
-  assert cut(it, "auto") == cut(it, chosen)
+  assert segments(it, "auto") == segments(it, chosen)
 
 
 def test_auto_compiles_no_long_straight_line():
   """Nothing repeats in it, and straight lines of hundreds of ticks take minutes to compile."""
   it = program("interleaved-1f1b", P=8, M=32)
-  assert sum(one.period for one in cut(it, "ends")) > 64
-  assert cut(it, "auto") == (Segment(0, 1, it.ticks),)
+  assert sum(one.period for one in segments(it, "ends")) > 64
+  assert segments(it, "auto") == (Segment(0, 1, it.ticks),)
 
 
 def test_a_sender_that_blocks_waits_for_a_slower_receiver():
@@ -111,7 +108,9 @@ def test_a_sender_that_blocks_waits_for_a_slower_receiver():
   )
   it = lower(schedule)
   durations = tick_durations(it, jaxpipe.Costs([1, 5], 1, 0))
-  begins = {b: tick_times(it, cut(it, "all"), durations, 0, blocking=b)[0] for b in (False, True)}
+  begins = {
+    b: tick_times(it, segments(it, "all"), durations, 0, blocking=b)[0] for b in (False, True)
+  }
   # Its second F is done at 2; what it sends then is taken at 6, when the receiver's first F ends.
   assert begins[False][:3, 0].tolist() == [0, 1, 2]
   assert begins[True][:3, 0].tolist() == [0, 1, 6]
@@ -119,7 +118,7 @@ def test_a_sender_that_blocks_waits_for_a_slower_receiver():
 
 def test_another_shape_is_refused():
   with pytest.raises(ValueError, match="unroll='some' is unknown; use auto, none, ends, all"):
-    cut(program(), "some")
+    segments(program(), "some")
 
 
 def lowered(M, unroll):

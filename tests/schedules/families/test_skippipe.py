@@ -28,7 +28,7 @@ GRID = [(P, M) for P in range(1, 9) for M in range(1, 25)]
 TWENTY = Placement(tuple((s,) for s, n in enumerate((5, 3, 3, 3, 3, 3)) for _ in range(n)))
 
 
-def _network(seed, placement, M, k, *, room=math.inf, **more):
+def _network(seed, placement, M, k, *, capacity=math.inf, **more):
   """Devices of unlike speed."""
   draw = random.Random(seed)
   forward = tuple(draw.choice((2, 3, 4, 6)) for _ in range(placement.devices))
@@ -38,7 +38,7 @@ def _network(seed, placement, M, k, *, room=math.inf, **more):
     k,
     forward=forward,
     backward=tuple(1.5 * time for time in forward),
-    room=(room,) * placement.devices,
+    capacity=(capacity,) * placement.devices,
     hop=draw.choice((0, 1)),
     **more,
   )
@@ -93,7 +93,7 @@ def _replay(network, schedule):
 
 
 def _assert_kept(network, schedule):
-  """Nobody in two places at once, nobody above its room, stages visited as often as allowed."""
+  """Nobody in two places at once, nobody above its capacity, stages visited as often as allowed."""
   schedule.check()
   done = _replay(network, schedule)
   for d in range(schedule.devices):
@@ -103,7 +103,7 @@ def _assert_kept(network, schedule):
     for _, _, token in mine:
       held += 1 if "F" in token else -1
       most = max(most, held)
-    assert held == 0 and most <= network.room[d]
+    assert held == 0 and most <= network.capacity[d]
   assert _spread([s for path in schedule.paths for s in path], schedule.stages) <= 1
   for path in schedule.paths:
     assert len(path) == network.visits and path[0] == 0 and len(set(path)) == len(path)
@@ -111,11 +111,11 @@ def _assert_kept(network, schedule):
   return max(end for _, _, end in done.values())
 
 
-# With room for one only, microbatches that go different ways round may block each other.
-@pytest.mark.parametrize("room, reorder", [(1, False), (3, False), (3, True)])
+# Where a device holds one only, microbatches that go different ways round may block each other.
+@pytest.mark.parametrize("capacity, reorder", [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("seed", range(4))
-def test_paths_keep_clear_of_each_other_and_within_memory(seed, room, reorder):
-  network = _network(seed, TWENTY, 10, 4, room=room, reorder=reorder)
+def test_paths_keep_clear_of_each_other_and_within_memory(seed, capacity, reorder):
+  network = _network(seed, TWENTY, 10, 4, capacity=capacity, reorder=reorder)
   schedule = module.schedule_routes(network, seed=seed)
   makespan = _assert_kept(network, schedule)
   assert makespan == dispatch(network, find_routes(network, seed=seed)).makespan
@@ -160,7 +160,7 @@ def test_never_longer_than_random_skipping():
     )
     k = draw.choice((3, 4)) if placement.stages > 4 else 3
     network = _network(
-      seed, placement, draw.choice((6, 10, 15)), k, room=draw.choice((3, math.inf))
+      seed, placement, draw.choice((6, 10, 15)), k, capacity=draw.choice((3, math.inf))
     )
     planned = dispatch(network, find_routes(network, work=20_000)).makespan
     skipped = dispatch(network, _random_routes(network, draw)).makespan
@@ -240,7 +240,7 @@ def test_routes_that_block_each_other_are_refused():
     cap=2,
     forward=(1, 2, 1),
     backward=(1, 1, 1),
-    room=(2, 1, 1),
+    capacity=(2, 1, 1),
     reorder=True,
   )
   with pytest.raises(ScheduleError, match="block each other for lack of memory"):

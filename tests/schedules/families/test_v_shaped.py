@@ -9,7 +9,6 @@ import pytest
 from jaxpipe.schedules import Costs, Kind, Placement, Schedule, make_schedule, simulate
 from jaxpipe.schedules.planning.building_block import (
   repeat,
-  v_block,
   v_blocks,
   v_half_block,
   v_min_block,
@@ -135,13 +134,12 @@ def test_blocks_keep_to_their_formula(P):
 
 
 @pytest.mark.parametrize("P", [2, 4, 8])
-def test_v_block_fits_any_limit_that_a_block_has(P):
+def test_blocks_fit_any_limit_that_a_block_has(P):
   placement = Placement.v(P)
   lowest = min(block.peak(placement) for block in v_blocks(P, 2 * P))
   for limit in range(lowest, 2 * P + 1):
-    block = v_block(P, limit)
+    block = v_blocks(P, limit)[0]
     order = repeat(placement, block, 4 * P, limit=limit)
     timeline = simulate(Schedule("block", placement, 4 * P, order).check())
     assert max(timeline.peak_activations) <= limit
-  with pytest.raises(ValueError, match=f"use a limit of {lowest}"):
-    v_block(P, lowest - 1)
+  assert not v_blocks(P, lowest - 1)

@@ -36,7 +36,7 @@ def test_frozen_layers_leave_less_than_five_percent_idle(devices, microbatches):
   assert plan.timeline.bubble > 0.1
   assert filled.bubble < 0.05
   assert filled.gain > 0.05
-  assert filled.makespan < filled.apart
+  assert filled.makespan < filled.separate
 
 
 def test_the_backbone_is_not_delayed():

@@ -14,7 +14,7 @@ from jaxpipe.schedules import schedule_names
 from jaxpipe.training.flags.errors import ConfigError
 from jaxpipe.training.flags.flags import define_flags, parse_flags, read_flags
 from jaxpipe.training.lm.config import Config
-from jaxpipe.training.lm.run import build
+from jaxpipe.training.lm.run import build_run
 from jaxpipe.training.loop.loop import train
 
 ROOT = Path(__file__).parents[3]
@@ -164,7 +164,7 @@ def test_one_line_names_flag_numbers_and_remedy(
   tiny: Callable[..., Config], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
   with pytest.raises(ValueError) as caught:
-    build(tiny(**changes))
+    build_run(tiny(**changes))
   assert str(caught.value) == message
   assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
@@ -172,20 +172,20 @@ def test_one_line_names_flag_numbers_and_remedy(
 @pytest.mark.parametrize("name", ["residuals", "backward"])
 def test_unknown_words_name_their_flag(tiny: Callable[..., Config], name: str) -> None:
   with pytest.raises(ConfigError, match=f"--{name}=sideways.*: .*sideways"):
-    build(tiny(**{name: "sideways"}))
+    build_run(tiny(**{name: "sideways"}))
 
 
 def test_names_that_no_layer_bears(tiny: Callable[..., Config]) -> None:
   with pytest.raises(ConfigError, match=r"--residuals=names:atention: .*did you mean attention\?"):
-    build(tiny(residuals="names:atention"))
+    build_run(tiny(residuals="names:atention"))
 
 
 def test_damaged_token_bin_is_refused(tiny: Callable[..., Config], tmp_path: Path) -> None:
-  setup = build(tiny())
+  setup = build_run(tiny())
   bin_file = tmp_path / "short.bin"
   bin_file.write_bytes(setup.data.train.path.read_bytes()[:-2])
   with pytest.raises(ValueError, match=r"short.bin: \d+ bytes, but its header says \d+ tokens"):
-    build(tiny(text=str(bin_file)))
+    build_run(tiny(text=str(bin_file)))
 
 
 def test_folder_of_somebody_else_is_left_alone(tiny: Callable[..., Config], tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_folder_of_somebody_else_is_left_alone(tiny: Callable[..., Config], tmp_
   thesis.parent.mkdir()
   thesis.write_text("years of work")
   with pytest.raises(ConfigError, match=r"--run_dir=.*run: not empty and not a jaxpipe run"):
-    build(tiny())
+    build_run(tiny())
   assert list(thesis.parent.iterdir()) == [thesis]
 
 
@@ -202,7 +202,7 @@ def test_damaged_record_is_refused(tiny: Callable[..., Config], tmp_path: Path) 
   record.parent.mkdir()
   record.write_text('{"format": "jaxpipe run 1"')
   with pytest.raises(ConfigError, match=r"config.json: damaged .*use another --run_dir"):
-    build(tiny())
+    build_run(tiny())
 
 
 SAME = {
@@ -221,7 +221,7 @@ SAME = {
 
 @pytest.fixture
 def begun(tiny: Callable[..., Config]) -> Callable[..., Config]:
-  build(tiny()).begin()
+  build_run(tiny()).begin()
   return tiny
 
 
@@ -231,7 +231,7 @@ def test_resume_refuses_what_would_train_another_model(
 ) -> None:
   before = (tmp_path / "run" / "config.json").read_bytes()
   with pytest.raises(ConfigError) as caught:
-    build(begun(**{name: SAME[name]}))
+    build_run(begun(**{name: SAME[name]}))
   now, was = begun(**{name: SAME[name]}).flag(name), begun().flag(name)
   assert str(caught.value) == (
     f"{now}: the run in {tmp_path}/run has {was}; repeat that to resume it,"
@@ -243,7 +243,7 @@ def test_resume_refuses_what_would_train_another_model(
 def test_resume_refuses_another_text(begun: Callable[..., Config], text: Path) -> None:
   text.write_text(text.read_text().replace("mind", "MIND"))
   with pytest.raises(ConfigError, match=r"--text=.*: its tokens is .* the run in .* has .*another"):
-    build(begun())
+    build_run(begun())
 
 
 @pytest.mark.parametrize(
@@ -256,11 +256,11 @@ def test_resume_refuses_another_text(begun: Callable[..., Config], text: Path) -
 def test_resume_accepts_another_way_of_computing(
   begun: Callable[..., Config], changes: dict[str, Any]
 ) -> None:
-  build(begun(**changes))
+  build_run(begun(**changes))
 
 
 def test_same_text_may_move(begun: Callable[..., Config], text: Path) -> None:
-  build(begun(text=str(text.rename(text.with_name("moved.txt")))))
+  build_run(begun(text=str(text.rename(text.with_name("moved.txt")))))
 
 
 def _parse(*words: str) -> Config:
@@ -302,11 +302,11 @@ def test_help_is_no_error() -> None:
 def test_two_processes_never_train_in_one_folder(tiny: Callable[..., Config]) -> None:
   """The second would drop the first one's metrics and clean up its unfinished checkpoints."""
   config = tiny()
-  build(config).begin()
+  build_run(config).begin()
   code = (
     "import sys, json; from jaxpipe.training.lm.config import Config;"
-    "from jaxpipe.training.lm.run import build;"
-    "build(Config.from_dict(json.loads(sys.argv[1]))).begin()"
+    "from jaxpipe.training.lm.run import build_run;"
+    "build_run(Config.from_dict(json.loads(sys.argv[1]))).begin()"
   )
   command = [sys.executable, "-c", code, json.dumps(config.to_dict())]
   environment = {**_environ(), "PYTHONPATH": str(ROOT)}
@@ -338,7 +338,7 @@ def _environ() -> dict[str, str]:
 def test_a_bug_keeps_its_traceback(
   tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  setup = build(tiny())
+  setup = build_run(tiny())
   monkeypatch.setattr("jaxpipe.training.loop.loop.describe", lambda _: int("a bug"))
   with pytest.raises(ValueError, match="a bug"):
     train(setup)

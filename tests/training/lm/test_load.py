@@ -15,7 +15,7 @@ from jaxpipe.training.flags.errors import ConfigError
 from jaxpipe.training.lm import sample
 from jaxpipe.training.lm.config import Config
 from jaxpipe.training.lm.load import LoadedRun
-from jaxpipe.training.lm.run import build
+from jaxpipe.training.lm.run import build_run
 from jaxpipe.training.lm.sample import forward
 from jaxpipe.training.loop.loop import train
 
@@ -31,7 +31,7 @@ def run(
   folder = tmp_path_factory.mktemp("load")
   tokenizer = request.param
   train(
-    build(make_config(folder, steps=60, mesh="stage:2", tokenizer=tokenizer, tied=True)).begin()
+    build_run(make_config(folder, steps=60, mesh="stage:2", tokenizer=tokenizer, tied=True)).begin()
   )
   (folder / "text.txt").unlink()
   shutil.rmtree(folder / "cache")
@@ -103,6 +103,6 @@ def test_bytes_that_are_no_text_do_not_stop_it(run: LoadedRun) -> None:
 def test_no_run_is_one_clear_line(tmp_path: Path, tiny: MakeConfig) -> None:
   with pytest.raises(ConfigError, match=r"--run_dir=.*nowhere: no run there; train one first"):
     jaxpipe.load(tmp_path / "nowhere")
-  build(tiny()).begin()
+  build_run(tiny()).begin()
   with pytest.raises(ConfigError, match=r"--run_dir=.*run: no checkpoint yet"):
     jaxpipe.load(tmp_path / "run")

@@ -13,7 +13,7 @@ import pytest
 
 from jaxpipe.training.flags.settings import show_flag
 from jaxpipe.training.lm.config import Config
-from jaxpipe.training.lm.run import build
+from jaxpipe.training.lm.run import build_run
 from jaxpipe.training.loop.checkpoint import Checkpoints
 from jaxpipe.training.loop.interrupt import Interrupt
 from jaxpipe.training.loop.loop import train
@@ -47,7 +47,7 @@ def saved(folder: Path) -> int | None:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig) -> Path:
   """The folder of a run that nobody disturbed, at stage:4 with 1F1B."""
   folder = tmp_path_factory.mktemp("uninterrupted")
-  assert train(build(make_config(folder, **RUN, profile_steps="3:5")).begin()) == 0
+  assert train(build_run(make_config(folder, **RUN, profile_steps="3:5")).begin()) == 0
   return folder
 
 
@@ -83,7 +83,7 @@ def test_a_finished_run_says_so(
   uninterrupted: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
   before = (uninterrupted / "run" / "metrics.jsonl").read_bytes()
-  assert train(build(make_config(uninterrupted, **RUN)).begin()) == 0
+  assert train(build_run(make_config(uninterrupted, **RUN)).begin()) == 0
   assert f"finished, {STEPS} steps of --steps={STEPS}" in capsys.readouterr().out
   assert (uninterrupted / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -91,7 +91,7 @@ def test_a_finished_run_says_so(
 def test_one_stage_gives_the_same_losses(
   tmp_path: Path, uninterrupted: Path, make_config: MakeConfig
 ) -> None:
-  train(build(make_config(tmp_path, **RUN, mesh="stage:1")).begin())
+  train(build_run(make_config(tmp_path, **RUN, mesh="stage:1")).begin())
   np.testing.assert_allclose(numbers(tmp_path), numbers(uninterrupted), rtol=1e-5)
 
 
@@ -130,9 +130,9 @@ def start(config: Config) -> subprocess.Popen[str]:
 
 
 SCRIPT = """
-from jaxpipe.training.lm.command import run_command
+from jaxpipe.training.lm.command import run_lm
 from jaxpipe.training.lm.config import Config
-run_command(Config())
+run_lm(Config())
 """
 
 
@@ -161,12 +161,12 @@ def test_interrupted_runs_save_and_may_move(
   # Dropout masks are keyed by microbatch, so only runs with equal M draw the same ones.
   run = {**RUN, "dropout": 0.1 if "microbatches" not in changes else 0.0}
   interrupt_after(20, number)
-  assert train(build(make_config(tmp_path, **run)).begin()) == 128 + number
+  assert train(build_run(make_config(tmp_path, **run)).begin()) == 128 + number
   done = saved(tmp_path)
   assert done in (21, 22) and len(numbers(tmp_path)) == done
   assert f"saved after {done} steps; the same command resumes" in capsys.readouterr().out
   before = numbers(tmp_path)
-  train(build(make_config(tmp_path, **{**run, **changes})).begin())
+  train(build_run(make_config(tmp_path, **{**run, **changes})).begin())
   losses = numbers(tmp_path)
   assert losses[:done] == before and len(losses) == STEPS
   if run == RUN:
@@ -190,12 +190,12 @@ def test_a_run_with_experts_moves_between_meshes_that_cut_everything(
   alone, moved = tmp_path / "alone", tmp_path / "moved"
   for folder in (alone, moved):
     folder.mkdir()
-  assert train(build(make_config(alone, **run, mesh="stage:1")).begin()) == 0
+  assert train(build_run(make_config(alone, **run, mesh="stage:1")).begin()) == 0
   interrupt_after(2, signal.SIGTERM)
   first = make_config(moved, **run, mesh="stage:2,expert:2,tensor:2", sequence_parallel=True)
-  assert train(build(first).begin()) == 128 + signal.SIGTERM
+  assert train(build_run(first).begin()) == 128 + signal.SIGTERM
   second = make_config(moved, **run, mesh="stage:2,sequence:2,fsdp:2", schedule="zeropp")
-  assert train(build(second).begin()) == 0
+  assert train(build_run(second).begin()) == 0
   for name in ("loss", "grad_norm"):
     np.testing.assert_allclose(numbers(moved, name), numbers(alone, name), rtol=1e-5)
   validated = [

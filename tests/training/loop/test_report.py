@@ -7,14 +7,14 @@ import pytest
 
 from jaxpipe.models.transformer.config import flops_per_token
 from jaxpipe.training.lm.config import Config
-from jaxpipe.training.lm.run import build
+from jaxpipe.training.lm.run import build_run
 from jaxpipe.training.loop import report
 from jaxpipe.training.loop.metrics import Record
 from jaxpipe.training.plan.state import create_state
 
 
 def test_the_plan_names_mesh_timetable_bubbles_and_memory(tiny: Callable[..., Config]) -> None:
-  text = report.describe(build(tiny()))
+  text = report.describe(build_run(tiny()))
   for part in (
     "mesh: stage 4 = 4 devices (cpu)",
     "device 0 | F0 F1 F2 F3",
@@ -26,7 +26,7 @@ def test_the_plan_names_mesh_timetable_bubbles_and_memory(tiny: Callable[..., Co
 
 
 def test_counts_and_bytes_are_those_of_the_state(tiny: Callable[..., Config]) -> None:
-  setup = build(tiny())
+  setup = build_run(tiny())
   state = create_state(
     setup.stack, setup.optimizer, 0, setup.batch_shapes, setup.schedule, setup.mesh
   )
@@ -46,7 +46,7 @@ def test_counts_and_bytes_are_those_of_the_state(tiny: Callable[..., Config]) ->
 def test_utilisation_only_where_the_peak_is_known(
   tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  setup = build(tiny())
+  setup = build_run(tiny())
   record = Record(
     step=3, loss=2.0, grad_norm=1.0, learning_rate=1e-3, tokens_per_second=1e3, step_seconds=0.1
   )

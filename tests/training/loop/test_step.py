@@ -9,7 +9,7 @@ import optax
 
 from jaxpipe import reference_value_and_grad, unplace
 from jaxpipe.training.lm.config import Config
-from jaxpipe.training.lm.run import LmRun, build
+from jaxpipe.training.lm.run import LmRun, build_run
 from jaxpipe.training.loop.step import make_train_step
 from jaxpipe.training.plan.state import TrainState, create_state
 
@@ -21,7 +21,7 @@ def first(setup: LmRun) -> TrainState:
 
 
 def test_the_step_compiles_once_and_donates(tiny: Callable[..., Config]) -> None:
-  setup = build(tiny())
+  setup = build_run(tiny())
   state = first(setup)
   once = chex.assert_max_traces(setup.value_and_grad, n=1)
   step = make_train_step(once, setup.optimizer, setup.learning_rate, 0, state, setup.mesh)
@@ -35,7 +35,7 @@ def test_the_step_compiles_once_and_donates(tiny: Callable[..., Config]) -> None
 
 
 def test_two_steps_equal_the_reference(tiny: Callable[..., Config]) -> None:
-  setup = build(tiny(dropout=0.1, seed=5))
+  setup = build_run(tiny(dropout=0.1, seed=5))
   state = first(setup)
   params = jax.device_get(unplace(state.params, setup.stack, setup.schedule))
   step = make_train_step(

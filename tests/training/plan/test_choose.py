@@ -6,10 +6,10 @@ import pytest
 from networks import lm
 
 import jaxpipe
-from jaxpipe.pipeline.costs.flops import counted_costs
-from jaxpipe.training.aot.aot import DeviceSpec
+from jaxpipe.pipeline.costs.layer_costs import counted_costs
+from jaxpipe.training.chips import DeviceSpec
 from jaxpipe.training.flags.errors import ConfigError
-from jaxpipe.training.lm import run as setup
+from jaxpipe.training.lm.run import build_run
 from jaxpipe.training.plan import plan
 from jaxpipe.training.plan.choose import Candidate, _choose, choose_schedule
 
@@ -82,12 +82,12 @@ def test_counted_costs_are_those_of_matmuls():
 def test_what_a_device_has_is_the_limit_of_a_run(make_config, tmp_path, monkeypatch):
   """Only --memory_limit was a limit, although a device says what it has."""
   small = DeviceSpec("a small one", memory=1000, peak=None, clock=None)
-  monkeypatch.setattr(plan.Device, "of", lambda devices: small)
+  monkeypatch.setattr(plan.DeviceSpec, "of", lambda devices: small)
   with pytest.raises(ConfigError, match="no schedule fits a memory_limit of 1,000 bytes"):
-    setup.build(make_config(tmp_path, schedule="auto", microbatches=2, mesh="stage:2"))
+    build_run(make_config(tmp_path, schedule="auto", microbatches=2, mesh="stage:2"))
 
 
 def test_sizes_are_checked_before_any_text_is_read(make_config, tmp_path):
   config = make_config(tmp_path, schedule="auto", layers=5, text="/no/such/text")
   with pytest.raises(ConfigError, match="5 layers cannot fill 4 stages evenly"):
-    setup.build(config)
+    build_run(config)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxpipe.models.transformer.decoder import TransformerConfig, transformer
 from jaxpipe.training.lm.config import Config
-from jaxpipe.training.lm.run import build
+from jaxpipe.training.lm.run import build_run
 from jaxpipe.training.plan.optimizer import decay_mask, learning_rate, make_optimizer, widen
 from jaxpipe.training.plan.state import create_state
 
@@ -63,7 +63,7 @@ def test_clipping_scales_by_the_global_norm() -> None:
 
 
 def test_moments_are_born_on_their_stages(tiny: Callable[..., Config]) -> None:
-  setup = build(tiny())
+  setup = build_run(tiny())
   state = create_state(
     setup.stack, setup.optimizer, 0, setup.batch_shapes, setup.schedule, setup.mesh
   )

@@ -243,8 +243,8 @@ def test_jax_listens_at_the_coordinators_address_alone(monkeypatch: pytest.Monke
 
 
 def test_a_process_that_never_arrives_ends_the_command_in_one_line(tmp_path: Path) -> None:
-  source = "from jaxpipe.training.lm.command import run_command\n"
-  source += "from jaxpipe.training.lm.config import Config\nrun_command(Config())"
+  source = "from jaxpipe.training.lm.command import run_lm\n"
+  source += "from jaxpipe.training.lm.config import Config\nrun_lm(Config())"
   flags = [f"--coordinator={HERE}:{free_port()}", "--process_id=0", "--num_processes=2"]
   done = subprocess.run(
     [sys.executable, "-c", source, *flags, "--start_timeout=0.5"],

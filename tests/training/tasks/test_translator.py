@@ -8,7 +8,8 @@ import pytest
 from jaxpipe.data.experiments.pairs import BEGIN, END, PAD, PairVocabulary, encode_pairs
 from jaxpipe.data.text.tokenizer import ByteTokenizer
 from jaxpipe.models.translation import TranslationConfig, translation
-from jaxpipe.training.tasks.translator import Translator, modules, pass_through
+from jaxpipe.stack.forward import modules, run_layers
+from jaxpipe.training.tasks.translator import Translator
 
 NAMES = ["Oman", "Iran", "Chad", "Niger", "Togo"]
 CATALOGUE = {"de": {name: name for name in NAMES}, "af": {"Oman": "Oman"}}
@@ -26,8 +27,8 @@ def trained():
 
 
 def logits(stack, params, batch):
-  embed, *layers, head = modules(stack, params)
-  return head.logits(pass_through(layers, embed(batch), batch))
+  embed, *layers, head = modules(stack, params, {})
+  return head.logits(run_layers(layers, embed(batch), batch))
 
 
 def test_greedy_decoding_is_the_argmax_of_the_teacher_forced_model(trained):
@@ -47,10 +48,10 @@ def test_greedy_decoding_is_the_argmax_of_the_teacher_forced_model(trained):
 def test_rows_do_not_meet(trained, beams):
   stack, params = trained
   one = Translator(stack=stack, vocabulary=VOCABULARY, batch_size=5, beams=beams)
-  pieces = Translator(stack=stack, vocabulary=VOCABULARY, batch_size=2, beams=beams)
+  by_two = Translator(stack=stack, vocabulary=VOCABULARY, batch_size=2, beams=beams)
   german = PAIRS.of("de")
   together = one(params, PAIRS, german)
-  assert together == pieces(params, PAIRS, german)
+  assert together == by_two(params, PAIRS, german)
   assert together[::-1] == one(params, PAIRS, german[::-1])
   assert len(together) == len(NAMES) and len(set(together)) > 1
   assert one(params, PAIRS, PAIRS.of("af"))[0] != together[0]  # another tag, another answer

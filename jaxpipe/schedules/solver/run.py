@@ -1,8 +1,8 @@
-"""Words in time: the simulator of the search, which starts again from where words differ.
+"""Simulates words: the fast simulator of the searches, which starts where two words differ.
 
-A search times thousands of neighbours, so this one knows no names, no microbatches and no kinds,
-and copies from the run before all that started before the first change: nothing that starts earlier
-can depend on it.
+A search times thousands of candidates that differ in little, so this simulator knows no names,
+microbatches or kinds, and copies from an earlier run all letters that start before the first
+change: nothing that starts earlier can depend on it.
 
   since            v
   base    F F F I  | W F I W      copied up to here,
@@ -12,7 +12,7 @@ can depend on it.
 import bisect
 import dataclasses
 
-from jaxpipe.schedules.planning.problem import Letter, Problem, Words
+from jaxpipe.schedules.solver.problem import Letter, Problem, Words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Run:
   """Words in time.
 
   Attributes:
-    rows: `rows[d][i]` is when device d starts the i-th letter of its word.
-    letters: `letters[t][k]` is when the k-th t starts.
-    value: the objective, then what breaks its ties: the sum of all devices' last ends.
+    rows: `rows[d][i]` is the time at which device d starts the i-th letter of its word.
+    letters: `letters[t][k]` is the time at which the k-th letter t starts.
+    value: the objective, then the sum of all devices' last ends, which breaks its ties.
   """
 
   rows: list[list[int]]
@@ -31,16 +31,16 @@ class Run:
 
 
 def run(problem: Problem, words: Words, base: Run | None = None, since: int = 0) -> Run | None:
-  """Times words; None if they dead-lock.
+  """Times words.
 
   Args:
-    problem: what the letters cost.
+    problem: the letters' times and waits.
     words: one word per device, each its own F before its I before its W.
     base: a run of other words whose letters that start before `since` are the same ones.
-    since: what starts before it does not depend on what starts later, and is copied.
+    since: the time from which on letters are timed again; earlier ones are copied from `base`.
 
   Returns:
-    The run.
+    The run; None if the words dead-lock.
   """
   times, inputs, lags = problem.times, problem.inputs, problem.lags
   P = len(words)

@@ -1,17 +1,17 @@
-"""What no schedule can go below, from one device or one microbatch at a time.
+"""Bounds the objective of every schedule from below, by one device or one microbatch at a time.
 
-What device d cannot avoid, P=4, memory for two forwards:
+The time that device 1 cannot avoid, P=4, memory for two forwards:
 
   device 1 |    F0 F1             I0 ... all of its work that is left ...  |
            [1] head  [2] wait for the gradient: forwards that memory allows
                                   [3] work, then [4] the way home of the last gradient
 """
 
-from jaxpipe.schedules.planning.problem import Problem
+from jaxpipe.schedules.solver.problem import Problem
 
 
 def lower_bound(problem: Problem) -> int:
-  """A bound on the objective of every schedule of the problem's placement, in its own unit."""
+  """Returns a number that no schedule of a problem can go below, in the problem's unit of time."""
   P = problem.placement.devices
   makespan = problem.objective == "makespan"
   bounds = [_device(problem, d, makespan) for d in range(P)]
@@ -22,9 +22,9 @@ def lower_bound(problem: Problem) -> int:
 
 
 def _passes(problem: Problem) -> tuple[list[int], list[int]]:
-  """By stage: when microbatch 0 can at best leave it forwards, and then, later, backwards.
+  """Returns the earliest ends of microbatch 0's F and of its I, each by stage.
 
-  Backward times count from the end of the last stage's forward.
+  The Is count from the end of the last stage's F.
   """
   S, times, lags = problem.placement.stages, problem.times, problem.lags
   forward, backward = [], [0] * S
@@ -40,6 +40,7 @@ def _passes(problem: Problem) -> tuple[list[int], list[int]]:
 
 
 def _device(problem: Problem, d: int, makespan: bool) -> int:
+  """Returns a bound from the work of device d, on the makespan or else on the span."""
   S, M, times = problem.placement.stages, problem.microbatches, problem.times
   held = problem.placement.table[d]
   forward, backward = _passes(problem)
@@ -65,11 +66,11 @@ def _device(problem: Problem, d: int, makespan: bool) -> int:
 
 
 def _occupied(problem: Problem, d: int, forward: list[int], backward: list[int]) -> int:
-  """Least span in which the limit has room for what all microbatches hold, times how long."""
+  """Returns a bound from memory: what all microbatches hold, times how long, over the limit."""
   S, times, changes = problem.placement.stages, problem.times, problem.changes
   held = problem.placement.table[d]
   kept = {s: changes[s] + changes[S + s] for s in held}  # from the end of I to that of W
-  # What ends below nothing would make room for others.
+  # Letters that leave less than nothing held would offset what others hold.
   if problem.limits is None or any(
     min(changes[s], kept[s], kept[s] + changes[2 * S + s]) < 0 for s in held
   ):
@@ -82,14 +83,14 @@ def _occupied(problem: Problem, d: int, forward: list[int], backward: list[int])
 
 
 def _after(problem: Problem, s: int, makespan: bool, backward: list[int]) -> int:
-  """Least time from the end of I on stage s to the end of what counts."""
+  """Returns the least time from the end of a last I on stage s to the end of the objective."""
   S, times = problem.placement.stages, problem.times
   own = times[2 * S + s]
   return max(own, backward[0] - backward[s] + times[2 * S]) if makespan else own
 
 
 def _affordable(problem: Problem, d: int) -> int:
-  """Most time of forwards that the device's memory allows before its first I."""
+  """Returns the most time of forwards that a device's memory allows before its first I."""
   M = problem.microbatches
   held = problem.placement.table[d]
   total = M * sum(problem.times[s] for s in held)

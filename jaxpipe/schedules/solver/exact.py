@@ -1,4 +1,4 @@
-"""The best schedule there is, proven, by a constraint solver: for small cases, and for tests.
+"""Finds the best schedule there is, with a proof, by a constraint solver: for small problems.
 
 The model is the simulator's: an interval of time per F, I and W; the intervals of one device do
 not overlap; each waits for what it needs, and for the hop; what a device holds is a reservoir that
@@ -12,10 +12,11 @@ Only W's are left in any order where backwards may be fused: there a W can be ti
 import dataclasses
 from typing import Any
 
-from jaxpipe.schedules.actions import Action, Kind
-from jaxpipe.schedules.planning.problem import KINDS, Found, Letter, Problem
-from jaxpipe.schedules.planning.run import run
+from jaxpipe.schedules.actions import Action
+from jaxpipe.schedules.kinds import REQUIRED, Kind
 from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.solver.problem import Found, Letter, Problem
+from jaxpipe.schedules.solver.run import run
 
 # CP-SAT counts in 64 bits and loses speed long before.
 _LONGEST = 2**40
@@ -27,15 +28,15 @@ def exact(
   """Solves a problem to optimality if time allows.
 
   Args:
-    problem: what is asked.
+    problem: letters, times and limits.
     hint: a legal schedule within the limits, of F, I, W and B; the answer is at least as good.
-    bound: an objective known to be unbeatable.
-    seconds: of the solver's own clock, which counts work: the same arguments give the same answer
-      on every machine, sooner or later.
-    seed: of the solver.
+    bound: a number that no schedule's objective is known to go below.
+    seconds: limit on the solver's own clock, which counts work: the same arguments give the same
+      answer on every machine, sooner or later.
+    seed: seed of the solver.
 
   Returns:
-    The best schedule found and what was proven, in units of the problem.
+    The best schedule found and the bound that was proven, in units of the problem.
 
   Raises:
     ImportError: OR-tools are not installed.
@@ -73,7 +74,18 @@ def exact(
 
 @dataclasses.dataclass(kw_only=True)
 class _Model:
-  """A model in the making. OR-tools have no types of their own that all versions share."""
+  """A constraint model in the making.
+
+  Its variables are `Any`, because OR-tools have no types of their own that all versions share.
+
+  Attributes:
+    cp: the CP-SAT model.
+    problem: letters, times and limits.
+    horizon: a time at which some schedule that is at least as good has ended.
+    start: (letter, microbatch) -> integer variable, the time at which it starts.
+    fused: (stage, microbatch) -> Boolean variable, whether the backward is one B; empty where
+      fusing cannot help.
+  """
 
   cp: Any
   problem: Problem
@@ -83,7 +95,7 @@ class _Model:
 
 
 def solvable(problem: Problem) -> bool:
-  """Whether the model is faithful.
+  """Whether the model describes a problem faithfully.
 
   A device does several things at one time if some take none, and under a memory limit a reservoir
   cannot tell which came first.
@@ -92,6 +104,7 @@ def solvable(problem: Problem) -> bool:
 
 
 def _refuse(problem: Problem, value: int) -> None:
+  """Raises ValueError for a problem that the solver cannot be given."""
   if value > _LONGEST:
     raise ValueError(
       f"the objective is {value} in whole units, above {_LONGEST}; round the costs to fewer digits"
@@ -101,10 +114,11 @@ def _refuse(problem: Problem, value: int) -> None:
 
 
 def _heads(problem: Problem) -> dict[int, int]:
-  """First stage of each device -> when its first forward starts, where nobody can choose that.
+  """Returns when the first forward of each device starts, by the device's first stage.
 
-  A device begins with microbatch 0 of its first stage, and as soon as that arrives; which is fixed
-  if all stages before are first stages too. So they are on a loop, a V and a wave.
+  A device begins with microbatch 0 of its first stage, as soon as that arrives. The time is fixed
+  if all stages before are first stages of devices too, as on a loop, a V and a wave; else the
+  result is empty.
   """
   heads, clock = {}, 0
   firsts = {min(row) for row in problem.placement.table}
@@ -118,7 +132,7 @@ def _heads(problem: Problem) -> dict[int, int]:
 
 
 def _horizon(problem: Problem, value: int) -> int:
-  """When some schedule that is at least as good has ended."""
+  """Returns a time at which some schedule that is at least as good has ended."""
   if problem.objective == "makespan":
     return value
   heads = _heads(problem)
@@ -128,6 +142,7 @@ def _horizon(problem: Problem, value: int) -> int:
 
 
 def _add(model: _Model, value: int, bound: int) -> None:
+  """Adds variables, constraints and objective to a model."""
   problem, cp = model.problem, model.cp
   S, M = problem.placement.stages, problem.microbatches
   for t in range(3 * S):
@@ -153,7 +168,7 @@ def _add(model: _Model, value: int, bound: int) -> None:
 
 
 def _precede(model: _Model, t: Letter, m: int) -> None:
-  """What a letter of one microbatch waits for: its turn, its own stage, and another one."""
+  """Adds the waits of a letter of one microbatch: for its turn, its stage and another stage."""
   problem, cp, start = model.problem, model.cp, model.start
   S, times = problem.placement.stages, problem.times
   if m and (t < 2 * S or not problem.fusable):
@@ -173,7 +188,7 @@ def _precede(model: _Model, t: Letter, m: int) -> None:
 
 
 def _hold(model: _Model, d: int, limit: int) -> None:
-  """The reservoir of one device."""
+  """Adds the memory limit of one device, as a reservoir that must not overflow."""
   problem, start = model.problem, model.start
   S, times, changes = problem.placement.stages, problem.times, problem.changes
   when: list[Any] = []
@@ -201,6 +216,7 @@ def _hold(model: _Model, d: int, limit: int) -> None:
 
 
 def _minimize(model: _Model, value: int, bound: int) -> None:
+  """Adds the objective, between a bound and the value of a known schedule."""
   problem, cp, start = model.problem, model.cp, model.start
   S, last = problem.placement.stages, problem.microbatches - 1
   objective = cp.new_int_var(bound, value, "")
@@ -216,16 +232,16 @@ def _minimize(model: _Model, value: int, bound: int) -> None:
 
 
 def _hint(model: _Model, hint: Schedule) -> None:
-  """Times of a schedule, its microbatches counted off."""
-  here = run(model.problem, model.problem.words(hint))
-  assert here is not None
-  for t, row in enumerate(here.letters):
+  """Hints at the start times of a schedule, its microbatches numbered in the order of its words."""
+  timed = run(model.problem, model.problem.words(hint))
+  assert timed is not None
+  for t, row in enumerate(timed.letters):
     for m, at in enumerate(row):
       model.cp.add_hint(model.start[t, m], at)
 
 
 def _read(model: _Model, solver: Any) -> Schedule:
-  """Sorts by time; among letters of no duration, by who waits for whom."""
+  """Returns the schedule of a solution: letters by time, and those of no duration by dependency."""
   problem = model.problem
   S, times = problem.placement.stages, problem.times
   rows = []
@@ -234,7 +250,7 @@ def _read(model: _Model, solver: Any) -> Schedule:
     for s in stages:
       for m in range(problem.microbatches):
         fused = problem.fusable and solver.value(model.fused[s, m])
-        for k, kind in enumerate(KINDS):
+        for k, kind in enumerate(REQUIRED):
           at = solver.value(model.start[k * S + s, m])
           rank = (at, at + times[k * S + s], k, -s if k == 1 else s, m)
           if not (fused and kind is Kind.W):

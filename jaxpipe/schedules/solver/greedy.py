@@ -1,4 +1,4 @@
-"""Schedules made forwards in time: whenever a device is free, it takes the best of what it can do.
+"""Makes candidates forwards in time: whenever a device is free, it takes the best action it can.
 
 A policy says how many forwards a device keeps ahead of its backwards, how long a W may keep a
 gradient waiting, whether forwards or gradients go first, and how memory is shared out among chunks.
@@ -9,16 +9,17 @@ import dataclasses
 import heapq
 import math
 
-from jaxpipe.schedules.planning.problem import Letter, Problem, Words
+from jaxpipe.schedules.solver.problem import Letter, Problem, Words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-  """How a device chooses.
+  """The rules by which a device chooses its next letter.
 
   Attributes:
-    ahead: forwards in flight, as a share of what fills the round trip to the last stage and back.
-    patience: what share of a W may delay an F or I that is known to arrive.
+    ahead: forwards in flight to aim at, as a share of those that fill the round trip to the last
+      stage and back.
+    patience: share of a W by which it may delay an F or I that is known to arrive.
     forward_first: whether an F goes before an I while the device is not `ahead`.
     cautious: whether a device that is `ahead` stays idle rather than run further ahead, and begins
       a microbatch only if its memory can take that and all begun ones through all its chunks.
@@ -41,18 +42,35 @@ POLICIES = tuple(
 
 @dataclasses.dataclass(kw_only=True)
 class _State:
-  """A schedule half made."""
+  """A schedule that is being made.
+
+  Attributes:
+    problem: letters, times and limits.
+    policy: the rules.
+    depth: S numbers of forwards in flight that each stage aims at.
+    words: the word of each device so far.
+    ends: for each letter, the ends of those that have started.
+    held: P amounts, the memory that each device holds now.
+  """
 
   problem: Problem
   policy: Policy
-  depth: list[float]  # forwards in flight that each stage aims at
+  depth: list[float]
   words: Words
-  ends: list[list[int]]  # by letter, of those that have started
-  held: list[int]  # memory of each device
+  ends: list[list[int]]
+  held: list[int]
 
 
 def build(problem: Problem, policy: Policy) -> Words | None:
-  """Makes words by a policy; None if it runs into a dead end."""
+  """Makes words by a policy.
+
+  Args:
+    problem: letters, times and limits.
+    policy: the rules by which devices choose.
+
+  Returns:
+    One word per device, within the limits; None if the policy runs into a dead end.
+  """
   state = _State(
     problem=problem,
     policy=policy,
@@ -87,9 +105,9 @@ def build(problem: Problem, policy: Policy) -> Words | None:
 
 
 def _round_trips(problem: Problem) -> list[float]:
-  """Forwards of each stage that fit between a forward's start and its gradient's arrival.
+  """Returns, by stage, the forwards that fit between an F's start and its gradient's arrival.
 
-  Counted at the pace of the slowest device, which sets everybody's in the long run.
+  They are counted at the pace of the slowest device, which sets everybody's in the long run.
   """
   S, times, lags = problem.placement.stages, problem.times, problem.lags
   pace = max(
@@ -105,7 +123,7 @@ def _round_trips(problem: Problem) -> list[float]:
 
 
 def _choose(state: _State, d: int, now: int) -> Letter | None:
-  """The letter that device d starts now, or None to wait."""
+  """Returns the letter that device d starts now, or None to wait."""
   problem, ends, S = state.problem, state.ends, state.problem.placement.stages
   ready: list[Letter] = []
   soon = math.inf
@@ -133,14 +151,14 @@ def _choose(state: _State, d: int, now: int) -> Letter | None:
     if now + problem.times[t] * (1 - state.policy.patience) <= soon:
       return t
   # Idle for want of gradients: running ahead does no harm but to memory. Never a dead end that
-  # waiting would have avoided, for `_fits` keeps room for the oldest microbatch.
+  # waiting would have avoided, for `_fits` keeps memory for the oldest microbatch.
   if forwards and not weights and soon == math.inf and not state.policy.cautious:
     return max(forwards)
   return None
 
 
 def _arrival(state: _State, t: Letter) -> float:
-  """When the next t could start: infinity if that is not known yet, or all are done."""
+  """Returns when the next letter t could start; infinity if unknown yet, or if all are done."""
   problem, ends, S = state.problem, state.ends, state.problem.placement.stages
   k = len(ends[t])
   if k == problem.microbatches or (t >= S and k >= len(ends[t - S])):
@@ -152,16 +170,17 @@ def _arrival(state: _State, t: Letter) -> float:
 
 
 def _fits(state: _State, d: int, t: Letter) -> bool:
-  """Whether the device may hold t: a forward leaves room for its oldest microbatch to get through.
+  """Returns whether device d has memory for the next letter t.
 
-  Else first chunks could fill the memory that the second chunks need, and nobody could go on.
+  A forward must leave enough for the device's oldest microbatch to go through all chunks. Else
+  first chunks could fill the memory that the second chunks need, and nobody could go on.
   """
   problem, ends, S = state.problem, state.ends, state.problem.placement.stages
   if problem.limits is None:
     return True
-  room = problem.limits[d] - state.held[d] - problem.changes[t]
+  left = problem.limits[d] - state.held[d] - problem.changes[t]
   if t >= S:
-    return room >= 0
+    return left >= 0
   stages = problem.placement.table[d]
   oldest = min(len(ends[s]) for s in stages)
   if state.policy.cautious:
@@ -171,5 +190,5 @@ def _fits(state: _State, d: int, t: Letter) -> bool:
     if (begun - oldest) * whole > problem.limits[d]:
       return False
   if len(ends[t]) > oldest:
-    room -= sum(problem.changes[s] for s in stages if len(ends[s]) == oldest)
-  return room >= 0
+    left -= sum(problem.changes[s] for s in stages if len(ends[s]) == oldest)
+  return left >= 0

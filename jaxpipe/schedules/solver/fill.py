@@ -1,37 +1,37 @@
-"""Split-backward schedules of one stage per device, made forwards in time.
+"""Makes split-backward candidates of one stage per device forwards in time.
 
-The machine under `zb_auto`: list scheduling (Graham, 1966) that knows one chunk only and is fast
+The engine of `zb_auto`: list scheduling (Graham, 1966) that knows one chunk only and is fast
 enough to be run hundreds of times. Whenever a device ends something or something reaches it, it
-takes the first that it can: the next I, the next F, or a W that is not in the way of either.
+takes the first that it can: the next I, the next F, or a W that delays neither.
 
   now            [1] I is there, F is there: I first, or F first while few are in flight
    v             [2] F is there, memory is full: a W, which gives some back
    ....| W |F    [3] neither is there: a W, if it ends before the next arrives or may delay it
    ....|idle|I   [4] else wait
 
-How many forwards may be in flight, what delay a W is worth and how many of them to keep for later
-are the policy's to say; none is right for all costs and limits.
+A policy says how many forwards may be in flight, what delay a W is worth and how many of them to
+keep for later; none is right for all costs and limits.
 """
 
 import dataclasses
 import heapq
 import math
 
-from jaxpipe.schedules.planning.problem import Problem, Words
+from jaxpipe.schedules.solver.problem import Problem, Words
 
 F, I, W = range(3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-  """How devices choose.
+  """The rules by which devices choose their next action.
 
   Attributes:
-    depth: most forwards that each device has in flight,
-    strict: always, rather than only while it has anything else to do or to expect.
-    patience: share of a W by which it may delay what is known to arrive.
-    kept: weight gradients that each device keeps for gaps that hold them whole.
-    ahead: forwards in flight below which each device takes an F before an I.
+    depth: P numbers, the most forwards that each device has in flight.
+    strict: whether `depth` always holds; else not while a device has nothing else to do or expect.
+    patience: share of a W by which it may delay an action that is known to arrive.
+    kept: P numbers of weight gradients that each device keeps for gaps that hold them whole.
+    ahead: P numbers of forwards in flight below which each device takes an F before an I.
   """
 
   depth: tuple[int, ...]
@@ -43,7 +43,20 @@ class Policy:
 
 @dataclasses.dataclass(kw_only=True)
 class _Device:
-  """One device, half way."""
+  """One device of a plan in the making.
+
+  Attributes:
+    times: durations of its F, I and W.
+    changes: changes of the memory that it holds by its F, I and W.
+    limit: most memory that it may hold; infinite without a limit.
+    depth, kept, ahead: its entries of the policy.
+    arrived_f: when the input of each microbatch comes, for those known.
+    arrived_i: when the output gradient of each microbatch comes, for those known.
+    word: numbers of the kinds that it has run, in order.
+    count: number of F, I and W that it has run.
+    held: memory that it holds now.
+    free: when it has ended what it does now.
+  """
 
   times: tuple[int, int, int]
   changes: tuple[int, int, int]
@@ -63,8 +76,8 @@ def fill(problem: Problem, policy: Policy) -> Words | None:
   """Makes words by a policy.
 
   Args:
-    problem: what is asked, on one stage per device.
-    policy: how to choose.
+    problem: letters, times and limits, on one stage per device.
+    policy: the rules by which devices choose.
 
   Returns:
     One word per device, within the limits if an F gives all back at the latest by its W; None if
@@ -100,6 +113,7 @@ def fill(problem: Problem, policy: Policy) -> Words | None:
 
 
 def _devices(problem: Problem, policy: Policy) -> list[_Device]:
+  """Returns all devices before their first action; the first has the data of all microbatches."""
   P, M = problem.placement.devices, problem.microbatches
   return [
     _Device(
@@ -116,10 +130,12 @@ def _devices(problem: Problem, policy: Policy) -> list[_Device]:
 
 
 def _of(letters: tuple[int, ...], d: int, P: int) -> tuple[int, int, int]:
+  """Returns the numbers of device d's F, I and W."""
   return letters[d], letters[P + d], letters[2 * P + d]
 
 
 def _take(device: _Device, kind: int, now: int) -> int:
+  """Starts an action, and returns when it ends."""
   device.word.append(kind)
   device.count[kind] += 1
   device.held += device.changes[kind]
@@ -128,17 +144,20 @@ def _take(device: _Device, kind: int, now: int) -> int:
 
 
 def _choose(device: _Device, now: int, policy: Policy) -> tuple[int | None, float]:
-  """What to start now, or None and until when to wait (infinity: until something arrives)."""
+  """Returns the kind to start now, or None and until when to wait.
+
+  An infinite wait lasts until something arrives.
+  """
   f, i, w = device.count
   arrived_f, arrived_i = device.arrived_f, device.arrived_i
   at_next_f = arrived_f[f] if f < len(arrived_f) else math.inf
   at_f = at_next_f if f - i < device.depth else math.inf
   at_i = arrived_i[i] if i < len(arrived_i) else math.inf
-  room = device.limit - device.held
-  # Room for the I that follows, so that memory always comes back.
-  fits = device.changes[F] + max(0, device.changes[I]) <= room
+  left = device.limit - device.held
+  # Enough for the I that follows as well, so that memory always comes back.
+  fits = device.changes[F] + max(0, device.changes[I]) <= left
   if at_i <= now and not (at_f <= now and fits and f - i < device.ahead):  # [1]
-    return (I if device.changes[I] <= room or w == i else W), 0
+    return (I if device.changes[I] <= left or w == i else W), 0
   if at_f <= now and fits:
     return F, 0
   if w < i:

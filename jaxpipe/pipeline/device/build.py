@@ -1,0 +1,195 @@
+"""Chooses the parts that a device is made of, by what kind of stack it runs.
+
+This is the one place of the executor that asks whether a stack is `uniform`:
+
+    uniform stack: layers of one kind      packed stack: stages that are not alike
+    -----------------------------------    ------------------------------------------
+    LoopedStage, one split layer           SwitchedStages, every stage split whole
+    WholeEnds, or ShardedEnds where        InnerEnds: embedding and head stand inside
+      the schedule cuts the vocabulary       the first and the last stage
+    `residuals="auto"` is `dots`           `residuals="auto"` is `full`
+    `unroll="auto"` weighs shapes          `unroll="auto"` is one loop
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from jaxpipe.parallel.placing import gather_fsdp
+from jaxpipe.pipeline.device.carry import Totals, sum_type
+from jaxpipe.pipeline.device.context import DeviceContext
+from jaxpipe.pipeline.device.inner_ends import InnerEnds
+from jaxpipe.pipeline.device.looped_stage import LoopedStage, split_stack
+from jaxpipe.pipeline.device.protocols import Ends, StageActions
+from jaxpipe.pipeline.device.sharded_ends import ShardedEnds
+from jaxpipe.pipeline.device.switched_stages import split_stages
+from jaxpipe.pipeline.device.weights import Weights
+from jaxpipe.pipeline.device.whole_ends import WholeEnds
+from jaxpipe.pipeline.layer.residuals import Residuals
+from jaxpipe.pipeline.layer.trace import lenient
+from jaxpipe.pipeline.storage import rings
+from jaxpipe.pipeline.storage.rings import Tree
+from jaxpipe.schedules import Kind
+from jaxpipe.stack.protocol import LaidOutStack, PackedStack, UniformStack, is_packed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manner:
+  """How a stack's stages are executed, as far as it is decided before anything is traced.
+
+  Attributes:
+    uniform: whether the layers are alike, and each stage is a loop over one of them.
+    head_apart: whether the head stands outside the last stage's F, so that its gradient waits in
+      the ring `gradients` for the last stage's backward.
+    unrolls: whether `unroll="auto"` may choose straight lines of ticks. With unlike stages every
+      tick of a straight line would hold the code of every stage.
+  """
+
+  uniform: bool
+  head_apart: bool
+  unrolls: bool
+
+
+LOOPED = Manner(uniform=True, head_apart=True, unrolls=True)
+SWITCHED = Manner(uniform=False, head_apart=False, unrolls=False)
+
+
+def manner_of(stack: LaidOutStack) -> Manner:
+  """How the stages of a stack, as it is laid out, are executed."""
+  return SWITCHED if is_packed(stack) else LOOPED
+
+
+class Parts(NamedTuple):
+  """What `Device` is made of.
+
+  Attributes:
+    context: what the device knows, with the type of the travelling activation.
+    stage: the actions of its stages.
+    ends: embedding and head.
+    weights: the parameters of its layers.
+    totals: zeros of the sums of loss, weight and metrics.
+  """
+
+  context: DeviceContext
+  stage: StageActions
+  ends: Ends
+  weights: Weights
+  totals: Totals
+
+
+def build_parts(
+  stack: UniformStack | PackedStack,
+  context: DeviceContext,
+  pieces: Tree,
+  specs: Tree,
+  layers: int,
+  policy: Residuals | None,
+) -> Parts:
+  """Traces a stage, splits it into its actions, and finds the types of all that travels.
+
+  Args:
+    stack: the stack, as it is laid out.
+    context: the device, as yet without an `x`.
+    pieces: parameters of the device's layers, leaves `[V * layers, ...]`, of which each device
+      along `fsdp` owns a piece.
+    specs: partition specs of `pieces`.
+    layers: layers of a stage; rows of a stage where the stack is packed, which is 1.
+    policy: what F keeps; None where only forwards run.
+  """
+  if is_packed(stack):
+    return _switched(stack, context, pieces, specs, layers, policy)
+  return _looped(stack, context, pieces, specs, layers, policy)
+
+
+def _looped(
+  stack: UniformStack,
+  context: DeviceContext,
+  pieces: Tree,
+  specs: Tree,
+  layers: int,
+  policy: Residuals | None,
+) -> Parts:
+  """The parts for layers of one kind; arguments as of `build_parts`."""
+  batch = rings.get(context.batch, 0)
+  x = jax.eval_shape(lenient(stack.apply_embed), context.params["embed"], batch)
+  context = dataclasses.replace(context, x=context.zeros(x))
+  layer = jax.eval_shape(lambda: rings.get(gather_fsdp(specs, pieces), 0))
+  stage = split_stack(
+    stack,
+    context,
+    layer,
+    _layer_inputs(context),
+    layers,
+    policy,
+    recompute=Kind.R in context.program.kinds,
+    # On TPU, XLA then computes the attention of I more than once: a third more cycles.
+    fetch=context.blocking,
+  )
+  head = lenient(stack.apply_head)
+  loss, aux = jax.eval_shape(head, context.params["head"], context.x, batch)
+  ends: Ends = WholeEnds(context, stack)
+  if context.program.schedule.vocabulary:
+    ends = ShardedEnds(context, stack.vocabulary_ends)
+  return Parts(
+    context,
+    stage,
+    ends,
+    Weights.of(pieces, specs, _gathered_by_g(context, stage, layer), layers),
+    _zeros(context, Totals(loss, *aux)),
+  )
+
+
+def _gathered_by_g(context: DeviceContext, stage: LoopedStage, layer: Tree) -> list[bool]:
+  """For each leaf of a layer's parameters, whether G gathers it; else all are before the loop.
+
+  What W reads stays gathered for the whole step, for W may come after the weights' release.
+  """
+  leaves = jax.tree.leaves(layer)
+  if not context.program.gathers:
+    return [False for _ in leaves]
+  return [not read for read in stage.split.weight_grad.reads_given(leaves)]
+
+
+def _switched(
+  stack: PackedStack,
+  context: DeviceContext,
+  pieces: Tree,
+  specs: Tree,
+  layers: int,
+  policy: Residuals | None,
+) -> Parts:
+  """The parts for unlike stages, all of whose weights are gathered before the first tick."""
+  weights = Weights.of(pieces, specs, [False for _ in jax.tree.leaves(pieces)], layers)
+  shared = context.vary(stack.shared(weights.layers))
+  stages = split_stages(
+    stack,
+    context,
+    weights.layers,
+    shared,
+    _layer_inputs(context),
+    policy,
+    recompute=Kind.R in context.program.kinds,
+  )
+  boundaries = stages.boundaries
+  context = dataclasses.replace(
+    context,
+    params={**context.params, "shared": shared},
+    x=context.zeros(boundaries.travelling),
+  )
+  loss, aux = jax.eval_shape(boundaries.result.unpack, context.x)
+  ends = InnerEnds(context, boundaries.result)
+  return Parts(context, stages, ends, weights, _zeros(context, Totals(loss, *aux)))
+
+
+def _layer_inputs(context: DeviceContext) -> Tree:
+  """Stand-ins of a layer's further inputs, `LayerInputs`; only their types are read."""
+  batch, rows = rings.get(context.batch, 0), context.rows
+  return dict(batch=batch, key=context.key, layer=rows[0], microbatch=rows[0], rows=rows)
+
+
+def _zeros(context: DeviceContext, totals: Totals) -> Totals:
+  zeros: Totals = context.zeros(jax.tree.map(sum_type, totals))
+  return zeros

@@ -1,0 +1,50 @@
+"""The part of a schedule that the walk and the legality checks read.
+
+`Schedule.check` calls the checks, so the checks cannot import `Schedule`. They are written for this
+protocol, which names the lists of the devices and what is needed to interpret them.
+
+  schedule ──▶ checks ──▶ walk ──▶ protocol ──▶ placement ──▶ actions ──▶ kinds
+"""
+
+from typing import Protocol
+
+from jaxpipe.schedules.actions import Order
+from jaxpipe.schedules.placement import Placement
+
+# One path per microbatch: the stages it visits, in order.
+Paths = tuple[tuple[int, ...], ...]
+
+
+class ScheduleLike(Protocol):
+  """One training step's work in order; `Schedule` is the class that has all of this."""
+
+  @property
+  def placement(self) -> Placement:
+    """Which of P devices holds which of S stages."""
+
+  @property
+  def microbatches(self) -> int:
+    """Number of microbatches, M."""
+
+  @property
+  def order(self) -> Order:
+    """One list of steps per device, first to last; a legal schedule has P of them."""
+
+  @property
+  def paths(self) -> Paths | None:
+    """For each of M microbatches the stages it visits; None where all visit all, ascending."""
+
+  @property
+  def vocabulary(self) -> int:
+    """Barriers round an output layer that is sharded over all devices, 1 or 2; else 0."""
+
+  @property
+  def devices(self) -> int:
+    """Number of devices, P."""
+
+  @property
+  def stages(self) -> int:
+    """Number of stages, S."""
+
+  def path(self, microbatch: int) -> tuple[int, ...]:
+    """The stages that a microbatch visits, in order; all of them where `paths` does not say."""
