@@ -35,7 +35,7 @@ from jaxpipe.models.transformer.decoder import transformer
 from jaxpipe.pipeline.compiled.action_paths import SCOPES
 from jaxpipe.pipeline.compiled.step import read_compiled
 from jaxpipe.pipeline.execution import Execution
-from jaxpipe.pipeline.table.unroll import Segment
+from jaxpipe.pipeline.table.segment import Segment
 from jaxpipe.training.aot.aot import on_all, placed_shapes, ring_shapes
 from jaxpipe.training.aot.report import describe, describe_estimate, lines
 from jaxpipe.training.chips import DeviceSpec

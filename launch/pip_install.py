@@ -21,12 +21,12 @@ _FOUND = ("Collecting ", "Processing ", "Ignoring ", "Requirement already satisf
 
 
 def installed() -> int:
-  """How many packages the environment has."""
+  """Counts the packages of the environment."""
   return len(list(pathlib.Path(sysconfig.get_paths()["purelib"]).glob("*.dist-info")))
 
 
 def progress(lines: list[str], count: int, before: int) -> str:
-  """What pip has done by now, of which it has printed these lines."""
+  """Words what pip has done by now, from the lines that it has printed so far."""
   # After this line it prints nothing for most of the time that it takes.
   unpacking = [line for line in lines if line.startswith("Installing collected packages:")]
   if unpacking:

@@ -37,9 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
   # Read once, when JAX makes its devices: so before anything imports it. Programs that tests start
   # inherit all of it.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  # Compiling is most of what a test of a small program costs, and the last two flags leave a quarter
-  # of it: LLVM does not optimize, and XLA writes fusions by its older emitter. XLA's own passes, on
-  # which buffers, copies and the order of sums depend, all run.
+  # Compiling is most of what a test of a small program costs, and the last two flags leave a
+  # quarter of it: LLVM does not optimize, and XLA writes fusions by its older emitter. XLA's own
+  # passes, on which buffers, copies and the order of sums depend, all run.
   flags = [
     os.environ.get("XLA_FLAGS", ""),
     f"--xla_force_host_platform_device_count={DEVICES}",

@@ -103,7 +103,7 @@ def param_specs(tree: Tree, stack: PlaceableStack, schedule: ScheduleLike, mesh:
 
   Args:
     tree: arrays or their shapes, in the structure of the laid-out stack's parameters.
-    stack: the stack as it is laid out on the schedule's devices (`stack.laid_out(schedule)`).
+    stack: the stack, laid out or as the user made it; its rules and its tables are read.
     schedule: may cut the vocabulary over the stages.
     mesh: its axis sizes decide which dims are cut.
 
@@ -151,6 +151,9 @@ def shardings(tree: Tree, stack: PlaceableStack, schedule: ScheduleLike, mesh: M
 def place(params: Tree, stack: PlaceableStack, schedule: ScheduleLike, mesh: Mesh) -> Tree:
   """Moves a canonical tree (parameters, gradients, moments) to its places on the mesh.
 
+  With several chunks a device the order of the layers changes, and neither shapes nor shardings can
+  tell a placed tree from a canonical one: place a tree once, and hand the step nothing else.
+
   Args:
     params: tree of the shape of `stack.init(...)`, canonical layer order.
     stack: the `LayerStack`.
@@ -162,10 +165,7 @@ def place(params: Tree, stack: PlaceableStack, schedule: ScheduleLike, mesh: Mes
     when done with the other.
 
   Raises:
-    ValueError: the mesh does not fit the schedule, or the stack neither of them.
-
-  With several chunks a device the order of the layers changes, and neither shapes nor shardings can
-  tell a placed tree from a canonical one: place a tree once, and hand the step nothing else.
+    ValueError: the mesh does not fit the schedule, or the stack does not fit both.
   """
   check_mesh(schedule, mesh)
   rows = arranged(params, stack, schedule)
@@ -399,7 +399,7 @@ def _check_lies(
   ):
     if isinstance(leaf, jax.core.Tracer):
       continue
-    # A NumPy array has no sharding. Equivalence, for specs may differ in axes of one device.
+    # NumPy arrays have no sharding. Specs that differ in axes of one device are equivalent.
     at = getattr(leaf, "sharding", None)
     if at is None or not at.is_equivalent_to(sharding, np.ndim(leaf)):
       raise ValueError(f"{what}{jax.tree_util.keystr(path)} is not on its stage; {remedy}")

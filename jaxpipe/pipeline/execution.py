@@ -26,7 +26,7 @@ from jaxpipe.parallel import axes, replicas
 from jaxpipe.parallel.mesh import FSDP, ROWS, row_shards
 from jaxpipe.parallel.placing import check_mesh, gather_fsdp, layers_per_stage, param_specs
 from jaxpipe.pipeline.batch import microbatches, rows_spec
-from jaxpipe.pipeline.device.build import manner_of
+from jaxpipe.pipeline.device.build import mode_of
 from jaxpipe.pipeline.device.context import DeviceContext
 from jaxpipe.pipeline.device.device import Device
 from jaxpipe.pipeline.device.order import blocks
@@ -84,14 +84,14 @@ class Execution:
   ) -> Self:
     """Assembles a training step; arguments and errors as of `pipeline_value_and_grad`."""
     laid_out = stack.laid_out(schedule)
-    manner = manner_of(laid_out)
-    policy = residual_policy(residuals, manner.uniform)
+    mode = mode_of(laid_out)
+    policy = residual_policy(residuals, mode.auto_residuals)
     program = lower(
       schedule.check(),
       keeps_input=policy.stage_input,
       slack=slack,
       gathers=dict(mesh.shape).get(FSDP, 1) > 1,
-      head_apart=manner.head_apart,
+      head_apart=mode.head_apart,
     )
     return cls(
       stack=laid_out,
@@ -158,7 +158,7 @@ class Execution:
 
   def segments(self, unroll: str) -> tuple[Segment, ...]:
     """Divides the ticks into loops and straight lines; `unroll` as of `pipeline_value_and_grad`."""
-    if unroll == "auto" and not manner_of(self.stack).unrolls:
+    if unroll == "auto" and not mode_of(self.stack).unrolls:
       unroll = "none"
     return segments(self.program, unroll)
 

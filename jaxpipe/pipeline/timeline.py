@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import STAGE
+from jaxpipe.pipeline.device.build import SWITCHED, mode_of
 from jaxpipe.pipeline.device.order import blocks
 from jaxpipe.pipeline.device.probe import Clock
 from jaxpipe.pipeline.execution import Execution
@@ -125,7 +126,7 @@ def measure(
   """
   if steps < 1:
     raise ValueError(f"steps={steps} measure nothing; use 1 or more")
-  if not stack.uniform:
+  if mode_of(stack) is SWITCHED:
     raise ValueError("actions are timed of layers of one kind, and the stack's are not alike")
   execution = Execution.of(stack, schedule, mesh, residuals=residuals, slack=slack)
   program, parts = execution.program, execution.segments(unroll)

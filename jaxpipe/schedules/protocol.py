@@ -20,7 +20,7 @@ class ScheduleLike(Protocol):
 
   @property
   def placement(self) -> Placement:
-    """Which of P devices holds which of S stages."""
+    """The placement of S stages on P devices."""
 
   @property
   def microbatches(self) -> int:

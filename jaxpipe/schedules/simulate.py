@@ -163,6 +163,7 @@ def _free_with_links(schedule: Schedule, hop: float, durations: _Times) -> tuple
   Transfers leave in the order in which their sender makes them, each for the time of a hop.
   """
   visits = list(walk(schedule))
+  # A product is sent once to each device that needs it, so these must be known when it is made.
   receivers = _receivers(visits)
   starts: _Times = [[] for _ in durations]
   ends: _Times = [[] for _ in durations]

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, where their makers say so: FLOP/s, memory, clock.
+"""The limits of accelerators, where their makers publish them: FLOP/s, memory, clock.
 
 Two things are derived from these figures: the utilisation of a run (MFU, achieved over peak FLOP/s)
 and, for a step compiled ahead of time, whether it fits into a device and how long it should take. A

@@ -203,3 +203,20 @@ def test_the_hop_comes_back_from_planned_times(unroll):
   begins, ends = tick_times(program, parts, durations, hop=0.25)
   times = np.stack([begins[:-1], ends], axis=-1)
   assert timeline._hop(program, parts, times) == pytest.approx(0.25)
+
+
+def test_gathers_of_cut_weights_are_measured_like_every_action():
+  """The tick table was built without them where it was assembled a second time for the clock."""
+  schedule = jaxpipe.make_schedule("zeropp", devices=2, microbatches=4, chunks=2)
+  mesh = jaxpipe.make_mesh("stage:2,fsdp:2")
+  stack, batch = lm.stack(layers=4, dropout=0.0, **F32), lm.batch(8)
+  params = stack.init(jax.random.key(0), batch, schedule, mesh)
+  measured = measure(stack, schedule, mesh, params, batch, steps=1)
+  done, ends = measured.timeline.schedule, measured.timeline.end
+  gathers = [action for row in done.order for action in row if action.kind is Kind.G]
+  assert gathers and len(set(gathers)) < len(gathers)  # some of them stand twice in a list
+  assert [len(row) for row in ends] == [len(row) for row in done.order]
+  assert len(measured.costs.gather) == schedule.stages and min(measured.costs.gather) > 0
+  durations = tick_durations(measured.program, measured.costs)
+  busy = (durations > 0).sum()
+  assert busy == sum(len(row) for row in done.order)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpipe.pipeline.device.build import mode_of
 from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy, residual_policy
 from jaxpipe.pipeline.layer.slices import LayerSplit, Slice
@@ -57,7 +58,7 @@ def layer_costs(
     FLOPs or seconds, and bytes: parameters with gradients and moments, what F keeps of a
     microbatch, what the layer hands on.
   """
-  policy = residual_policy(residuals, stack.uniform)
+  policy = residual_policy(residuals, mode_of(stack).auto_residuals)
   price: Price = _seconds if measured else _flops
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), microbatch)
   seen: list[tuple[Any, Any, tuple[float, float, float]]] = []

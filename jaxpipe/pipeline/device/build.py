@@ -37,27 +37,27 @@ from jaxpipe.stack.protocol import LaidOutStack, PackedStack, UniformStack, is_p
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Manner:
+class ExecutionMode:
   """How a stack's stages are executed, as far as it is decided before anything is traced.
 
   Attributes:
-    uniform: whether the layers are alike, and each stage is a loop over one of them.
+    auto_residuals: the residual policy that `auto` stands for.
     head_apart: whether the head stands outside the last stage's F, so that its gradient waits in
       the ring `gradients` for the last stage's backward.
     unrolls: whether `unroll="auto"` may choose straight lines of ticks. With unlike stages every
       tick of a straight line would hold the code of every stage.
   """
 
-  uniform: bool
+  auto_residuals: str
   head_apart: bool
   unrolls: bool
 
 
-LOOPED = Manner(uniform=True, head_apart=True, unrolls=True)
-SWITCHED = Manner(uniform=False, head_apart=False, unrolls=False)
+LOOPED = ExecutionMode(auto_residuals="dots", head_apart=True, unrolls=True)
+SWITCHED = ExecutionMode(auto_residuals="full", head_apart=False, unrolls=False)
 
 
-def manner_of(stack: LaidOutStack) -> Manner:
+def mode_of(stack: LaidOutStack) -> ExecutionMode:
   """How the stages of a stack, as it is laid out, are executed."""
   return SWITCHED if is_packed(stack) else LOOPED
 

@@ -25,7 +25,7 @@ import numpy as np
 from jaxpipe.pipeline.device.carry import Carry
 from jaxpipe.pipeline.device.now import Now
 from jaxpipe.pipeline.layer.slices import LayerSplit
-from jaxpipe.pipeline.storage.pools import PoolLayout, Pools, Storage
+from jaxpipe.pipeline.storage.pools import PoolLayout, Pools, SavedLayout, Storage
 from jaxpipe.pipeline.storage.rings import Index, Tree
 from jaxpipe.pipeline.table.program import Program
 from jaxpipe.schedules import Kind
@@ -74,17 +74,6 @@ class Scratch:
 
   layout: PoolLayout
   before: bool
-
-
-class SavedLayout(Protocol):
-  """Where saved values lie between the action that makes them and the last that reads them."""
-
-  @property
-  def pools(self) -> Sequence[jax.ShapeDtypeStruct]:
-    """Shape and dtype of one cell of every pool."""
-
-  def pools_of(self, kind: Kind) -> list[int]:
-    """Numbers of the pools that an action of this kind writes to, ascending."""
 
 
 class StageActions(Protocol):

@@ -153,12 +153,13 @@ POLICIES = {
 }
 
 
-def residual_policy(residuals: str | Policy, uniform: bool = True) -> Residuals:
+def residual_policy(residuals: str | Policy, auto: str = "dots") -> Residuals:
   """Returns the policy that a name or a function stands for.
 
   Args:
     residuals: a name or a function of the list in this module's docstring.
-    uniform: whether the policy is for layers that are alike or for unlike stages; only `auto` asks.
+    auto: the policy that `auto` stands for: `dots` for layers that are alike, `full` for stages
+      that are not.
 
   Raises:
     ValueError: an unknown name, `names:` without names, or an object that is not a policy.
@@ -168,7 +169,7 @@ def residual_policy(residuals: str | Policy, uniform: bool = True) -> Residuals:
   if residuals.startswith(_NAMES):
     return _of_names(residuals)
   if residuals == AUTO:
-    residuals = "dots" if uniform else "full"
+    residuals = auto
   policies = jax_policies()
   if residuals in policies:
     return Residuals(residuals, policies[residuals])

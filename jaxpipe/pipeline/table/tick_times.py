@@ -1,8 +1,8 @@
 """When each device begins and ends every tick: a model of the time that a program takes.
 
 Unlike `jaxpipe.simulate`, which by default lets a device go on as soon as the inputs of its next
-action are there, this model knows the shape of the program: a loop's body exchanges along every pair
-that any of its repetitions needs, and a device waits at each exchange of its tick.
+action are there, this model knows the shape of the program. A loop's body exchanges along every
+pair that any of its repetitions needs, and a device waits at each exchange of its tick:
 
     begins[t + 1, d] = max(ends[t, d],                                   its own action is over,
                            sent[source] + hop for every (source, d))     what it receives is there

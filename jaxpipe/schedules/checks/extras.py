@@ -47,6 +47,7 @@ def _check_vocabulary(schedule: ScheduleLike) -> None:
     )
   seen = set()
   for d, action in _actions(schedule, Kind.S, Kind.T):
+    # Shards are numbered like devices: device d holds shard d.
     if action.stage != d:
       raise ScheduleError(
         f"{action} on device {d} is misplaced: shard {action.stage} of the vocabulary lives on"

@@ -94,6 +94,7 @@ def _check_order(traffic: _Traffic) -> None:
         sent.setdefault((message.sender, message.receiver), []).append(message)
       for message in receives:
         needed.setdefault((message.sender, message.receiver), []).append(message)
+  # The two orders have the same messages; where they first differ, both devices would wait.
   for (a, b), messages in sent.items():
     for first, wanted in zip(messages, needed[a, b], strict=True):
       if first != wanted:

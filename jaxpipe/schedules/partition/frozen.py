@@ -107,6 +107,7 @@ def fill(plan: Plan, frozen: Sequence[LayerCost], *, overhead: float = 0) -> Fil
   cuts = dict.fromkeys(tuple(_pieces(layer, length) for layer in frozen) for length in lengths)
   timelines = {pieces: _timeline(plan, frozen, pieces, overhead) for pieces in cuts}
   pieces = min(timelines, key=lambda pieces: timelines[pieces].makespan)
+  # Run before the backbone, frozen layers are whole: one overhead per layer and microbatch.
   work = M * sum(layer.forward for layer in frozen)
   return FilledPlan(
     backbone=plan,

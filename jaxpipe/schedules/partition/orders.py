@@ -122,6 +122,7 @@ class PlannedOrder:
     if self._routed:
       return [Row(weights=((0.0,) * 5,) * self.placement.stages)]
     S, P, M = self.placement.stages, self.placement.devices, self.microbatches
+    # Sums over devices: on average a device does each stage's work for M / P microbatches.
     share = M / P
     way = tuple((1, 1, int(s == 0), 0, 0) for s in range(S))
     rows = [
@@ -137,6 +138,8 @@ class PlannedOrder:
     M, held = self.microbatches, self.placement.table[d]
     first, way = min(held), self._hops(0, min(held))
     for home in (False, True):
+      # Before its first F, one microbatch has passed all stages before; after its last I, either
+      # the device's Ws are left, or that gradient's way back to stage 0, and the W there.
       weights = [[0.0] * 5 for _ in range(self.placement.stages)]
       for s in range(first):
         weights[s][:2] = [1, float(home)]

@@ -207,10 +207,12 @@ def _hold(model: _Model, d: int, limit: int) -> None:
           (w_end, changes[w], 1),
         ]
       for at, change, present in events:
+        # An I changes nothing by default, and then is no event.
         if change:
           when.append(at)
           what.append(change)
           whether.append(present)
+  # The constraint wants a lower limit, too; this one cannot be passed.
   low = sum(min(change, 0) for change in what)
   model.cp.add_reservoir_constraint_with_active(when, what, whether, low, limit)
 

@@ -52,11 +52,13 @@ def improve(
   for step in range(moves):
     if best_run.value[0] <= bound:
       break
+    # Nothing shortens the objective but a move on the chain; others may help later ones.
     d, i = chain[int(draw.random() * len(chain))]
     if draw.random() < _ELSEWHERE:
       d = int(draw.random() * len(words))
       i = int(draw.random() * len(words[d]))
     j = _target(problem, words[d], i, draw)
+    # `since` is the start of the first letter that changes its place: all before it is copied.
     if j < i and draw.random() < _PULLS:
       trial, since = _pulled(problem, words, timed, d, i, j), timed.rows[d][j]
     else:
@@ -66,12 +68,14 @@ def improve(
     tried = None if legal is None else run(problem, legal, timed, since)
     if legal is None or tried is None:
       continue
+    # Late acceptance: no worse than some moves ago, or than now.
     past = history[step % _HISTORY]
     if tried.value <= past or tried.value <= timed.value:
       words, timed = legal, tried
       chain = _chain(problem, words, timed)
       if timed.value < best_run.value:
         best, best_run = list(words), timed
+    # Entries of the history only fall.
     if timed.value < past:
       history[step % _HISTORY] = timed.value
   return best, best_run.value[0]
@@ -88,6 +92,7 @@ def _chain(problem: Problem, words: Words, timed: Run) -> list[tuple[int, int]]:
   chain = [(d, i)]
   while i:
     t, start = words[d][i], timed.rows[d][i]
+    # Either the letter before it held it up, or the input that arrived last.
     if timed.rows[d][i - 1] + times[words[d][i - 1]] >= start:
       i -= 1
     else:

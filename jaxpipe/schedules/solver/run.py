@@ -53,6 +53,7 @@ def run(problem: Problem, words: Words, base: Run | None = None, since: int = 0)
   sleepers: dict[Letter, int] = {}
   awake = list(range(P))
   while awake:
+    # A device goes on until its next letter waits for one that has not been timed yet.
     d = awake.pop()
     word, row = words[d], rows[d]
     free = row[-1] + times[word[len(row) - 1]] if row else 0
@@ -70,6 +71,7 @@ def run(problem: Problem, words: Words, base: Run | None = None, since: int = 0)
       free += times[t]
       if t in sleepers:
         awake.append(sleepers.pop(t))
+  # Nobody is awake, and somebody sleeps: a dead-lock.
   if any(len(row) < len(word) for row, word in zip(rows, words, strict=True)):
     return None
   ends = [row[-1] + times[word[-1]] for row, word in zip(rows, words, strict=True)]

@@ -79,5 +79,6 @@ def _warm_ups(schedule: Schedule) -> list[int]:
       if any(Kind.I in PRODUCTS[part.kind] for part in step.parts)
     )
     time = min(time, next(backwards, time))
+    # Steps that start before that time stay in front of the U1s.
     found.append(bisect.bisect_left(times, time))
   return found

@@ -1,4 +1,4 @@
-"""What an experiment provides: a `Task`, which is a stack, its batches and how to judge the result.
+"""Defines `Task`, which an experiment provides: a stack, its batches and how to judge the result.
 
 A script gives its configuration and a function that builds the `Task`; `run_task` does the rest:
 

@@ -20,12 +20,14 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.mesh import STAGE, row_shards
 from jaxpipe.pipeline.costs.layer_costs import counted_costs
 from jaxpipe.pipeline.costs.memory import memory_report
+from jaxpipe.pipeline.device.build import SWITCHED, mode_of
 from jaxpipe.pipeline.device.order import blocks
 from jaxpipe.pipeline.execution import Execution
 from jaxpipe.pipeline.layer.residuals import Policy
 from jaxpipe.pipeline.table.tick_times import estimated_time
 from jaxpipe.schedules import Costs, Schedule, make_schedule
 from jaxpipe.schedules.command.compare import compare, scale_costs
+from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
 
@@ -79,7 +81,7 @@ class Choice:
 
 
 def choose_schedule(
-  stack: Any,
+  stack: LayerStack,
   mesh: Mesh,
   example_batch: Tree,
   *,
@@ -106,7 +108,7 @@ def choose_schedule(
     ValueError: no schedule fits the layers or the limit; says what 1F1B needs. Or the layers are
       not alike.
   """
-  if not stack.uniform:
+  if mode_of(stack) is SWITCHED:
     raise ValueError(
       "schedules are chosen for layers of one kind, and the stack's are not alike; name one, for"
       " example 1f1b or zb-h1"
@@ -147,7 +149,7 @@ def choose_schedule(
   return choice
 
 
-def _costs(stack: Any, mesh: Mesh, batch: Tree, microbatches: int, residuals: Any) -> Costs:
+def _costs(stack: LayerStack, mesh: Mesh, batch: Tree, microbatches: int, residuals: Any) -> Costs:
   """Counts the FLOPs of the stack's F, I and W on one data shard's share of a microbatch."""
   each = microbatches * row_shards(mesh)
   shapes = jax.tree.map(
