@@ -57,7 +57,7 @@ class KindInfo:
 
 # The order of the rows is the order of legends, of error messages and of every derived table. Hues
 # are those of the Zero Bubble papers (forward blue, input gradient teal, weight gradient green),
-# the fused backward in Megatron's green, told apart by lightness too for readers who see no hue.
+# the fused backward in Megatron's green, which differ in lightness too for readers who see no hue.
 class Kind(enum.StrEnum):
   """The kind of an action: its value is its letter, `info` holds the facts about it."""
 

@@ -65,12 +65,14 @@ def layer_costs(
   x, found = None, []
   for module, spec in stack.network.specs.items():
     one, y = _split(stack, module, shapes, x, policy.layer if not policy.stage_input else None)
+    # Layers of one kind cost the same on inputs of the same types: each is priced once.
     known = (prices for same, was, prices in seen if same.same_kind(spec) and was == _types(x))
     prices = next(known, None)
     if prices is None:
       prices = price(one.forward), price(one.input_grad), price(one.weight_grad)
       seen.append((spec, _types(x), prices))
     forward, input_grad, weight_grad = prices
+    # A policy that keeps the stage's input alone runs the forward again inside I.
     again = forward if policy.stage_input else 0.0
     kept = 0 if policy.stage_input else sum(_bytes(saved) for saved in one.saved)
     params = jax.tree.leaves(stack.network.own(module, spec.shapes))
@@ -191,6 +193,7 @@ def _seconds(part: Slice) -> float:
     return 0.0
   run = jax.jit(part).lower(*_arguments(part)).compile()
   given = [_example(leaf) for leaf in _arguments(part)]
+  # Once before the clock: the first run allocates and loads.
   jax.block_until_ready(run(*given))
   times = []
   for _ in range(_REPEATS):
@@ -208,6 +211,7 @@ def _arguments(part: Slice) -> list[jax.ShapeDtypeStruct]:
 def _example(leaf: Any) -> jax.Array:
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     return jax.random.key(0)
+  # Not zeros: some functions take other ways at zero, and logarithms give infinities.
   return jnp.full(leaf.shape, 0.5 if is_float(leaf) else 0, leaf.dtype)
 
 

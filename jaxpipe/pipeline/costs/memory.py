@@ -126,7 +126,7 @@ def memory_report(
   held, (kept, waits) = execution.inspect(
     example_batch, lambda device: (_held(device, gathers), _saved_bytes(device))
   )
-  unit = kept or 1  # a layer that only adds a bias keeps nothing
+  unit = kept or 1  # a layer that only adds a bias keeps nothing, and all is divided by it
   return MemoryReport(
     {
       "parameters": stored(shapes),

@@ -48,6 +48,7 @@ def workspace(device: Device, carry: Carry) -> int:
     Kind.I: max(slice_peak(one.input_grad) for one in stage.splits) + again,
     Kind.W: max(slice_peak(one.weight_grad) for one in stage.splits),
   }
+  # The scratch of I and R is alive with the inside of the action, on either side of it.
   for kind, scratch in stage.scratch.items():
     of_kind[kind] += scratch.layout.one_each_bytes()
   head = device.ends.heaviest()
@@ -84,6 +85,7 @@ def live_peak(equations: Sequence[Equation], outputs: Sequence[Any]) -> int:
   alive: set[Var] = set()
   peak = 0
   for n, (touched, inside) in enumerate(steps):
+    # Operands and results of one equation are alive together, whatever is freed after it.
     alive |= touched
     peak = max(peak, inside + sum(_bytes(v.aval) for v in alive))
     alive = {v for v in alive if last[v] > n}
@@ -103,6 +105,7 @@ def _steps(equations: Sequence[Equation], outputs: Sequence[Any]) -> list[tuple[
   for equation in equations:
     reads = of(equation.invars)
     made = lies.intersection(equation.outvars)
+    # A value that is fused away keeps its sources alive until its reader runs.
     sources.update((v, {v} if v in made else reads) for v in equation.outvars)
     if made:
       inside = max((live_peak(body.eqns, body.outvars) for body in bodies(equation)), default=0)

@@ -53,6 +53,7 @@ class Boundaries:
 
   def input(self, s: int, x: Leaves) -> Leaves:
     """Leaves of stage s's input, from the buffers that have arrived."""
+    # Leaves of a dict travel in the order of its sorted keys, which is that of `widths`.
     return self.flats[s].read(dict(zip(self.widths, x, strict=True)))
 
   def pack_output(self, s: int, y: Leaves) -> Leaves:
@@ -65,6 +66,8 @@ class Boundaries:
     Those of the last stage's result are known: 1 for the loss, 0 for weight and metrics.
     """
     flat = self.flats[s + 1]
+    # The loss's gradient is written here and not sent: no device waits for it, and the ring
+    # `gradients` needs no slot as wide as the result.
     if s + 2 == len(self.flats):
       loss, *others = flat.leaves
       rest = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in others if is_float(leaf)]
@@ -79,6 +82,7 @@ class Boundaries:
   def pack_cotangents(self, s: int, dx: Leaves) -> Leaves:
     """The float buffers that carry the cotangents of stage s's float inputs."""
     flat, floats = self.flats[s], iter(dx)
+    # A leaf without a gradient leaves its place empty, so that offsets are those of the activation.
     given = [next(floats) if is_float(leaf) else None for leaf in flat.leaves]
     return list(flat.pack_leaves(given, self._float_widths).values())
 

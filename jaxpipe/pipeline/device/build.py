@@ -114,6 +114,7 @@ def _looped(
 ) -> Parts:
   """The parts for layers of one kind; arguments as of `build_parts`."""
   batch = rings.get(context.batch, 0)
+  # `x` must be known before the layer is split: the split traces the layer on it.
   x = jax.eval_shape(lenient(stack.apply_embed), context.params["embed"], batch)
   context = dataclasses.replace(context, x=context.zeros(x))
   layer = jax.eval_shape(lambda: rings.get(gather_fsdp(specs, pieces), 0))
@@ -129,6 +130,7 @@ def _looped(
     fetch=context.blocking,
   )
   head = lenient(stack.apply_head)
+  # Only the types of the sums are wanted; the head itself runs inside the last stage's F.
   loss, aux = jax.eval_shape(head, context.params["head"], context.x, batch)
   ends: Ends = WholeEnds(context, stack)
   if context.program.schedule.vocabulary:
@@ -162,7 +164,10 @@ def _switched(
   policy: Residuals | None,
 ) -> Parts:
   """The parts for unlike stages, all of whose weights are gathered before the first tick."""
+  # A packed row holds a whole stage's leaves, which G cannot take apart: all are gathered now.
   weights = Weights.of(pieces, specs, [False for _ in jax.tree.leaves(pieces)], layers)
+  # Once a step and not at every use: it is a collective over all stages, which no conditional may
+  # hold.
   shared = context.vary(stack.shared(weights.layers))
   stages = split_stages(
     stack,

@@ -55,6 +55,8 @@ class Carry(NamedTuple):
 
 def accumulate(sums: Tree, new: Tree) -> Tree:
   """Adds leaf by leaf, in the sums' own precision."""
+  # Sums are float32 at least, whatever the model computes in: M microbatches of bfloat16 gradients
+  # would lose what each adds.
   return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new)
 
 

@@ -65,6 +65,7 @@ class DeviceContext:
 
   def idle(self, like: Sequence[Any]) -> list[jax.Array]:
     """What a device returns where it does nothing: zeros, or NaN under `poison`."""
+    # Nobody reads it. NaN proves that in tests, for it would spread to every result that did.
     fill = jnp.nan if self.poison else 0
 
     def blank(leaf: Any) -> jax.Array:

@@ -91,6 +91,7 @@ class Device:
   ) -> Device:
     """Traces and splits the stages; arguments as of `build_parts`."""
     parts = build_parts(stack, context, pieces, specs, layers, policy)
+    # Cells are known only now: which values wait, and how large, depends on the split layer.
     cells, lengths = parts.stage.cells(context.program)
     return cls(
       context=parts.context,
@@ -106,6 +107,7 @@ class Device:
     """The carry before the first tick: rings and pools undefined, sums zero."""
     context, length = self.context, self.context.program.length
     x = jax.tree.leaves(context.x)
+    # Gradients have the shape of the gathered weights; they are scattered once, after the loop.
     params = {**context.params, "layers": self.weights.whole()}
     sums = context.zeros(jax.tree.map(sum_type, params)) if context.training else {}
     return Carry(
@@ -165,6 +167,8 @@ class Device:
 
     def run(storage: Storage) -> tuple[Leaves, Storage]:
       x = self.ends.input(carry, now)
+      # A policy may keep nothing of a layer. F then writes no pool, and a storage passed through
+      # the stage's loop would only be copied.
       if not self.context.training or self.stage.layout.pools_of(Kind.F) == []:
         return self.stage.primal(self.arguments(carry, now), x), storage
       return self.stage.forward(self.arguments(carry, now), x, storage)
@@ -173,6 +177,7 @@ class Device:
 
   def recompute(self, carry: Carry, now: Now) -> Carry:
     """R: fills the cells that F left empty, from the stage's input or from what F kept."""
+    # The stage's input waits in `activations`, which R's conditional does not return: no scratch.
     if self.context.program.keeps_input:
 
       def remake(storage: Storage) -> tuple[Leaves, Storage]:
@@ -204,6 +209,7 @@ class Device:
       storage = Storage(self.stage.layout, carry.pools, now.cells)
       return self.stage.backward(self.arguments(carry, now), storage, x(), dy(), grads)
 
+    # B returns the gradient sums and no pools: it frees cells and fills none.
     dx, grads = now.when([Kind.B], fused, lambda *same: same, idle, self.sums(carry))
     carry = carry._replace(grads={**carry.grads, **grads})
     # Read before the conditional: inside it, the ring would be an operand of the branch, and what
@@ -253,6 +259,8 @@ class Device:
       leaves, storage = run(Storage(self.stage.layout, all_pools, now.cells))
       return leaves, [storage.pools[p] for p in written]
 
+    # Pools that this kind of action does not write reach the branch as closure, and are not
+    # returned: XLA copies only what a conditional returns.
     mine = [carry.pools[p] for p in written]
     leaves, pools = now.when([kind], go, lambda *same: same, idle, mine)
     return leaves, carry._replace(pools=_replaced(carry.pools, written, pools))
@@ -303,6 +311,7 @@ class Device:
 
   def payload(self, now: Now, y: Leaves, dx: Leaves) -> Leaves:
     """What this tick sends: y after an F, else dx in the place of its float leaves."""
+    # Leaves without a gradient are sent as they are: a receiver of dx does not read them.
     gradient = with_float_leaves(y, dx)
     return [
       jnp.where(now.does(Kind.F), a, b) if a is not b else a
@@ -320,6 +329,8 @@ class Device:
     """
     activations, gradients = carry.activations, carry.gradients
     for r, route in enumerate(self.context.program.routes):
+      # Only pairs that carry something on this tick. In a loop over all ticks these are all pairs
+      # that ever do, since one body serves every tick.
       pairs = sorted(now.doing.pairs[r])
       if not pairs:
         continue

@@ -66,6 +66,8 @@ class InnerEnds:
     def add(totals: Totals) -> Totals:
       return count(totals, *self.result.unpack(packed))
 
+    # In evaluation and in training alike: the gradient of the loss is taken inside the last stage's
+    # backward, and nothing has to wait for it here.
     totals = now.at_end("last", [Kind.F], add, lambda same: same, carry.totals)
     return carry._replace(totals=totals)
 

@@ -140,6 +140,7 @@ class LoopedStage:
     kept = self._kept(call, storage, x)
 
     def layer(j: Index, carry: tuple[Leaves, Tree]) -> tuple[Leaves, Tree]:
+      # `fori_loop` counts up only, and the backward begins at the last layer.
       (dy, grads), i = carry, self.layers - 1 - j
       out = self.split.backward(*call.given(i), *kept.read(self.split.backward.reads, i), *dy)
       dx, dp = out[: self.split.dx_count], out[self.split.dx_count :]
@@ -180,6 +181,8 @@ class LoopedStage:
       dp = slice_(*call.given(i), *storage.read(slice_.reads, i))
       return _add(grads, dp, call.first_layer + i)
 
+    # Each turn adds into the carried sum at its own layer, in place: stacking the layers' gradients
+    # and adding them afterwards would take a second array of their size.
     return {**grads, "layers": lax.fori_loop(0, self.layers, layer, grads["layers"])}
 
   def _kept(self, call: ActionArguments, storage: Storage, x: Leaves) -> Storage:
@@ -252,6 +255,7 @@ def split_stack(
     return split(layer, params, inputs, context.x, keep, recompute=recompute and not keeps_input)
 
   one = policy.traced(split_layer) if policy else forward_only(layer, params, inputs, context.x)
+  # Numbers, not positions: values that change their maker below keep the number that slices read.
   saved = dict(enumerate(one.saved)) if training else {}
   remade = None
   if keeps_input and recompute:

@@ -107,6 +107,7 @@ class ShardedEnds:
     def run(column: str, m: jax.Array, grads: Tree) -> Tree:
       batch, params = context.microbatch(m), context.params["embed"]
       sent = self._from_home(dx, now, column)
+      # Looked up a second time: the rows of the first are not kept from F to here.
       rows = self._look_up(batch)
       dp, drows = lenient(self._enter_gradient)(params, rows, batch, sent)
       row, inside = self._rows_of(batch)
@@ -217,6 +218,7 @@ class ShardedEnds:
     h, params = self._features(y, m), self.context.params["head"]
     score = cross_entropy.score(h, self.modules.head_table(params), self._targets(m))
     unused = () if self.context.training else ("e", "a")
+    # In place of a Score with None: every leaf of this dict becomes a ring.
     return {name: part for name, part in score._asdict().items() if name not in unused}
 
   def _features(self, y: Leaves, m: jax.Array) -> jax.Array:

@@ -105,6 +105,7 @@ class SwitchedStages:
   def allocate(self, shapes: Sequence[jax.ShapeDtypeStruct], lengths: Sequence[int]) -> Pools:
     """Arenas of undefined contents, then sums that start at zero, or at the least whole number."""
     n = len(self.layout.arenas.pools)
+    # Sums must start from zero: every F adds to them, and none of them is the first.
     arenas = [
       self.context.ring(shape, length)
       for shape, length in zip(shapes[:n], lengths[:n], strict=True)
@@ -152,6 +153,7 @@ class SwitchedStages:
 
     def run(s: int, x: Leaves, pools: Pools) -> Pools:
       again = self.splits[s].recompute
+      # A policy may leave one stage nothing to compute anew, and another something.
       if again is None:
         return pools
       made = again(*self._given(s, call), *self.boundaries.input(s, x))
@@ -252,6 +254,7 @@ class SwitchedStages:
     flat = self.packed.params[s]
     own, borrowed = dparams[: len(flat.leaves)], dparams[len(flat.leaves) :]
     rows = dict(grads["layers"])
+    # Leaf by leaf: a row packed first and then added would be written twice.
     for leaf, offset, new in zip(flat.leaves, flat.offsets, own, strict=True):
       name, at = str(leaf.dtype), call.first_layer
       old = read_span(rows[name], leaf.shape, offset, at)
@@ -358,6 +361,7 @@ def split_stages(
 
   # All stages at once: a name that a policy asks for may be in one of them alone.
   splits, flats = policy.traced(all_stages) if policy else all_stages(None)
+  # Evaluation reads running statistics and changes none.
   widths = packed.changing_widths if training else {}
   return SwitchedStages(
     packed=packed,

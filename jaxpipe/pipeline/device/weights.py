@@ -100,6 +100,7 @@ class Weights:
       return jax.tree.unflatten(
         structure,
         [
+          # One layer at a time: a slice of all of the stage's layers would be copied for the loop.
           rings.get(held[i], slot, layer) if i in held else rings.get(leaf, first_layer + layer)
           for i, leaf in enumerate(leaves)
         ],

@@ -90,6 +90,7 @@ class WholeEnds:
     def train(totals: Totals, grads: Tree, ring: Tree) -> tuple[Totals, Tree, Tree]:
       value_and_grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
       (value, aux), (dp, dy) = lenient(value_and_grad)(*args)
+      # As if it had arrived: the last stage's backward reads its slot like every other stage's.
       ring = rings.store(ring, dy, now.gradients)
       return count(totals, value, aux), accumulate(grads, dp), ring
 
@@ -118,6 +119,7 @@ class WholeEnds:
       batch = self.context.microbatch(now.microbatch)
       return accumulate(grads, lenient(gradient)(self.context.params["embed"], batch, dx))
 
+    # Differentiated inside the conditional, never through it: see `device.py`.
     kinds = (Kind.B, Kind.I)
     grads = now.at_end("first", kinds, run, lambda g: g, carry.grads["embed"])
     return carry._replace(grads={**carry.grads, "embed": grads})
