@@ -221,8 +221,9 @@ def _walk(device: Device, carry: Carry, segment: Segment, table: dict[str, jax.A
 def _loop_once(tick: Callable[[Carry], Carry], carry: Carry) -> Carry:
   """Returns `tick(carry)`, run by a loop of one turn whose length the compiler cannot know.
 
-  A loop's carry stays in place. In a straight line nothing orders an action that reads a buffer
-  before the next one that writes it, and XLA copies the buffer whole.
+  The predicate is the same on all devices, so that the transfers inside are safe. A loop's carry
+  stays in place. In a straight line nothing orders an action that reads a buffer before the next
+  one that writes it, and XLA copies the buffer whole.
   """
   one = jnp.minimum(lax.axis_index(STAGE) + 1, 1)  # 1 on every device
   return lax.fori_loop(0, one, lambda _, carry: tick(carry), carry)
@@ -256,9 +257,10 @@ def _reduce_totals(totals: Totals, over: tuple[str, ...]) -> tuple[jax.Array, Tr
 def _reduce_grads(execution: Execution, grads: Tree, weight: jax.Array) -> Tree:
   """Sums gradients over the mesh and divides them by the whole weight, each once a step.
 
-  In this order: tied leaves are added to their owner's, pieces along `fsdp` are reduced and
-  scattered, replicas of a stage are added, and the rest is summed over every axis that does not cut
-  the leaf.
+  The embedding's sums come from `Ends.back_at_input`, the head's from `Ends.leave` or
+  `Ends.passes`, the layers' from B and W. In this order: tied leaves are added to their owner's,
+  pieces along `fsdp` are reduced and scattered, replicas of a stage are added, and the rest is
+  summed over every axis that does not cut the leaf.
   """
   grads = scatter_fsdp(execution.specs, execution.stack.untie(grads))
   placement = execution.schedule.placement

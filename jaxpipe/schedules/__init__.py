@@ -1,8 +1,9 @@
 """Pipeline schedules as data: which device does which work, in which order.
 
 A schedule is built by name, read from a file or written by hand, then checked, simulated and drawn
-on paper. The executor runs any of them. Nothing below this folder imports JAX, so that the command
-line `python -m jaxpipe.schedules` starts without loading it.
+on paper. The executor runs those of the kinds that have a code in `kinds.py`. Nothing below this
+folder imports JAX, so that the command line `python -m jaxpipe.schedules` starts without loading
+it.
 
   schedule = make_schedule("1f1b", devices=4, microbatches=8)
   print(draw_text(simulate(schedule)))

@@ -6,9 +6,11 @@ additions. Zero Bubble (Qi et al., 2023, arXiv:2401.10241) splits the backward p
 `I`, its W our `W`; our `B` is the fused pair.
 
 The tables of other modules (what the walk waits for, peaks, colours, the integers of the tick
-table, the executor's name scopes) are all derived from the rows below. A new kind is one row,
-plus the code that gives it a rule of its own: what it waits for (`walk`), how long it takes
-(`costs`), what is legal (`checks`).
+table, the executor's name scopes) are all derived from the rows below. A new kind is one row, plus
+the code that gives it a rule of its own: what it waits for (`walk`), how long it takes (`costs`),
+what is legal (`checks`). One that devices run also needs a code here, its buffers and columns in
+`pipeline/table/lower.py`, a step of the tick in `pipeline/device/device.py` with the protocol that
+it calls, and its share of `pipeline/costs/`.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """The registry of schedules: one entry for each named family.
 
 A new family is one function, which builds a schedule from a `Spec`, and one entry of `FAMILIES`.
-Everything that is common to all families is done once, in `build`. The formulas here are tested
-beside their families, and are the text of their sections in docs/schedules.md.
+Everything that is common to all families is done once, in `make_schedule`. The formulas here are
+tested beside their families, and are the text of their sections in docs/schedules.md.
 """
 
 import dataclasses

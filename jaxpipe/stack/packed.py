@@ -137,10 +137,11 @@ class Packed:
 
   @property
   def rules(self) -> Rules:
-    """No dim of a row is named, so that nothing but `fsdp` cuts it.
+    """Rules by which nothing but `fsdp` cuts a row: none of its dims has a name.
 
-    `sequence` and `tensor` stand among the axes that the modules share work over only so that
-    `check`, whose message says what can be done about it, is what refuses them.
+    A mesh with `sequence` or `tensor` is refused by `check`. The axes are listed as supported all
+    the
+    same: a mesh with others is refused earlier, by a message that knows no remedy.
     """
     return dataclasses.replace(NONE, axes=frozenset({SEQUENCE, TENSOR}), check=self._check_axes)
 

@@ -68,14 +68,14 @@ class LaidOutStack(PlaceableStack, Protocol):
     """
 
   def renewed(
-    self, rows: Tree, counted: Mapping[str, jax.Array], vary: Callable[[Tree], Tree], /
+    self, rows: Tree, means: Mapping[str, jax.Array], vary: Callable[[Tree], Tree], /
   ) -> Tree:
     """The model state of this device's rows after a step; inside `shard_map`.
 
     Args:
       rows: the part `layers` of the state before the step, leaves [owned, width].
-      counted: dtype -> [owned, width], what the step has made of the state that changes: the mean
-        over microbatches, of whole numbers the largest.
+      means: dtype -> [owned, width], the state that changes, as the step has made it: of floats the
+        mean over microbatches and shards of rows, of whole numbers the largest.
       vary: marks a tree as differing between stages.
     """
 

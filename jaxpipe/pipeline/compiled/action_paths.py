@@ -32,7 +32,7 @@ from jaxpipe.schedules import Action, Kind, Schedule
 
 # The name scopes of `Now.when` and `Now.at_end`.
 FIRST, LAST = "first_stage", "last_stage"
-# All of them: first the actions that every step has, then the optional ones, then the ends.
+# In the order in which reports list them: what every step has, what some have, the ends.
 _KINDS = sorted(CODE, key=lambda kind: not kind.info.necessary)
 SCOPES = (*(kind.value for kind in _KINDS), FIRST, LAST)
 # The name scope of `Now.collective`: a column of the tick table, such as `embedding_0`.

@@ -40,7 +40,7 @@ def workspace(device: Device, carry: Carry) -> int:
   """
   stage, program = device.stage, device.context.program
   # A second forward inside B or I has pools of its own.
-  again = stage.remade.one_each_bytes() if stage.remade else 0
+  again = stage.rerun_layout.one_each_bytes() if stage.rerun_layout else 0
   of_kind = {
     Kind.F: max(slice_peak(one.forward) for one in stage.splits),
     Kind.R: max(slice_peak(one.recompute) for one in stage.splits),

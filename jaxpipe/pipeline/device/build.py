@@ -130,7 +130,7 @@ def _looped(
     fetch=context.blocking,
   )
   head = lenient(stack.apply_head)
-  # Only the types of the sums are wanted; the head itself runs inside the last stage's F.
+  # Only the types of the sums are wanted; the head itself runs in the methods of `Ends`.
   loss, aux = jax.eval_shape(head, context.params["head"], context.x, batch)
   ends: Ends = WholeEnds(context, stack)
   if context.program.schedule.vocabulary:
@@ -145,7 +145,7 @@ def _looped(
 
 
 def _gathered_by_g(context: DeviceContext, stage: LoopedStage, layer: Tree) -> list[bool]:
-  """For each leaf of a layer's parameters, whether G gathers it; else all are before the loop.
+  """For each leaf of a layer's parameters, whether G gathers it, or it is gathered before the loop.
 
   What W reads stays gathered for the whole step, for W may come after the weights' release.
   """
@@ -166,8 +166,8 @@ def _switched(
   """The parts for unlike stages, all of whose weights are gathered before the first tick."""
   # A packed row holds a whole stage's leaves, which G cannot take apart: all are gathered now.
   weights = Weights.of(pieces, specs, [False for _ in jax.tree.leaves(pieces)], layers)
-  # Once a step and not at every use: it is a collective over all stages, which no conditional may
-  # hold.
+  # Once a step and not at every use: it is a collective over all stages, and on a tick the stages
+  # take different branches.
   shared = context.vary(stack.shared(weights.layers))
   stages = split_stages(
     stack,

@@ -32,7 +32,8 @@ class Carry(NamedTuple):
     activations: ring of stage inputs that have arrived, leaves `[slots, ...]`.
     gradients: ring of cotangents of stage outputs that have arrived or that the head has left; the
       float leaves alone.
-    pools: saved values, which one action leaves for a later one.
+    pools: saved values, which one action leaves for a later one; of a packed stack behind them the
+      sums over microbatches of what F makes of the model state.
     weights: ring of the weights that G has gathered, leaf by leaf; empty where all weights are
       gathered before the first tick or lie whole.
     vocabulary: ring of what a shard of the head keeps between its passes S and T, by name; empty

@@ -19,7 +19,9 @@ from jaxpipe.pipeline.table.program import Program
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceContext:
-  """One device's side of a step, the same on every tick; everything is traced inside `shard_map`.
+  """Constants of one step on one device: table, batch, key, embedding and head.
+
+  Everything is traced inside `shard_map`.
 
   Attributes:
     program: the tick table.

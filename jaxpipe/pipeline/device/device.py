@@ -15,13 +15,17 @@ of the table says. One tick:
     [8] S / T  the head on a shard of the vocabulary; after the last S, loss and its gradient
     [9] send   y or dx to the neighbours; what arrives goes into its slot
 
-A device does one of F, R, B, I, W, S, T and G on a tick, so [2] to [8] are conditionals of which at
-most one kind is taken. Rules that the shape of this loop follows, each of which was measured:
+A device does at most one of the actions F, R, B, I, W, S, T and G on a tick. Each stands in a
+conditional of its own; [3] runs on top of an F at the last stage, [6] on top of a B or I at the
+first. Rules that the shape of this loop follows, each of which was measured:
 
 - A conditional returns only what it writes, and takes as operands only what it reads: XLA copies
   whole a buffer that a conditional both reads and returns.
-- `ppermute` stands outside every conditional. Its rendezvous waits for every pair of devices in the
-  program, and a device that took another branch would never come: a dead-lock.
+- `ppermute` stands outside every conditional. It is one operation for all devices of the mesh: each
+  waits until all have entered it, whichever pairs it names, and one that took another branch never
+  would. Collectives over groups (`psum` over `tensor`, say) may stand inside, for the peers of a
+  group always take the same branch; those over all stages may where the whole mesh does
+  (`Now.collective`).
 - The loop is never differentiated: F, I and W are explicit functions.
 - Parameters are cast to *vary* over all mesh axes once, before the loop, so that gradients stay
   local and are reduced once a step, not once a microbatch.
@@ -59,15 +63,15 @@ from jaxpipe.stack.protocol import PackedStack, UniformStack
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-  """One device's side of the program; every method is traced inside `shard_map`.
+  """The object whose `tick` does a device's work; every method is traced inside `shard_map`.
 
   Attributes:
     context: what the device knows for the whole step.
-    ends: embedding and head.
-    stage: the actions of its stages.
+    ends: embedding and head: `WholeEnds`, `ShardedEnds` or `InnerEnds`.
+    stage: the actions of its stages: a `LoopedStage` or `SwitchedStages`.
     weights: the parameters that they read.
     cells: int32 [ticks, P, values], where each tick's action reads and writes saved values.
-    lengths: number of cells of each pool.
+    lengths: number of cells of each pool; of a packed stack rows of each arena, then of each sum.
     totals: zeros of the sums of loss, weight and metrics.
   """
 
@@ -180,17 +184,17 @@ class Device:
     # The stage's input waits in `activations`, which R's conditional does not return: no scratch.
     if self.context.program.keeps_input:
 
-      def remake(storage: Storage) -> tuple[Leaves, Storage]:
+      def from_input(storage: Storage) -> tuple[Leaves, Storage]:
         x = self.ends.input(carry, now)
-        return [], self.stage.remake(self.arguments(carry, now), x, storage)
+        return [], self.stage.recompute_from_input(self.arguments(carry, now), x, storage)
 
-      return self.act(carry, now, Kind.R, remake, [])[1]
+      return self.act(carry, now, Kind.R, from_input, [])[1]
 
     if not self.stage.recomputes:
       return carry
 
     def recompute(_: Leaves, storage: Storage, made: Storage) -> tuple[Leaves, Storage]:
-      return [], self.stage.recompute(self.arguments(carry, now), storage, made)
+      return [], self.stage.recompute_from_kept(self.arguments(carry, now), storage, made)
 
     return self.act_through_scratch(carry, now, Kind.R, recompute, [])[1]
 
@@ -222,7 +226,7 @@ class Device:
     return self.act_through_scratch(carry, now, Kind.I, split, dx)
 
   def weight_grad(self, carry: Carry, now: Now) -> Carry:
-    """W: the gradient of the stage's weights, from what I left in the pools."""
+    """W: the gradient of the stage's weights, from what F, R and I have left in the pools."""
 
     def run(grads: Tree) -> Tree:
       storage = Storage(self.stage.layout, carry.pools, now.cells)
@@ -354,8 +358,9 @@ class Device:
     batch = context.microbatch(now.microbatch)
 
     def inputs(i: rings.Index) -> Tree:
-      # The layer's number in the model, never the stage's or the device's: dropout is keyed by it,
-      # and must be the same under every schedule.
+      # The layer's number in the model, never in the stage or on the device: dropout is keyed by
+      # it, and must be the same under every schedule. (Of a packed stack it is the stage's number,
+      # which only the switch reads: its modules know their own.)
       return dict(
         batch=batch, key=context.key, layer=first + i, microbatch=now.microbatch, rows=context.rows
       )

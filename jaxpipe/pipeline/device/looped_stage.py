@@ -51,8 +51,8 @@ class LoopedStage:
     split: slices of the one layer that stands for all.
     layers: L, layers of a stage.
     layout: where saved values lie between actions.
-    remade: pools for what a backward makes anew by running the forward again, alive inside that
-      action only; None where no backward does.
+    rerun_layout: pools for what a backward's own second forward makes, alive inside that action
+      only; None where no backward runs one.
     scratch: how R and I keep apart the pools that they read and those that they write.
   """
 
@@ -60,9 +60,10 @@ class LoopedStage:
   split: LayerSplit
   layers: int
   layout: PoolLayout
-  remade: PoolLayout | None
+  rerun_layout: PoolLayout | None
   scratch: Mapping[Kind, Scratch]
 
+  # Entries of `Carry.grads` that B and W add to.
   sums = ("layers",)
 
   @property
@@ -72,13 +73,13 @@ class LoopedStage:
 
   @property
   def recomputes(self) -> bool:
-    """Whether R has anything to do where F kept something of every layer."""
+    """Whether R has values to recompute where F kept part of each layer."""
     return Kind.R in self.scratch
 
   @property
   def rereads_input(self) -> bool:
     """Whether B and I run the forward again, from the stage's input."""
-    return self.remade is not None
+    return self.rerun_layout is not None
 
   def cells(self, program: Program) -> tuple[np.ndarray, tuple[int, ...]]:
     """Cells of every saved value of every stage and microbatch, and the pools' lengths."""
@@ -118,11 +119,11 @@ class LoopedStage:
 
     return _loop(self.layers, layer, (x, storage))
 
-  def remake(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
+  def recompute_from_input(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
     """R from the stage's input: the forward again, whose output nobody reads."""
     return self.forward(call, x, storage)[1]
 
-  def recompute(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
+  def recompute_from_kept(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
     """R from what F kept of every layer: returns `made` with what the policy dropped."""
     again = self.split.recompute
     assert again is not None  # else the stage has no scratch for R, and this is not called
@@ -157,8 +158,8 @@ class LoopedStage:
     """
     slice_ = self.split.input_grad
     kept = self._kept(call, storage, x)
-    # After a second forward, what F would have kept for W exists inside this action only: it is
-    # written to `made` beside what I itself makes, and waits there.
+    # Under `full` without R, the forward has just been run a second time, into pools that die with
+    # this action. What of it W will read is written to `made` as well, beside what I itself makes.
     numbers = self.layout.position.items()
     staying = [
       n for n, i in numbers if self.layout.values[i].made is Kind.I and n not in slice_.makes
@@ -187,11 +188,11 @@ class LoopedStage:
 
   def _kept(self, call: ActionArguments, storage: Storage, x: Leaves) -> Storage:
     """What a backward reads of the forward: from the pools, or from a second forward on x."""
-    if self.remade is None:
+    if self.rerun_layout is None:
       return storage
-    cells, lengths = self.remade.one_each()
-    pools = self.allocate(self.remade.pools, lengths)
-    return self.forward(call, x, Storage(self.remade, pools, cells))[1]
+    cells, lengths = self.rerun_layout.one_each()
+    pools = self.allocate(self.rerun_layout.pools, lengths)
+    return self.forward(call, x, Storage(self.rerun_layout, pools, cells))[1]
 
 
 def _loop(
@@ -257,16 +258,16 @@ def split_stack(
   one = policy.traced(split_layer) if policy else forward_only(layer, params, inputs, context.x)
   # Numbers, not positions: values that change their maker below keep the number that slices read.
   saved = dict(enumerate(one.saved)) if training else {}
-  remade = None
+  rerun_layout = None
   if keeps_input and recompute:
     saved = {n: _made_by(Kind.R, value) for n, value in saved.items()}
   elif keeps_input:
     # The second forward runs inside I: what F would leave for I dies with the action, and only what
     # W reads waits in a pool.
-    remade = PoolLayout.of({n: v for n, v in saved.items() if v.made is Kind.F}, layers)
+    rerun_layout = PoolLayout.of({n: v for n, v in saved.items() if v.made is Kind.F}, layers)
     saved = {n: _made_by(Kind.I, v) for n, v in saved.items() if v.last is Kind.W}
   # A second forward inside I leaves nothing to be read from the pools.
-  reads = {Kind.I: one.input_grad.reads if remade is None else ()}
+  reads = {Kind.I: one.input_grad.reads if rerun_layout is None else ()}
   if one.recompute is not None:
     reads[Kind.R] = one.recompute.reads
   return LoopedStage(
@@ -274,7 +275,7 @@ def split_stack(
     split=one,
     layers=layers,
     layout=PoolLayout.of(saved, layers),
-    remade=remade,
+    rerun_layout=rerun_layout,
     scratch={kind: _scratch(saved, read, kind, layers, fetch) for kind, read in reads.items()},
   )
 
@@ -282,7 +283,10 @@ def split_stack(
 def _scratch(
   saved: Mapping[int, Saved], reads: Sequence[int], kind: Kind, layers: int, fetch: bool
 ) -> Scratch:
-  """The smaller of what an action reads and what it makes; the latter where it may not fetch."""
+  """Chooses what of R or I goes through scratch: the smaller of what it reads and makes.
+
+  It is what the action makes where it may not fetch.
+  """
   read = PoolLayout.of({n: saved[n] for n in reads}, layers)
   made = PoolLayout.of({n: value for n, value in saved.items() if value.made is kind}, layers)
   before = fetch and read.one_each_bytes() <= made.one_each_bytes()

@@ -30,7 +30,7 @@ from jaxpipe.pipeline.storage.rings import Index, Tree
 from jaxpipe.pipeline.table.program import Program
 from jaxpipe.schedules import Kind
 
-# A list of array leaves: a pytree without its structure, which the table of ticks fixes anyway.
+# Leaves of a pytree, whose structure is that of `DeviceContext.x` or of a layer's split.
 Leaves = list[jax.Array]
 # Reads something of a stage's i-th layer, i counted within the stage.
 LayerReader = Callable[[Index], Tree]
@@ -94,23 +94,23 @@ class StageActions(Protocol):
 
   @property
   def splits(self) -> Sequence[LayerSplit]:
-    """The split layers that actions run, one for each kind: for estimates of memory."""
+    """What actions run, for estimates of memory: one split layer, or every stage's split."""
 
   @property
   def sums(self) -> Sequence[str]:
-    """Names of the gradient sums in `Carry.grads` that B and W add to."""
+    """Names of the entries of `Carry.grads` that B and W add to."""
 
   @property
   def scratch(self) -> Mapping[Kind, Scratch]:
     """For each kind of action that reads pools and writes pools, how it keeps the two apart."""
 
   @property
-  def remade(self) -> PoolLayout | None:
-    """Where B and I put what they make anew by a second forward; None where they run none."""
+  def rerun_layout(self) -> PoolLayout | None:
+    """Pools for what a second forward inside B or I makes; None where they run none."""
 
   @property
   def recomputes(self) -> bool:
-    """Whether R has anything to do where F kept something of every layer."""
+    """Whether R has values to recompute where F kept part of each layer."""
 
   @property
   def rereads_input(self) -> bool:
@@ -139,11 +139,20 @@ class StageActions(Protocol):
   def forward(self, call: ActionArguments, x: Leaves, storage: Storage) -> tuple[Leaves, Storage]:
     """F: runs the stage; returns its output, and the storage with what the backward wants."""
 
-  def remake(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
-    """R from the stage's input: the storage with what F did not keep."""
+  def recompute_from_input(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
+    """R where F kept the stage's input alone: runs the forward again, and keeps all of it.
 
-  def recompute(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
-    """R from what F kept: reads `storage`, returns `made` with what was missing."""
+    Called where the program keeps stage inputs (`Program.keeps_input`).
+    """
+
+  def recompute_from_kept(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
+    """R where F kept something of every layer: makes the rest from it.
+
+    Args:
+      call: parameters and further inputs.
+      storage: what F has kept; read only.
+      made: where the rest is written.
+    """
 
   def backward(
     self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
@@ -164,7 +173,7 @@ class StageActions(Protocol):
     """I: the input's cotangents, and `made` with what W waits for; arguments as of `backward`."""
 
   def weight_grad(self, call: ActionArguments, storage: Storage, grads: Tree) -> Tree:
-    """W: the gradient sums with this microbatch's added, from what I has left in `storage`."""
+    """W: the gradient sums with this microbatch's added, from what F, R and I left in `storage`."""
 
 
 class Ends(Protocol):

@@ -55,7 +55,7 @@ class SwitchedStages:
 
   Attributes:
     packed: the stack, cut into stages.
-    context: the device, as yet without the type of the travelling activation.
+    context: the device; the type of the travelling activation is not in it, see `boundaries`.
     splits: for each stage, its slices.
     boundaries: how the input and output of each stage lie in the buffers that travel.
     layout: where saved values lie, and where F sums what it makes of the model state.
@@ -78,7 +78,7 @@ class SwitchedStages:
   sums = ("layers", "shared")
 
   @property
-  def remade(self) -> PoolLayout | None:
+  def rerun_layout(self) -> PoolLayout | None:
     """None: a stage's backward that runs the forward again is one function, without pools."""
     return None
 
@@ -105,11 +105,11 @@ class SwitchedStages:
   def allocate(self, shapes: Sequence[jax.ShapeDtypeStruct], lengths: Sequence[int]) -> Pools:
     """Arenas of undefined contents, then sums that start at zero, or at the least whole number."""
     n = len(self.layout.arenas.pools)
-    # Sums must start from zero: every F adds to them, and none of them is the first.
     arenas = [
       self.context.ring(shape, length)
       for shape, length in zip(shapes[:n], lengths[:n], strict=True)
     ]
+    # Every F adds to them, so they need a defined start.
     sums = zip(shapes[n:], lengths[n:], strict=True)
     return [*arenas, *(self.context.vary(_start(shape, length)) for shape, length in sums)]
 
@@ -148,7 +148,7 @@ class SwitchedStages:
     y, pools = self._switch(call, run, x, storage.pools)
     return y, dataclasses.replace(storage, pools=pools)
 
-  def remake(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
+  def recompute_from_input(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
     """R from the stage's input."""
 
     def run(s: int, x: Leaves, pools: Pools) -> Pools:
@@ -161,7 +161,7 @@ class SwitchedStages:
 
     return dataclasses.replace(storage, pools=self._switch(call, run, x, storage.pools))
 
-  def recompute(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
+  def recompute_from_kept(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
     """R from what F kept."""
 
     def run(s: int, pools: Pools) -> Pools:
@@ -219,6 +219,7 @@ class SwitchedStages:
       return vary(run(s, *args), self.context.axes)
 
     branches = [functools.partial(branch, s) for s in range(len(self.splits))]
+    # The executor counts a packed stack's stages as its layers: this "layer" is the stage's number.
     return lax.switch(call.inputs(0)["layer"], branches, *args)
 
   def _given(self, s: int, call: ActionArguments) -> Leaves:
@@ -297,7 +298,8 @@ def stage_arguments(
     chunk: which of the V rows is the stage's.
     shared: leaves that several stages read, by their owner's path.
     state: this device's packed model state, dtype -> [V, width].
-    inputs: further inputs of a layer; `layer` is left out, which is the stage's number here.
+    inputs: further inputs as for a layer. Their entry `layer` holds the number of the stage, which
+      no module may see, and is left out.
   """
   own = packed.params[s].unpack(rows, chunk)
   borrowed = {path: shared[owner] for path, owner in packed.borrowed[s].items()}

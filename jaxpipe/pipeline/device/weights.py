@@ -47,7 +47,7 @@ class Weights:
 
   @classmethod
   def of(cls, pieces: Tree, specs: Tree, later: Sequence[bool], each: int) -> Weights:
-    """Gathers what G does not.
+    """Gathers at once, over `fsdp`, every leaf that no G will gather.
 
     Args:
       pieces: leaves `[V * each, ...]`, all of them this device's pieces along `fsdp`.

@@ -31,7 +31,9 @@ from jaxpipe.stack.protocol import UniformStack
 
 @dataclasses.dataclass(frozen=True)
 class WholeEnds:
-  """Both ends, replicated over the stages and used on one each; `Ends` describes the methods.
+  """Embedding and head, both on every device: the first stage uses the one, the last the other.
+
+  `Ends` describes the methods.
 
   Attributes:
     context: the device.

@@ -38,7 +38,7 @@ _WEIGHTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 # than the shards that it was made of, and is gathered again.
 _SENT = ("psum", "psum_invariant", "reduce_scatter", "all_to_all")
 _NAMES = "names:"
-# Stands for the policy that suits the stack.
+# The default: `dots`, or `full` for stages that are not alike (`device/build.py`).
 AUTO = "auto"
 
 
@@ -114,7 +114,7 @@ class Residuals:
   names: tuple[str, ...] = ()
 
   def traced(self, trace: Callable[[Policy | None], Out]) -> Out:
-    """Traces a derivative under this policy and checks that the policy means something there.
+    """Traces a derivative under this policy, and refuses names that no value there bears.
 
     Args:
       trace: traces the derivative of a layer, or of several, under the `jax.checkpoint` policy that

@@ -1,4 +1,4 @@
-"""Splits any layer's vector-Jacobian product into forward, recompute, input and weight gradient.
+"""Splits a layer's forward and backward pass into the actions F, R, I and W.
 
 Zero-bubble schedules (Qi et al., arXiv:2401.10241) run the two halves of a backward pass at
 different times: `I`, the gradient of the input, is on the critical path; `W`, the gradient of the
@@ -41,12 +41,12 @@ from jaxpipe.pipeline.layer.trace import lenient, trace
 from jaxpipe.schedules import Kind
 
 Tree = Any
-# (params, inputs, x) -> y, aux; see `split`.
+# (params, inputs, x) -> y, aux: a layer as a function; aux are outputs without a gradient.
 Layer = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
 def forward_only(layer: Layer, params: Tree, inputs: Tree, x: Tree) -> LayerSplit:
-  """Returns the split of a layer that is never differentiated: all slices but F are empty.
+  """Returns the split of a layer that is never differentiated: only F and `primal` do anything.
 
   Args:
     layer: as for `split`; it may hold what cannot be differentiated.

@@ -168,7 +168,7 @@ class Tape:
       left = [v for kind in makes for v in made[kind]]
       wanted = [*outputs, *left]
       equations = self.needed(wanted, [*inputs, *known])
-      # Of what is known, a slice takes only what its own equations read.
+      # Not all that is known: by [3], a value lives until the last slice that takes it.
       reads = [v for v in eq.used(equations, wanted) if v in number and v in {*known}]
       return Slice(
         inputs=[*self.given, *reads, *inputs],

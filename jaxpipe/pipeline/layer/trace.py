@@ -61,7 +61,7 @@ def trace(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def lenient(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns a function that computes `function` inside `shard_map` by way of `trace`.
+  """Returns `function` in a form that JAX accepts inside `shard_map`, whatever loops start from.
 
   Args:
     function: as for `trace`. It must differentiate inside, for custom derivative rules are gone

@@ -1,4 +1,4 @@
-"""The types that say over which mesh axes a value varies, and how to run equations that lack them.
+"""The types that say over which mesh axes a value varies, and how to run equations traced without.
 
 Inside `jax.shard_map` (with `check_vma=True`) the type of a value holds a set of mesh axes. A value
 *varies* over an axis of the set: devices along that axis may hold different arrays. Over any other

@@ -10,8 +10,9 @@ split backward is not the sum of what I and what W read.
                           cell 1  dy of stage 0, microbatch 2     made by I, last read by W
     pool [5, 6] float32   cell 0  tanh h of stage 0, microbatch 3
 
-`Storage.write` and `Storage.read` are the one place that every saved value passes on its way in and
-out: a format of fewer bits, or another memory, would stand there and in `PoolLayout.pools`.
+Every saved value of layers that are alike passes `Storage.write` on its way in and `Storage.read`
+on its way out. Those of stages that are not alike pass `Arenas.write` and `Arenas.read`
+(`arenas.py`).
 """
 
 from __future__ import annotations

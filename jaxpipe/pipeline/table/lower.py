@@ -230,8 +230,8 @@ def _live_ranges(
       if start is not None:
         yield LiveRange("gradients", d, start, tick, (s, m))
     if kind is Kind.S:  # [3]
-      # y comes in the middle of F's tick, before T of another microbatch reads its own on that
-      # tick: the two must not share a slot.
+      # Within a tick y is stored in step [3] of `device.py`, and T of another microbatch reads its
+      # own y in step [8]: counted from the tick before, the two never share a slot.
       start = at[Action(schedule.path(m)[-1], Kind.F, m)][1] - 1
       end = max(barrier[m], at.get(Action(s, Kind.T, m), (d, tick))[1])
       yield LiveRange("vocabulary", d, start, end, (m,))

@@ -39,7 +39,7 @@ class Segment:
 
   @property
   def straight(self) -> bool:
-    """Whether some ticks follow one another inside the body, with no end of a loop between them."""
+    """Whether the body holds several ticks or is not looped over: all but a loop of one tick."""
     return self.period > 1 or self.repeats == 1
 
   def bodies(self, doing: Sequence[Doing]) -> list[Doing]:

@@ -26,8 +26,8 @@ class LiveRange:
   Attributes:
     buffer: name of the buffer.
     device: device d that holds the value.
-    start: the tick at whose end the slot is filled; tick - 1 for a slot that is filled at the
-      beginning of a tick, so that -1 occurs.
+    start: the tick at whose end the slot is filled. A slot that is filled at the beginning of tick
+      t counts as filled at the end of tick t - 1, which is -1 for the first tick.
     end: the tick that last reads the slot, at least `start`.
     value: names the value, uniquely on its device and in its buffer, such as (stage, microbatch).
   """

@@ -37,6 +37,7 @@ def one_f_one_b(spec: Spec) -> Schedule:
 
 def _device(d: int, ahead: int, M: int) -> tuple[Action, ...]:
   """Returns device d's list: forwards stay `ahead` of backwards until they run out."""
+  # With one chunk a device, stage d is on device d.
   warm_up = [Action(d, Kind.F, m) for m in range(ahead)]  # [1]
   # [2] F first: the device then holds ahead + 1 microbatches, its peak.
   steady = [
