@@ -3,9 +3,9 @@
     ./launch/local.sh experiments/image_amoebanet.py
 
 About 0.1M parameters in 6 layers, no two alike, with batch norm, over 4 CPU devices: 200 steps of
-128 images. Expected on two cores: about 4 minutes, one of them to compile, 98 % of the test digits
-right (always the most frequent one: 10 %). The same command resumes, on any number of stages and
-under any schedule; `--help` lists the flags.
+128 images. Expected on two cores: about 4 minutes, one of them to compile; README has what was
+seen. The same command resumes, on any number of stages and under any schedule; `--help` lists the
+flags.
 """
 
 import dataclasses

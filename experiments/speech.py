@@ -4,9 +4,9 @@
 
 0.36M parameters over 4 CPU devices whose stages are unlike, all with BatchNorm; 400 steps of 32
 utterances of up to four digits, put together from clips that eSpeak NG has spoken (see
-data/spoken_digits). Expected on two cores: about 3 minutes, and a character error rate of about
-2 % for twelve speakers that training never heard (for the best answer that is always the same:
-90 %). The same command resumes; `--help` lists the flags.
+data/spoken_digits). Expected on two cores: about 3 minutes. The character error rate is that of
+twelve speakers that training never heard; README has what was seen. The same command resumes;
+`--help` lists the flags.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ writes `timeline.png` (planned above, measured below) and `timeline.json`, for
 https://ui.perfetto.dev.
 
 Expected, with --one_thread (a process for each device, each bound to a processor of its own):
-predicted ticks 0.95 to 1 of the measured ones. Without, forced CPU devices share the machine's
+predicted ticks close to the measured ones. Without, forced CPU devices share the machine's
 threads, so that an action is the faster the fewer devices work beside it, and a plan from mean
 durations may be off by a tenth; docs/speed.md has figures of both.
 """

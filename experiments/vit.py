@@ -3,8 +3,8 @@
     ./launch/local.sh experiments/vit.py
 
 About 0.27M parameters over 4 CPU devices, 800 steps of 64 images. Expected on two cores: about 2
-minutes, 98 % of the test digits right (always the most frequent one: 10 %). The same command
-resumes, on any mesh and under any schedule; `--help` lists the flags.
+minutes; README has what was seen. The same command resumes, on any mesh and under any schedule;
+`--help` lists the flags.
 """
 
 import dataclasses

@@ -29,10 +29,9 @@ script=${1-}
 
 export JAXPIPE_VENV=${JAXPIPE_VENV:-$repository/.venv-cuda}
 python=$JAXPIPE_VENV/bin/python
-install=(-m pip install)
 if [[ $dry_run ]]; then
   echo "source launch/setup.sh   # makes $JAXPIPE_VENV"
-  echo "$python ${install[*]} 'jax[cuda12]'"
+  echo "$python launch/pip_install.py 0 'jax[cuda12]==VERSION'   # that of the jax installed"
   [[ ! $script ]] || echo "JAX_PLATFORMS=cuda $python $script ${*:2}"
   exit
 fi

@@ -133,8 +133,8 @@ FAULTS = [
   Fault(
     "borrowed gradient lost",
     "stack/shared_leaves.py",
-    "rows[name] = write_span(rows[name], old + whole, home.offset, chunk)",
-    "rows[name] = write_span(rows[name], old + 0 * whole, home.offset, chunk)",
+    "rows[name] = write_span(rows[name], old + whole, place.offset, chunk)",
+    "rows[name] = write_span(rows[name], old + 0 * whole, place.offset, chunk)",
     OF_STAGES,
   ),
   Fault(

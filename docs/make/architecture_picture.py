@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-from imports import LEVELS, TOP, Package, reached
+from imports import LEVELS, TOP, Arrows, Package, reached
 from layout import GAP, Box, Layout, lay_out
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -73,7 +73,11 @@ PURPOSE = {
   "data/experiments": "data sets",
   "data/text": "tokens",
 }
-# Arrows between panels, each at its place along the x axis; others follow from these.
+# Loose modules that have a box of their own, since merged with the others of their row they would
+# seem to share an import that is theirs alone.
+APART = {"pipeline": ("check",)}
+# Arrows between panels, each at its place along the x axis; the legend names those that are left
+# out, because other arrows lead there as well.
 BETWEEN = (
   ("training", "models", 1.5),
   ("training", "pipeline", 5.9),
@@ -86,19 +90,22 @@ BETWEEN = (
 
 
 LEGEND = (
-  "Numbers count modules. A grey box: modules that lie",
-  "beside the sub-folders.",
-  "An arrow: imports. Arrows to what other arrows reach",
-  "as well are left out.",
+  "Numbers in boxes count modules. A grey box: modules that lie",
+  "beside the sub-folders, some of which may import others.",
+  "An arrow: something in one box imports something in the",
+  "other. Arrows to what other arrows reach are left out.",
   "A square: this box imports from the folder of that colour.",
+  "Numbers at arrows count pairs of modules, one of which",
+  "imports the other. Between folders are left out:",
 )
 
 
 def rows(package: Package, folder: str) -> dict[str, int]:
   """Returns the row of each entry of a folder: sub-folders by depth, loose modules between them.
 
-  A sub-folder is one deeper than what it imports; a module is as deep as the deepest. So every
-  arrow leads to a lower row, except between loose modules of one row.
+  A sub-folder, or a module that stands apart, is one deeper than what it imports; any other module
+  is as deep as the deepest. So every arrow leads to a lower row, except between loose modules of
+  one row.
 
   Args:
     package: without circles.
@@ -107,14 +114,20 @@ def rows(package: Package, folder: str) -> dict[str, int]:
   imported = collections.defaultdict(set)
   for a, b in package.arrows(folder):
     imported[a].add(b)
-  is_folder = {name: f"{folder}.{name}" in package.folders for name in package.entries(folder)}
+  alone = {name: stands_alone(package, folder, name) for name in package.entries(folder)}
 
   def depth(name: str) -> int:
-    return is_folder[name] + max(map(depth, imported[name]), default=0)
+    return alone[name] + max(map(depth, imported[name]), default=0)
 
-  found = {name: 2 * depth(name) - is_folder[name] for name in is_folder}
+  found = {name: 2 * depth(name) - alone[name] for name in alone}
   numbers = sorted(set(found.values()))
   return {name: numbers.index(row) for name, row in found.items()}
+
+
+def stands_alone(package: Package, folder: str, name: str) -> bool:
+  """Whether an entry of a folder has a box of its own: a sub-folder, or one of `APART`."""
+  top = folder.removeprefix(f"{TOP}.")
+  return f"{folder}.{name}" in package.folders or name in APART.get(top, ())
 
 
 def direct(arrows: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -152,26 +165,32 @@ def inside(package: Package, name: str) -> Inside:
   owner: dict[str, str] = {}  # entry -> key of its box
   lines, marks, boxes, heights = {}, {}, [], []
   for _, mine in sorted(by_row.items()):
-    loose = f"{folder}.{mine[0]}" not in package.folders
-    owner |= {entry: mine[0] if loose else entry for entry in mine}
+    # Loose modules of a row share a box, which has the first one's name.
+    owner |= {one: one if stands_alone(package, folder, one) else mine[0] for one in mine}
     free = 0.0  # inches that are left in this row; a full one goes on in the next
     for key in dict.fromkeys(owner[entry] for entry in mine):
-      if loose:
-        lines[key] = textwrap.wrap(", ".join(mine), int(width / LETTER))
-      else:
+      members = [entry for entry in mine if owner[entry] == key]
+      marks[key] = others(package, name, members)
+      beside = 0.1 + MARK * len(marks[key])  # inches beside the first line that the marks take
+      if f"{folder}.{key}" in package.folders:
         count = len(package.modules(f"{folder}.{key}"))
         lines[key] = [f"{key}/  {count}", PURPOSE.get(f"{name}/{key}", "")]
-      marks[key] = others(package, name, mine if loose else [key])
+      else:
+        lines[key] = textwrap.wrap(", ".join(members), int((width - 0.2 - beside) / LETTER))
       wide = max(LETTER * len(line) for line in lines[key]) + 0.2
-      if not loose:
-        wide = max(wide, LETTER * len(lines[key][0]) + 0.3 + MARK * len(marks[key]))
+      wide = max(wide, LETTER * len(lines[key][0]) + 0.2 + beside)
       if free < wide:
-        heights.append(LINE * len(lines[key]) + 0.1)
+        heights.append(0.0)
         free = width
+      heights[-1] = max(heights[-1], LINE * len(lines[key]) + 0.1)
       free -= wide + GAP
       boxes.append(Box(key, len(heights) - 1, wide))
-  arrows = {(owner[a], owner[b]) for a, b in package.arrows(folder) if owner[a] != owner[b]}
-  return Inside(lay_out(boxes, direct(arrows), width), lines, marks, heights)
+  # Which arrows follow from others is asked of entries. Asked of boxes, what one module imports
+  # would count as reached where another module of its box reaches it.
+  arrows = {(owner[a], owner[b]) for a, b in direct(package.arrows(folder))}
+  return Inside(
+    lay_out(boxes, sorted((a, b) for a, b in arrows if a != b), width), lines, marks, heights
+  )
 
 
 def others(package: Package, name: str, entries: Collection[str]) -> list[str]:
@@ -212,10 +231,20 @@ def draw(package: Package, path: pathlib.Path) -> None:
     write(axes, x + 0.1, bottom - BETWEEN_LEVELS / 2, f"{counts[a, b]} imports", "0.3")
   for name in PANELS:
     draw_panel(axes, package, name, content[name], tops[name], height[name])
-  for i, text in enumerate(LEGEND):
+  for i, text in enumerate((*LEGEND, *left_out(counts))):
     write(axes, 5.5, total - 0.3 - 0.2 * i, text, "0.3", size=9)
   figure.savefig(path, dpi=120)
   plt.close(figure)
+
+
+def left_out(counts: Arrows) -> list[str]:
+  """Returns lines of the legend: the arrows between top folders that are not drawn."""
+  drawn = {(a, b) for a, b, _ in BETWEEN}
+  found: dict[str, list[str]] = collections.defaultdict(list)
+  for (a, b), count in sorted(counts.items()):
+    if (a, b) not in drawn:
+      found[a].append(f"{b} {count}")
+  return [f"{a} to {', '.join(names)}" for a, names in found.items()]
 
 
 def draw_panel(
@@ -253,9 +282,8 @@ def draw_panel(
     for i, text in enumerate(lines):
       weight = "bold" if is_folder and i == 0 else "normal"
       write(axes, place[0] + 0.1, high - 0.13 - LINE * i, text, weight=weight)
-    if is_folder:
-      for i, other in enumerate(reversed(content.marks[key])):
-        mark(axes, place[0] + width - MARK * (i + 1) - 0.04, high - 0.13, PANELS[other].colour, 0.1)
+    for i, other in enumerate(reversed(content.marks[key])):
+      mark(axes, place[0] + width - MARK * (i + 1) - 0.04, high - 0.13, PANELS[other].colour, 0.1)
 
 
 def towards(middle: float, other: float, width: float) -> float:

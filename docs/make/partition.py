@@ -97,7 +97,7 @@ def other_makespan(plan: Plan, rule) -> float:
 def search_table() -> str:
   """Returns the table of gains, proofs and times, a row for each of `SHAPES`."""
   rows = [
-    "| schedule | P | M | V | L | saved of `uniform` | of `balanced` | of `by_variance` | proven |"
+    "| schedule | P | M | V | L | saved of `uniform` | of `balanced` | of `variance` | proven |"
     " largest gap | CPU seconds |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
   ]

@@ -45,8 +45,10 @@ found.schedule, found.value, found.lower_bound, found.optimal
 
 The search has three steps: the named schedules with every kind of backward (fused, split,
 deferred), and list schedules by {policies} policies; a local search along critical paths around the
-best six; and a constraint solver where there are at most 120 actions F, I and W (P=4, V=2, M=5).
-Effort is counted and random numbers are seeded, so all processes of a job find the same schedule.
+best six; and, with OR-tools, a constraint solver where there are at most 120 actions F, I and W
+(P=4, V=2, M=5). `.venv/bin/pip install -e '.[search]'` installs OR-tools; without them the third
+step is left out. Effort is counted and random numbers are seeded, so all processes of a job find
+the same schedule.
 
 ## What it gains
 
@@ -56,7 +58,8 @@ for W, the memory that F takes from 2 to 6, and how much of it I frees; the hop 
 in four have a limit for each device: one to two times what the named schedule that needs least
 holds there, so that one always fits (no limit where no named schedule has the placement).
 
-Schedules that had a name when this was measured: {names}.
+The gains are over the schedules that had names when this was measured, fewer than there are now:
+{names}.
 
 *Gain*: 1 - makespan found / makespan of the best named schedule that fits. *Gap*: makespan found /
 lower bound - 1, of the instances that were not proven optimal.

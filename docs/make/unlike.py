@@ -187,10 +187,11 @@ input kept (the default).
 
 ### Bytes
 
-Every experiment at its own sizes (`gnn.py` with M=4), divided by the simulated step at counted
-FLOPs. *Over the fullest*: what a device holds over what the device that needs most would need for
-its own stages, unpacked. By kind: what all devices hold over what all need. *Report*:
-`jaxpipe.memory_report` over the compiler's arguments, results and temporaries, minus 1.
+The six experiments whose stages are unlike, each at its own sizes (`gnn.py` with M=4), divided by
+the simulated step at counted FLOPs. *Over the fullest*: what a device holds over what the device
+that needs most would need for its own stages, unpacked. By kind: what all devices hold over what
+all need. *Report*: `jaxpipe.memory_report` over the compiler's arguments, results and temporaries,
+minus 1.
 
 | experiment | layers of the stages | KiB held | over the fullest | {" | ".join(kinds)} | report |
 |---|---|---|---|{"---|" * len(kinds)}---|

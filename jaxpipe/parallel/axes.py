@@ -35,7 +35,7 @@ from jax import lax
 
 Axes = str | Sequence[str]
 
-# Of this thread, while `outside` lasts: the sizes of the mesh that it is outside of.
+# Its field `sizes`, of this thread, is the mesh that `outside` was given, for as long as it lasts.
 _hidden = threading.local()
 
 
@@ -145,7 +145,7 @@ def _size(axis: str) -> int:
 
 
 def _longer_than_one(axes: Axes) -> tuple[str, ...]:
-  """Those of the axes that have more than one device: XLA would run a sum over one as well."""
+  """Drops axes of one device, over which a collective would do nothing and still be compiled."""
   return tuple(axis for axis in _names(axes) if _size(axis) > 1)
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Tree = Any
-# Dtype, by name -> array whose last dim is the buffer's width.
+# Name of a dtype, such as `float32` -> [*dims, width].
 Buffers = Mapping[str, jax.Array]
 
 # Elements at whose multiples a leaf begins: a TPU's tile, and its row for what is smaller than one.
@@ -54,9 +54,13 @@ class Flat:
 
   @classmethod
   def of(cls, tree: Tree) -> Flat:
-    """Lays out a tree of arrays or of shapes.
+    """Chooses the offset of every leaf, largest first.
 
-    Large leaves come first, each at a multiple of `TILE`; small ones share the tiles behind them.
+    Leaves of a tile and more begin at multiples of `TILE`; smaller ones follow, at multiples of
+    `ROW`, several to a tile.
+
+    Args:
+      tree: arrays, or their shapes.
     """
     leaves, structure = jax.tree.flatten(tree)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]

@@ -2,14 +2,13 @@
 
 `docs/make/parallelism.py` and `tests/parallel/test_communication.py` count collectives in compiled
 programs and compare their bytes with these. All results are bytes of one device, for one microbatch
-and one layer where nothing else is said; what a collective sends is that of a ring. Letters, as in
-the papers:
+and one layer where nothing else is said; what a collective sends is that of a ring. Arguments that
+several functions take, with the letters of the papers:
 
-    b  rows of a microbatch on this device     a  attention heads
-    s  positions of a row                      t  devices along `tensor`
-    h  model width                             c  devices along `sequence`
-
-`itemsize` is the bytes of an element: 2 for bfloat16.
+    b  rows of a microbatch on this device     t         devices along `tensor`
+    s  positions of a row                      c         devices along `sequence`
+    h  model width                             itemsize  bytes of an element: 2 for bfloat16
+    a  attention heads
 
 References:
   Thakur, Rabenseifner and Gropp, 2005, Optimization of Collective Communication Operations in
@@ -27,8 +26,8 @@ References:
 
 from __future__ import annotations
 
-# How many times (g - 1) / g of the array a device of a ring of g sends. The array is the whole one:
-# what a gather makes, and what a scatter takes.
+# A device of a ring of g sends this many times (g - 1) / g of the whole array, which is what a
+# gather makes and what a scatter takes.
 RINGS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
 
 
@@ -47,9 +46,6 @@ def tensor(b: int, s: int, h: int, t: int, itemsize: int = 2) -> float:
   """Returns the bytes of a layer cut by Megatron, forward and backward: four all-reduces of x.
 
   One follows attention and one the MLP; in the backward pass, one precedes each.
-
-  Args:
-    b, s, h, t, itemsize: see the module.
   """
   return 4 * ring("all-reduce", b * s * h * itemsize, t)
 
@@ -62,7 +58,6 @@ def tensor_sequence(
   Four all-gathers and four reduce-scatters of x: together as much as four all-reduces.
 
   Args:
-    b, s, h, t, itemsize: see the module.
     repeated: number of the forward's gathers that the backward does again because the gathered x
       was not kept; 2 in the paper, before attention and before the MLP.
   """
@@ -74,7 +69,6 @@ def ring_attention(b: int, s: int, kv: int, c: int, itemsize: int = 2) -> float:
   """Returns the bytes of ring attention's forward: keys and values visit all other devices.
 
   Args:
-    b, s, c, itemsize: see the module.
     kv: width of the keys, which is that of the values: heads of them times the head width.
   """
   return 2 * (c - 1) * b * (s / c) * kv * itemsize
@@ -86,7 +80,6 @@ def ulysses(b: int, s: int, h: int, c: int, itemsize: int = 2, *, kv: int | None
   They are of queries, keys, values and of what attention makes of them.
 
   Args:
-    b, s, h, c, itemsize: see the module.
     kv: width of the keys and of the values; default h.
   """
   each = b * (s / c) * itemsize
@@ -126,17 +119,15 @@ def experts(slots: int, h: int, devices: int, itemsize: int = 2) -> float:
 
   Args:
     slots: rows that this device sends, all experts together: capacity times experts.
-    h, itemsize: see the module.
     devices: devices along `expert`.
   """
   return 4 * ring("all-to-all", slots * h * itemsize, devices)
 
 
 def hop(b: int, s: int, h: int, itemsize: int = 2) -> int:
-  """Returns the bytes sent from stage to stage in one direction: x, or its gradient.
+  """Returns the bytes of one hop, stage to stage in one direction: x, or its gradient.
 
-  Args:
-    b, s, h, itemsize: see the module.
+  Elsewhere `hop` is the latency of such a transfer.
   """
   return b * s * h * itemsize
 
@@ -154,7 +145,6 @@ def kept(
       sbh (34/t)                    tensor, sequence, no scores
 
   Args:
-    b, s, h, a, t: see the module.
     sequence: whether norms and dropout are cut by positions over `tensor`.
     scores: whether softmax, its dropout and the scores are kept, and not computed again.
   """

@@ -137,7 +137,7 @@ def make_mesh(
 
 
 def row_shards(mesh: Mesh) -> int:
-  """Returns the number of data shards: devices that hold different rows of a microbatch."""
+  """Returns D, the number of data shards into which the rows of every microbatch are cut."""
   return math.prod(dict(mesh.shape).get(axis, 1) for axis in ROWS)
 
 

@@ -47,7 +47,7 @@ class PlacementLike(Protocol):
     """The stage that a device holds as one of its chunks, in [0, S)."""
 
   def chunk(self, device: int, stage: int, /) -> int:
-    """The chunk as which a device holds a stage, in [0, V)."""
+    """The v with `table[device][v] == stage`, in [0, V)."""
 
 
 class ScheduleLike(Protocol):
@@ -114,8 +114,10 @@ class PlaceableStack(Protocol):
       ValueError: the stack has no such tables, or P does not divide V.
     """
 
-  def laid_out(self, schedule: Any, /) -> PlaceableStack:
-    """The stack as it lies on the devices of a schedule; a stack that is laid out returns itself.
+  def laid_out(self, schedule: ScheduleLike, /) -> PlaceableStack:
+    """Returns itself if uniform, else a `Packed` of S rows for this schedule.
+
+    A stack that is laid out already returns itself as well.
 
     Raises:
       ValueError: the stack cannot follow the schedule.

@@ -63,7 +63,7 @@ def owned(placement: PlacementLike) -> tuple[tuple[int, ...], ...]:
     ValueError: devices cannot own equally many, so that nothing could be stored evenly.
   """
   P, S = placement.devices, placement.stages
-  # The only home of a stage is its owner.
+  # Without replicas every stage's only home owns it.
   if not placement.replicated:
     return tuple(tuple(row) for row in placement.table)
   each = S // P
@@ -125,6 +125,8 @@ def rounds(placement: PlacementLike) -> tuple[Round, ...]:
 
 def gather(tree: Tree, placement: PlacementLike, layers: int) -> Tree:
   """Returns all layers that a device holds, given those that it owns; inside `shard_map`.
+
+  This gather is one of replicas: a `ppermute` for each round of `rounds`, from owner to other home.
 
   Args:
     tree: leaves [owned stages * layers, ...], this device's own.

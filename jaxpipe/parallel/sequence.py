@@ -1,27 +1,31 @@
 """How the positions of a row lie over axis `sequence`, and how devices exchange them.
 
-*Zig-zag.* Under a causal mask late positions see more than early ones, so a device with one run of
-the row would multiply more or less than the others. The row is cut into 2c chunks for c devices,
-and device i holds chunks i and 2c-1-i: every device has the same share of the scores (as users of
-ring attention do it; Striped Attention, arXiv 2311.09431, has the same aim). With c = 4:
+*Zig-zag.* Under a causal mask late positions see more than early ones, so a device with one
+stretch of the row would multiply more or less than the others. The row is cut into 2c chunks of
+positions for c devices, and device i holds chunks i and 2c-1-i: every device has the same share of
+the scores (as users of ring attention do it; Striped Attention, arXiv 2311.09431, has the same
+aim). With c = 4:
 
     chunk    0  1  2  3  4  5  6  7
     device   0  1  2  3  3  2  1  0
 
 *Groups.* `ulysses` devices in a row form a group, whose devices can trade positions for heads
 (DeepSpeed-Ulysses, arXiv 2309.14509). A group then holds, like a single device of a shorter axis,
-an early run and a late run of positions: chunks g and 2r-1-g of 2r, for group g of r = c / ulysses.
-Without Ulysses a group is one device. With c = 4 and ulysses = 2, `to_heads` does this:
+an *early run* and a *late run* of positions: stretches g and 2r-1-g of 2r, for group g of
+r = c / ulysses, each of `ulysses` chunks. (In other modules a chunk is a stage of a device, and a
+run is neighbouring layers of one kind.) Without Ulysses a group is one device. With c = 4 and
+ulysses = 2, `to_heads` does this:
 
     group 0   device 0   chunks 0, 7   all heads          chunks 0, 1, 6, 7   first half of heads
               device 1   chunks 1, 6   all heads    ->    chunks 0, 1, 6, 7   second half
     group 1   device 2   chunks 2, 5   all heads          chunks 2, 3, 4, 5   first half
               device 3   chunks 3, 4   all heads          chunks 2, 3, 4, 5   second half
 
-*Tournament.* Ring attention needs the block of every other group once. Blocks do not go round a
-ring by `ppermute`, which waits for devices of other stages and would dead-lock in a branch that
-only some stages take. Groups exchange blocks in pairs instead, an all-gather of two each, in r - 1
-rounds of a round-robin tournament. A group sends as many blocks as in a ring. For r = 4:
+*Tournament.* Ring attention needs the block (the keys and values of a group's positions) of every
+other group once. Blocks do not go round a ring by `ppermute`, which waits for devices of other
+stages and would dead-lock in a branch that only some stages take. Groups exchange blocks in pairs
+instead, an all-gather of two each, in r - 1 rounds of a round-robin tournament. A group sends as
+many blocks as in a ring. For r = 4:
 
     round 0   0-3   1-2
     round 1   0-2   1-3
@@ -199,13 +203,13 @@ def to_positions(x_BSnH: jax.Array, ulysses: int) -> jax.Array:
 
 
 def others(ulysses: int) -> list[jax.Array]:
-  """Returns the groups whose blocks arrive on this device, int32 [] each, as `arriving` has them.
+  """Returns the numbers of the groups whose blocks `arriving` yields, in the same order.
 
   Args:
     ulysses: devices of a group.
 
   Returns:
-    r - 1 numbers of groups, each of the others once.
+    r - 1 numbers, int32 [] each: every group but this device's own, once.
   """
   r, own = groups(ulysses), own_group(ulysses)
   if r % 2:

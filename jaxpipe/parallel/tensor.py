@@ -31,8 +31,8 @@ def enter_tensor(x_BTD: jax.Array, positions_cut: bool) -> jax.Array:
   """Returns x with all positions, for matrices that are cut along their outputs.
 
   Args:
-    x_BTD: all T positions, the same on every device along `tensor`; or this device's T / t.
-    positions_cut: which of both.
+    x_BTD: [B, T, D], the same on every device along `tensor`; or this device's [B, T / t, D].
+    positions_cut: whether x is cut over `tensor` by positions, [B, T / t, D].
 
   Returns:
     [B, T, D], the same on every device along `tensor`.
@@ -43,11 +43,11 @@ def enter_tensor(x_BTD: jax.Array, positions_cut: bool) -> jax.Array:
 
 
 def leave_tensor(x_BTD: jax.Array, positions_cut: bool) -> jax.Array:
-  """Adds up what matrices that are cut along their inputs gave on all devices along `tensor`.
+  """Sums the partial products of matrices that are cut along their inputs over `tensor`.
 
   Args:
-    x_BTD: this device's part of the sum, for all T positions.
-    positions_cut: whether to keep this device's positions of the sum alone.
+    x_BTD: [B, T, D], this device's term of the sum, for all T positions.
+    positions_cut: whether to return only this device's T / t positions of the sum.
 
   Returns:
     The sum: [B, T, D] on every device, or [B, T / t, D].
@@ -56,11 +56,12 @@ def leave_tensor(x_BTD: jax.Array, positions_cut: bool) -> jax.Array:
 
 
 def own_piece(at_T: jax.Array, positions_cut: bool) -> jax.Array:
-  """Returns those entries of an array by position that belong to this device outside of `tensor`.
+  """Selects this device's T / t entries of an array by position, if `positions_cut`.
 
   Args:
-    at_T: [T], an entry for each position that a device has inside.
-    positions_cut: whether activations outside are cut over `tensor` by positions.
+    at_T: [T], an entry for each position that a device has between `enter_tensor` and
+      `leave_tensor`.
+    positions_cut: whether activations elsewhere are cut over `tensor` by positions.
 
   Returns:
     [T / t] if they are, else `at_T` itself.

@@ -1,4 +1,4 @@
-"""Cuts layers, lowers schedules, and runs both as one program.
+"""Splits layers into actions, lowers schedules to tick tables, and runs both as one program.
 
 The package can be called: `jaxpipe.pipeline(...)` is `jaxpipe.pipeline.pipelined.pipeline`.
 """

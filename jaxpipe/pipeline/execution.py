@@ -26,13 +26,13 @@ from jaxpipe.parallel import axes, replicas
 from jaxpipe.parallel.mesh import FSDP, ROWS, row_shards
 from jaxpipe.parallel.placing import check_mesh, gather_fsdp, layers_per_stage, param_specs
 from jaxpipe.pipeline.batch import microbatches, rows_spec
-from jaxpipe.pipeline.device.build import mode_of
 from jaxpipe.pipeline.device.context import DeviceContext
 from jaxpipe.pipeline.device.device import Device
 from jaxpipe.pipeline.device.order import blocks
 from jaxpipe.pipeline.device.probe import Probe
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy, Residuals, residual_policy
 from jaxpipe.pipeline.layer.varying import vary
+from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.pipeline.table.lower import lower
 from jaxpipe.pipeline.table.program import Program
 from jaxpipe.pipeline.table.segment import Segment
@@ -91,7 +91,7 @@ class Execution:
       keeps_input=policy.stage_input,
       slack=slack,
       gathers=dict(mesh.shape).get(FSDP, 1) > 1,
-      head_apart=mode.head_apart,
+      loss_gradient_waits=mode.loss_gradient_waits,
     )
     return cls(
       stack=laid_out,
@@ -228,7 +228,14 @@ class Execution:
       training=self.policy is not None,
       state=self._state_rows(state),
     )
-    return Device.build(self.stack, context, layers, self.specs["layers"], self.layers, self.policy)
+    return Device.build(
+      self.stack,
+      context,
+      pieces=layers,
+      specs=self.specs["layers"],
+      layers=self.layers,
+      policy=self.policy,
+    )
 
   def _state_rows(self, state: Tree) -> Tree:
     """Rows of the model state of all stages that a device holds, dtype -> [V, width]."""

@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel import axes, replicas
+from jaxpipe.parallel.check_placed import check_placed
 from jaxpipe.parallel.mesh import STAGE, TENSOR
-from jaxpipe.parallel.placing import check_placed, gather_fsdp, own_pieces, scatter_fsdp
+from jaxpipe.parallel.placing import gather_fsdp, own_pieces, scatter_fsdp
 from jaxpipe.parallel.rules import axes_of_entry
 from jaxpipe.pipeline.batch import given_state
 from jaxpipe.pipeline.device.carry import Carry, Totals
@@ -78,13 +79,16 @@ def pipeline_value_and_grad(
     `step(params, batch, key=None) -> ((loss, metrics), grads)`, or of a stack with state
     `step(params, batch, key, state) -> ((loss, metrics, state), grads)`, where floats of the new
     state are the mean of what the microbatches made of the old, whole numbers the largest. It is
-    compiled at its first call; it may
-    also be called inside `jax.jit`, where nothing checks that params were placed. `params` placed
-    (`jaxpipe.place` or `stack.init(key, batch, schedule, mesh)`); `batch` leaves `[B, ...]`, where
-    microbatch m is rows `m*B/M ... (m+1)*B/M` and each data shard holds an equal slice of every
-    microbatch; `key` seeds dropout. `loss` is sum(loss_sum) / sum(weight), NaN where all weights
-    are zero; `metrics` are summed; `grads` has the tree and layout of `params`, in float32 at
-    least.
+    compiled at its first call. It may also be called inside `jax.jit`, where nothing checks that
+    `params` were placed.
+
+      params   placed, by `jaxpipe.place` or by `stack.init(key, batch, schedule, mesh)`
+      batch    leaves `[B, ...]`; microbatch m is rows `m*B/M ... (m+1)*B/M`, and each data shard
+               holds an equal slice of every microbatch
+      key      seeds dropout
+      loss     sum(loss_sum) / sum(weight), NaN where all weights are zero
+      metrics  summed over microbatches and data shards
+      grads    the tree and layout of `params`, in float32 at least
 
   Raises:
     ValueError: layers that do not fill the stages, a mesh of another size than the schedule's, rows
@@ -94,7 +98,7 @@ def pipeline_value_and_grad(
   execution = Execution.of(
     stack, schedule, mesh, residuals=residuals, slack=slack, poison=poison, probe=probe
   )
-  return _compile(execution, unroll)
+  return compile_step(execution, unroll)
 
 
 def pipeline_forward(
@@ -117,7 +121,7 @@ def pipeline_forward(
   Raises:
     ValueError, ScheduleError: as for `pipeline_value_and_grad`.
   """
-  run = _compile(Execution.of_forwards(stack, schedule, mesh, poison=poison), "none")
+  run = compile_step(Execution.of_forwards(stack, schedule, mesh, poison=poison), "none")
 
   def evaluate(params: Tree, batch: Tree, state: Tree | None = None) -> tuple[jax.Array, Tree]:
     loss, metrics = run(params, batch, None, state)[0][:2]
@@ -126,8 +130,16 @@ def pipeline_forward(
   return evaluate
 
 
-def _compile(execution: Execution, unroll: str) -> Callable[..., Any]:
-  """Returns the step: compiled at its first call, after its arguments have been checked."""
+def compile_step(execution: Execution, unroll: str) -> Callable[..., Any]:
+  """Returns the step of an assembly, which is compiled at its first call.
+
+  Args:
+    execution: what runs where; of a training step or of forwards alone.
+    unroll: how ticks are divided into loops and straight lines, as for `pipeline_value_and_grad`.
+
+  Returns:
+    `step(params, batch, key=None, state=None)`, which checks that its arguments were placed.
+  """
   segments, trains = execution.segments(unroll), execution.policy is not None
   after = (execution.state_specs,) if trains and execution.stack.has_state else ()
   run = jax.jit(

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from jaxpipe.pipeline.costs.layer_costs import layer_costs
-from jaxpipe.pipeline.device.build import LOOPED, mode_of
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
+from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.schedules import Schedule
 from jaxpipe.schedules.partition import Partition, best, cut
 from jaxpipe.stack.stack import LayerStack
@@ -74,7 +74,7 @@ def partitioned(
   else:
     found = cut(costs, schedule.stages, str(method), empty=True)
   # A partition would pack the stack, which without one has equally many layers in a stage anyway.
-  if mode_of(stack) is LOOPED and len(set(found.sizes)) == 1:
+  if mode_of(stack).looped and len(set(found.sizes)) == 1:
     return stack, found
   return dataclasses.replace(stack, partition=found.sizes), found
 

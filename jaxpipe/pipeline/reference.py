@@ -1,9 +1,9 @@
 """Computes loss and gradients of a stack without a pipeline, on one device: the executor's oracle.
 
 Tests and `check` compare the pipeline with this function. It shares with the executor the stack's
-own functions and the residual policies, and none of the machinery: layers are differentiated whole,
-by `jax.value_and_grad`, and there is no tick table and no ring buffer. Microbatches are summed in
-the order 0 ... M-1:
+own functions, the residual policies, the checks of the batch and the dtypes of sums, and none of
+the machinery: layers are differentiated whole, by `jax.value_and_grad`, and there is no tick table
+and no ring buffer. Microbatches are summed in the order 0 ... M-1:
 
     loss   sum of loss_sum over the microbatches, over sum of weight
     grads  sum of the gradients of loss_sum, over sum of weight

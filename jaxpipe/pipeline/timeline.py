@@ -1,10 +1,10 @@
-"""What a step of the real program did when, and what the simulator makes of its durations.
+"""Measures when each action of a real step ran, and plans the same step from mean durations.
 
-Both are a `Timeline` of one schedule, in seconds: the one that the program's own clock readings
-give (`probe`), and the one that is planned from the mean duration of every action on every stage,
-with all the waiting for neighbours that the program's shape (`unroll`) brings. Where they part,
-either the program waits for something that the plan does not know of, or an action does not always
-take equally long.
+Both results are a `Timeline` of one schedule, in seconds. The measured one comes from clock
+readings inside the program (`device/probe.py`). The planned one takes the mean duration of every
+action on every stage, and lets devices wait for their neighbours as the shape of the program
+(`unroll`) makes them. Where the two differ, either the program waits for something that the plan
+does not know of, or an action does not always take equally long.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import STAGE
-from jaxpipe.pipeline.device.build import SWITCHED, mode_of
 from jaxpipe.pipeline.device.order import blocks
 from jaxpipe.pipeline.device.probe import Clock
 from jaxpipe.pipeline.execution import Execution
-from jaxpipe.pipeline.executor import pipeline_value_and_grad
+from jaxpipe.pipeline.executor import compile_step
 from jaxpipe.pipeline.layer.residuals import Policy
+from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.pipeline.table.program import IDLE, Program
 from jaxpipe.pipeline.table.segment import Segment
 from jaxpipe.pipeline.table.tick_times import exchanges, tick_durations, tick_times
@@ -46,10 +46,10 @@ class Measured:
       runs: of overlapped pairs the parts, one after the other.
     hop: from the moment at which the devices of an exchange have made what they send to the start
       of the receiver's next tick.
-    outside: what a step takes before its first action and after its last.
+    outside: time of a step before its first action and after its last.
     step: a step without clock readings.
     program: the tick table that ran.
-    segments: how it was cut into loops.
+    segments: how its ticks were divided into loops and straight lines.
     blocking: whether a sender waits for its receiver.
   """
 
@@ -75,7 +75,10 @@ class Measured:
     return self._of(tick_durations(self.program, self.costs))
 
   def replayed(self) -> Timeline:
-    """The same from every action's own duration: what is still wrong is not in the durations."""
+    """The timeline planned from every action's own duration in place of means.
+
+    Where this still differs from the measured one, the cause is not in the durations.
+    """
     durations = np.zeros((self.program.ticks, self.program.schedule.devices))
     for d, row in enumerate(ticks_of(self.program.schedule, self.program.slack)):
       times = zip(row, self.timeline.start[d], self.timeline.end[d], strict=True)
@@ -84,7 +87,7 @@ class Measured:
     return self._of(durations)
 
   def free(self) -> Timeline:
-    """What the simulator makes of the schedule at these costs, were no tick to wait for another."""
+    """The schedule simulated at these costs, with devices that wait for their inputs alone."""
     return simulate(self.program.schedule, self.costs)
 
   def _of(self, durations: np.ndarray) -> Timeline:
@@ -95,7 +98,7 @@ class Measured:
 
   @property
   def predicted_step(self) -> float:
-    """What the plan says `step` is."""
+    """Seconds of a whole step by the plan; compare with `step`."""
     return self.planned().makespan + self.outside
 
 
@@ -126,17 +129,13 @@ def measure(
   """
   if steps < 1:
     raise ValueError(f"steps={steps} measure nothing; use 1 or more")
-  if mode_of(stack) is SWITCHED:
+  if not mode_of(stack).looped:
     raise ValueError("actions are timed of layers of one kind, and the stack's are not alike")
   execution = Execution.of(stack, schedule, mesh, residuals=residuals, slack=slack)
   program, parts = execution.program, execution.segments(unroll)
   clock = Clock(mesh.axis_names)
-  plain, probed = (
-    pipeline_value_and_grad(
-      stack, schedule, mesh, residuals=residuals, slack=slack, unroll=unroll, probe=probe
-    )
-    for probe in (None, clock)
-  )
+  plain = compile_step(execution, unroll)
+  probed = compile_step(dataclasses.replace(execution, probe=clock), unroll)
   seconds, times = [], []
   for _ in range(1 + steps):
     # In turn, so that whatever else the machine does meets both alike.
@@ -233,8 +232,12 @@ def mean_costs(timeline: Timeline, hop: float = 0.0) -> Costs:
       for action in step.parts:
         total[action.kind][action.stage] += end - start
         count[action.kind][action.stage] += 1
-  mean = lambda kind: total[kind] / np.maximum(count[kind], 1)  # noqa: E731
-  # What B takes is shared as I and W share it where they are apart.
+
+  def mean(kind: Kind) -> np.ndarray:
+    """Mean duration of an action of this kind, by stage; 0 where there is none."""
+    return total[kind] / np.maximum(count[kind], 1)
+
+  # A fused B is divided as I and W are where a schedule has them beside it.
   apart = mean(Kind.I) + mean(Kind.W)
   share = np.where(apart > 0, mean(Kind.W) / np.where(apart > 0, apart, 1), 0)
   I = total[Kind.I] + total[Kind.B] * (1 - share)
@@ -249,5 +252,5 @@ def mean_costs(timeline: Timeline, hop: float = 0.0) -> Costs:
     hop,
     recompute=mean(Kind.R).tolist(),
     head=shards,
-    gather=mean(Kind.G).tolist(),
+    gather=mean(Kind.G).tolist() if count[Kind.G].any() else 0,
   )

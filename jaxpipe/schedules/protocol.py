@@ -15,7 +15,7 @@ from jaxpipe.schedules.placement import Placement
 Paths = tuple[tuple[int, ...], ...]
 
 
-class ScheduleLike(Protocol):
+class OrderedActions(Protocol):
   """One training step's work in order; `Schedule` is the class that has all of this."""
 
   @property

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from jaxpipe.schedules.actions import Action, ScheduleError, Step
 from jaxpipe.schedules.kinds import PRODUCTS, Kind
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.protocol import ScheduleLike
+from jaxpipe.schedules.protocol import OrderedActions
 
 # Numbers of the kinds of product that other actions wait for. Every wait is for products of the
 # action's own microbatch.
@@ -89,13 +89,13 @@ class _Flow:
     return tuple((kind, shard) for shard in range(self.placement.devices))
 
 
-def _flow(schedule: ScheduleLike, microbatch: int) -> _Flow:
+def _flow(schedule: OrderedActions, microbatch: int) -> _Flow:
   """Returns the dependencies of a microbatch; microbatches that flow alike give equal values."""
   path = schedule.path(microbatch)
   return _Flow(path, schedule.vocabulary, schedule.placement, min(microbatch, 1))
 
 
-def dependencies(action: Action, schedule: ScheduleLike) -> tuple[Action, ...]:
+def dependencies(action: Action, schedule: OrderedActions) -> tuple[Action, ...]:
   """Returns the actions that an action waits for.
 
   Args:
@@ -133,7 +133,7 @@ _Bases = tuple[tuple[int, ...], tuple[int, ...]]
 class _Waits:
   """The slots that each action needs and makes, computed when they are first asked for."""
 
-  def __init__(self, schedule: ScheduleLike) -> None:
+  def __init__(self, schedule: OrderedActions) -> None:
     self._schedule = schedule
     # Microbatches that flow alike share a table.
     self._tables: dict[_Flow, dict[Kind, dict[int, _Bases]]] = {}
@@ -179,7 +179,7 @@ class Visit:
   makes: list[int]
 
 
-def walk(schedule: ScheduleLike) -> Iterator[Visit]:
+def walk(schedule: OrderedActions) -> Iterator[Visit]:
   """Visits every step of a schedule after all that it waits for.
 
   Args:
@@ -229,7 +229,7 @@ def walk(schedule: ScheduleLike) -> Iterator[Visit]:
     raise _deadlock(schedule, heads)
 
 
-def _deadlock(schedule: ScheduleLike, heads: list[int]) -> ScheduleError:
+def _deadlock(schedule: OrderedActions, heads: list[int]) -> ScheduleError:
   """Says which action can never run and what it waits for."""
   order = schedule.order
   # Only what is left can block; what has run is neither searched nor named.

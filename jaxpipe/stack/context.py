@@ -35,10 +35,7 @@ class LayerInputs(MicrobatchInputs):
   """Inputs of one call of one layer, besides its parameters and x.
 
   Keys:
-    batch: the microbatch's own inputs, leaves `[rows, ...]`.
-    key: PRNG key of the step, or None where the step was given none.
-    microbatch: int32 [], the microbatch's number within the step.
-    rows: int32 [rows], each row's number within the whole microbatch over all data shards.
+    All of `MicrobatchInputs`, and
     layer: int32 [], the layer's number in the model, whatever stage it lies in.
   """
 
@@ -46,7 +43,7 @@ class LayerInputs(MicrobatchInputs):
 
 
 def microbatch_inputs(inputs: Mapping[str, Any]) -> MicrobatchInputs:
-  """The inputs that modules share, out of those of a layer or stage that has further entries."""
+  """Drops `layer`, and whatever else modules do not share, from a layer's or stage's inputs."""
   return MicrobatchInputs(
     batch=inputs["batch"],
     key=inputs["key"],

@@ -27,7 +27,7 @@ Tree = Any
 
 
 def modules(stack: LayerStack, params: Tree, state: Tree) -> list[Any]:
-  """Embedding, layers and head, in order, with these values and in evaluation mode.
+  """Rebuilds a trained stack's Flax modules in evaluation mode.
 
   Args:
     stack: whose modules they are.
@@ -35,7 +35,8 @@ def modules(stack: LayerStack, params: Tree, state: Tree) -> list[Any]:
     state: the canonical tree of its model state; `{}` or None where it has none.
 
   Returns:
-    One module for each place. They are typed `Any`, so that methods of their own can be called.
+    Embedding, layers and head, in order. They are typed `Any`, so that methods of their own can be
+    called.
   """
   network = stack.network
   owned, states = network.split(params), network.split(state) if state else {}
@@ -88,7 +89,8 @@ def evaluate(
 
 
 def _module(spec: ModuleSpec, params: Tree, state: Tree) -> Any:
-  """A module with these values. NNX keeps the mode in the module, where it is set by `eval`."""
+  """Rebuilds one module from its spec and values, in evaluation mode."""
   module = nnx.merge(spec.graph, merged(params, state))
+  # NNX keeps the mode as an attribute of the module; `eval` sets it in this new one alone.
   module.eval()
   return module

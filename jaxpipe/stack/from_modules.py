@@ -132,7 +132,7 @@ def _input_shapes(select: Callable[[Tree], Tree], inputs: Any, batch: Tree) -> T
 
 
 def _factory(name: str, module: Any, x: Tree, batch: Tree) -> Factory:
-  """The factory of a module, whatever it was given as.
+  """Wraps an NNX class or object, Linen module or function as `rngs -> module`.
 
   Args:
     name: how messages name the module.

@@ -97,10 +97,15 @@ class Scope(nnx.Module):
 class Wrapped(Scope):
   """A Linen module and its variables, called with as many arguments as the module takes.
 
+  The parameters are attributes of the module itself, under Linen's names; each other collection is
+  a `Scope` under the collection's name.
+
   Attributes:
     use_running_average: True in evaluation. NNX modules have this attribute under this name, and
       `train()` and `eval()` set it in every module that does.
     label: name of the Linen module's class, for messages.
+    _linen: the Linen module, static data.
+    _collections: names of its collections besides `params`, sorted.
   """
 
   def __init__(self, module: nn.Module, variables: Mapping[str, Tree]) -> None:
@@ -201,4 +206,5 @@ def _guard(module: nn.Module, call: Callable[[], Any]) -> Any:
 
 
 def _describe(module: nn.Module) -> str:
+  """How error messages name a Linen module: by its own name, or else its class's."""
   return f"the Linen module {module.name or type(module).__name__}"

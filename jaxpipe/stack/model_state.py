@@ -34,20 +34,20 @@ from jaxpipe.stack.module_spec import StackError
 from jaxpipe.stack.network import Network
 
 Tree = Any
-# A row, or several: dtype -> [..., width].
+# Dtype -> [..., width], of one row or of several.
 Rows = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StateRows:
-  """How the model state of each stage lies in a row, and what of it changes.
+  """How the model state of each stage lies in a row, and which leaves of it change.
 
   Attributes:
     network: all modules, and which of their state changes.
     placement: which device holds which stage.
     stages: names of each stage's modules, [S][...].
     state: how each stage's state lies in its row, [S].
-    changing: how what changes of it lies in a row of its own, [S].
+    changing: layout of the changing leaves alone, in a second row, [S].
     widths: dtype -> elements of a row of state.
   """
 
@@ -61,15 +61,18 @@ class StateRows:
   def renewed(
     self, rows: Rows, counted: Rows, vary: Callable[[Tree], Tree]
   ) -> dict[str, jax.Array]:
-    """The rows after a step; inside `shard_map`.
+    """Replaces the changing leaves by the step's averages; all others stay bit for bit.
+
+    It runs inside `shard_map`.
 
     Args:
-      rows: dtype -> [owned, width] before it, of the stages that this device owns.
-      counted: dtype -> [owned, width], what the step has made of the state that changes.
+      rows: dtype -> [owned, width] before the step, of the stages that this device owns.
+      counted: dtype -> [owned, width], the changing leaves as the step has made them: of floats the
+        mean over microbatches and data shards, of whole numbers the largest.
       vary: marks a tree as differing between stages.
 
     Returns:
-      As `rows`: what changes from `counted`, everything else as it was, bit for bit.
+      The rows after the step, dtype -> [owned, width].
     """
 
     def write(s: int, row: Rows, new: Rows) -> Rows:

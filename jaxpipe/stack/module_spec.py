@@ -44,7 +44,7 @@ class StackError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ModuleSpec:
-  """One module as data.
+  """A Flax module taken apart: static graph, parameter shapes, state shapes.
 
   Attributes:
     name: how messages name it by its place, `embed`, `layers[3]` or `head`.

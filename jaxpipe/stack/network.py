@@ -42,7 +42,7 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """All modules of a stack, as data, and the functions of their parameters.
+  """Ordered module specs, and the canonical tree joined from their trees.
 
   Attributes:
     specs: name of a module -> the module as data; `embed` first, then the layers, then `head`.
@@ -199,7 +199,7 @@ class Network:
   def call(
     self, name: str, params: Tree, state: Tree, x: Tree, training: bool, inputs: MicrobatchInputs
   ) -> tuple[Tree, Tree]:
-    """Calls a module, wherever it stands, with the arguments of its place.
+    """Dispatches by name: `embed(batch)`, `layer(x, context)`, `head(x, batch)`.
 
     Args:
       name: of the module.

@@ -64,6 +64,7 @@ class Packed:
     params: how each stage's own parameters lie in its row, [S].
     state: how each stage's model state lies in its row, [S].
     changing: how the state that a forward changes lies in a row of its own, [S].
+    uniform: False, by which the pipeline tells a packed stack from a uniform one.
   """
 
   network: Network
@@ -139,9 +140,8 @@ class Packed:
   def rules(self) -> Rules:
     """Rules by which nothing but `fsdp` cuts a row: none of its dims has a name.
 
-    A mesh with `sequence` or `tensor` is refused by `check`. The axes are listed as supported all
-    the
-    same: a mesh with others is refused earlier, by a message that knows no remedy.
+    A mesh with `sequence` or `tensor` is refused by `check`. Both are listed as supported all the
+    same: an axis that is not listed is refused earlier, by a message that knows no remedy.
     """
     return dataclasses.replace(NONE, axes=frozenset({SEQUENCE, TENSOR}), check=self._check_axes)
 
@@ -187,6 +187,7 @@ class Packed:
     return _packed_tree(self._row_shapes(self.state_widths), state=True)
 
   def _row_shapes(self, widths: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dtype -> shape [S, width] of the rows of all stages, for these widths."""
     return {
       dtype: jax.ShapeDtypeStruct((self.depth, width), jnp.dtype(dtype))
       for dtype, width in widths.items()
@@ -248,6 +249,7 @@ class Packed:
     flats, widths = self._rows_of(state)
 
     def make(s: int, _: Any) -> Tree:
+      """The row of stage s; a branch of a switch, which must take an argument."""
       made = {name: self.network.init_module(name, key)[state] for name in self.stages[s]}
       return cut("layers", _packed_tree(flats[s].pack(made, widths), state)["layers"])
 
@@ -258,6 +260,7 @@ class Packed:
 
   @functools.cached_property
   def _state_rows(self) -> StateRows:
+    """The layout of the rows of model state, with what a step does to them."""
     return StateRows(
       network=self.network,
       placement=self.placement,
@@ -270,15 +273,18 @@ class Packed:
   def renewed(
     self, rows: Tree, counted: Mapping[str, jax.Array], vary: Callable[[Tree], Tree]
   ) -> Tree:
-    """Rows of the model state after a step; inside `shard_map`.
+    """Replaces the changing leaves by the step's averages; all others stay bit for bit.
+
+    It runs inside `shard_map`.
 
     Args:
-      rows: `state` -> dtype -> [owned, width] before it, of the stages that this device owns.
-      counted: dtype -> [owned, width], what the step has made of the state that changes.
+      rows: `state` -> dtype -> [owned, width] before the step, of the stages that this device owns.
+      counted: dtype -> [owned, width], the changing leaves as the step has made them: of floats the
+        mean over microbatches and data shards, of whole numbers the largest.
       vary: marks a tree as differing between stages.
 
     Returns:
-      As `rows`: what changes from `counted`, everything else as it was, bit for bit.
+      The rows after the step, `state` -> dtype -> [owned, width].
     """
     return {_STATE: self._state_rows.renewed(rows[_STATE], counted, vary)}
 
@@ -286,6 +292,7 @@ class Packed:
 
   @functools.cached_property
   def _shared_leaves(self) -> SharedLeaves:
+    """The parameters that several stages read, with how they reach every device."""
     return SharedLeaves(self.network, self.placement, self.stages, self.params)
 
   @property

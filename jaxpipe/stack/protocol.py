@@ -29,7 +29,7 @@ if TYPE_CHECKING:
   from typing_extensions import TypeIs
 
 Tree = Any
-# For each module of a stage, by the module's name, a tree.
+# Module name, such as `layers/3` -> the module's tree.
 ModuleTrees = Mapping[str, Tree]
 # The result of a head as `jax.value_and_grad(has_aux=True)` wants it: loss_sum [], (weight [],
 # metrics), sums over the rows of one microbatch.
@@ -197,6 +197,6 @@ class PackedStack(LaidOutStack, Protocol):
     """
 
 
-def is_packed(stack: LaidOutStack) -> TypeIs[PackedStack]:
+def is_packed(stack: UniformStack | PackedStack) -> TypeIs[PackedStack]:
   """Whether a stack, as it is laid out, lies packed; tells mypy as well."""
   return not stack.uniform

@@ -34,8 +34,8 @@ from jaxpipe.stack.paths import set_path
 Tree = Any
 
 
-class Home(NamedTuple):
-  """Where a shared leaf lies.
+class LeafPlace(NamedTuple):
+  """Where a shared leaf lies: in the row of its owner's stage.
 
   Attributes:
     stage: the stage whose module owns it.
@@ -108,9 +108,9 @@ class SharedLeaves:
     """
     out = {}
     for path in self.paths:
-      home = self._home(path)
-      sends, chunk = self._sender(home.stage)
-      own = read_span(rows[str(home.leaf.dtype)], home.leaf.shape, home.offset, chunk)
+      place = self._place(path)
+      sends, chunk = self._sender(place.stage)
+      own = read_span(rows[str(place.leaf.dtype)], place.leaf.shape, place.offset, chunk)
       # All terms of the sum but one are zeros: nothing is rounded.
       out[path] = axes.total(jnp.where(sends, own, 0), STAGE)
     return out
@@ -126,24 +126,24 @@ class SharedLeaves:
     """
     rows = dict(grads["layers"])
     for path, grad in grads["shared"].items():
-      home = self._home(path)
-      sends, chunk = self._sender(home.stage)
-      name = str(home.leaf.dtype)
+      place = self._place(path)
+      sends, chunk = self._sender(place.stage)
+      name = str(place.leaf.dtype)
       # All devices run the same code; those that do not hold the owner's stage add zeros to
       # something else of their own.
       whole = jnp.where(sends, axes.total(grad, STAGE), 0)
-      old = read_span(rows[name], home.leaf.shape, home.offset, chunk)
-      rows[name] = write_span(rows[name], old + whole, home.offset, chunk)
+      old = read_span(rows[name], place.leaf.shape, place.offset, chunk)
+      rows[name] = write_span(rows[name], old + whole, place.offset, chunk)
     return {**{k: v for k, v in grads.items() if k != "shared"}, "layers": rows}
 
-  def _home(self, path: str) -> Home:
+  def _place(self, path: str) -> LeafPlace:
     """Where the leaf of an owner's path lies."""
     for s, (stage, flat) in enumerate(zip(self.stages, self.params, strict=True)):
       if _owns(stage, path):
         # A row knows its leaves by their numbers in the flattened tree.
         numbers = jax.tree.unflatten(flat.structure, range(len(flat.leaves)))
         n = get_owned(numbers, path)
-        return Home(s, flat.offsets[n], flat.leaves[n])
+        return LeafPlace(s, flat.offsets[n], flat.leaves[n])
     raise AssertionError(path)
 
   def _sender(self, stage: int) -> tuple[jax.Array, jax.Array]:

@@ -171,11 +171,14 @@ class LayerStack:
     return Packed.of(self.network, schedule, self.partition, self.rules)
 
   def pack(self, tree: Tree) -> Tree:
-    """The tree that is placed: of a uniform stack, the canonical tree itself."""
+    """Returns the canonical tree itself, which is what a uniform stack places.
+
+    It does so also of a stack that is not uniform, which only `laid_out(...)` packs.
+    """
     return tree
 
   def unpack(self, tree: Tree) -> Tree:
-    """The canonical tree of one that was placed: of a uniform stack, that tree itself."""
+    """Returns the tree itself: the inverse of `pack`."""
     return tree
 
   def param_shapes(self) -> Tree:
@@ -225,7 +228,8 @@ class LayerStack:
     self.check_shapes(example_batch)
     if schedule is not None and mesh is not None:
       return init_placed(self.laid_out(schedule), key, schedule, mesh)
-    # A loop over the layers where they are alike: every other layer has code of its own.
+    # A loop compiles one layer for all. Without it each layer has code of its own, which layers
+    # that are not alike need.
     if self.uniform:
       return jax.jit(self.init_layers_and_ends)(key, jnp.arange(self.depth))
     return jax.jit(lambda key: self.network.init(key)[0])(key)

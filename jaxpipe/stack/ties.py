@@ -43,7 +43,7 @@ def ties_of_leaves(specs: Mapping[str, ModuleSpec], tied: Mapping[str, str]) -> 
 
 
 def below(name: str, paths: Mapping[str, str]) -> list[str]:
-  """The paths that begin with a module's name, without it."""
+  """Leaf paths under one module, the module's name stripped."""
   return [path.removeprefix(f"{name}/") for path in paths if path.startswith(f"{name}/")]
 
 

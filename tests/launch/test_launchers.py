@@ -49,7 +49,7 @@ def test_local_shows_every_process() -> None:
 
 def test_gpu_uses_an_environment_of_its_own() -> None:
   lines = planned("gpu.sh", "--dry_run", SCRIPT, "--steps=3", JAXPIPE_VENV="/v")
-  assert lines[1][:4] == ["/v/bin/python", "-m", "pip", "install"]
+  assert lines[1][:2] == ["/v/bin/python", "launch/pip_install.py"]
   assert lines[-1] == ["JAX_PLATFORMS=cuda", "/v/bin/python", SCRIPT, "--steps=3"]
   assert len(planned("gpu.sh", "--dry_run")) == 2  # installs only
 

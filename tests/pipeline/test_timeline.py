@@ -12,6 +12,7 @@ from networks import lm
 import jaxpipe
 from jaxpipe.pipeline import timeline
 from jaxpipe.pipeline.device.probe import Clock
+from jaxpipe.pipeline.executor import compile_step
 from jaxpipe.pipeline.table.lower import lower
 from jaxpipe.pipeline.table.tick_times import tick_durations, tick_times
 from jaxpipe.pipeline.table.unroll import SHAPES, segments
@@ -43,17 +44,17 @@ def run(request):
   where, params, batch = build(request.param)
   returned = {}
 
-  def noting(*args, probe=None, **options):
-    step = jaxpipe.pipeline_value_and_grad(*args, probe=probe, **options)
+  def noting(execution, unroll):
+    step, probed = compile_step(execution, unroll), execution.probe is not None
 
     def call(*args):
-      returned[probe is not None] = step(*args)
-      return returned[probe is not None]
+      returned[probed] = step(*args)
+      return returned[probed]
 
     return call
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(timeline, "pipeline_value_and_grad", noting)
+    patch.setattr(timeline, "compile_step", noting)
     return measure(*where, params, batch, steps=1, **CASES[request.param][1]), returned
 
 

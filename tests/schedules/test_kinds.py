@@ -38,7 +38,7 @@ def test_rows_agree_with_themselves():
   for kind in Kind:
     assert kind.name == kind.value and len(kind) == 1
     # A pass through a stage takes the stage's time, and nothing else does.
-    assert kind.info.on_stage <= bool(kind.info.times)
+    assert kind.info.on_stage == bool(kind.info.times)
     assert kind.info.necessary <= kind.info.on_stage
     # What is made of others has no product of its own that anybody could wait for.
     assert not (kind.info.awaited and kind.info.products)

@@ -44,6 +44,23 @@ WAYS = [
 ]
 
 
+@pytest.mark.parametrize(
+  ("name", "fitting"),
+  [
+    ("1f1b", {(P, 1) for P in range(1, 9)}),
+    ("interleaved-1f1b", {(P, V) for P in range(1, 9) for V in range(1, 5)}),
+    ("zb-v", {(P, 2) for P in range(1, 9)}),
+    ("hanayo", {(P, V) for P in range(1, 9) for V in (2, 4)}),
+    ("chimera", {(P, 2) for P in (2, 4, 6, 8)}),
+    ("dualpipe", {(P, 2) for P in (2, 4, 6, 8)}),
+    ("bitpipe", {(P, 4) for P in (2, 4, 6, 8)}),
+  ],
+)
+def test_the_sizes_that_a_family_has(name, fitting):
+  sizes = {(P, V) for P in range(1, 9) for V in range(1, 5) if FAMILIES[name].fits(P, V)}
+  assert sizes == fitting
+
+
 # Several tests look at the same cells, and some families search.
 @functools.lru_cache(maxsize=1000)
 def _make(name, P, M, V, backward=None):

@@ -11,6 +11,7 @@ measured, seconds on this process's first device, the least of several runs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.pipeline.device.build import mode_of
+from jaxpipe.pipeline.costs.workspace import tree_bytes
 from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy, residual_policy
 from jaxpipe.pipeline.layer.slices import LayerSplit, Slice
 from jaxpipe.pipeline.layer.split import split
+from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.pipeline.storage.rings import wide
 from jaxpipe.schedules import Costs
 from jaxpipe.schedules.partition.layer import LayerCost
@@ -74,7 +76,8 @@ def layer_costs(
     forward, input_grad, weight_grad = prices
     # A policy that keeps the stage's input alone runs the forward again inside I.
     again = forward if policy.stage_input else 0.0
-    kept = 0 if policy.stage_input else sum(_bytes(saved) for saved in one.saved)
+    values = () if policy.stage_input else one.saved
+    kept = sum(math.prod(v.shape) * jnp.dtype(v.dtype).itemsize for v in values)
     params = jax.tree.leaves(stack.network.own(module, spec.shapes))
     found.append(
       LayerCost(
@@ -84,7 +87,7 @@ def layer_costs(
         weight_grad,
         parameters=sum(_stored(leaf, moments) for leaf in params),
         activations=kept,
-        output=sum(map(_bytes, jax.tree.leaves(y))),
+        output=tree_bytes(y),
       )
     )
     x = y
@@ -223,10 +226,3 @@ def _types(tree: Tree) -> tuple[Any, ...]:
 def _stored(leaf: Any, moments: int) -> int:
   """Bytes of a parameter, its gradient's sum and its moments."""
   return int(leaf.size * (leaf.dtype.itemsize + (1 + moments) * wide(leaf.dtype).itemsize))
-
-
-def _bytes(leaf: Any) -> int:
-  size = 1
-  for n in leaf.shape:
-    size *= n
-  return int(size * jnp.dtype(leaf.dtype).itemsize)

@@ -22,6 +22,7 @@ from jaxpipe.pipeline.device.device import Device
 from jaxpipe.pipeline.device.switched_stages import SwitchedStages
 from jaxpipe.pipeline.execution import Execution
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
+from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.pipeline.storage.rings import wide
 from jaxpipe.schedules import Placement, Schedule
 from jaxpipe.stack.stack import LayerStack
@@ -91,11 +92,12 @@ def packing_report(
   Raises:
     ValueError: the stack is uniform, and nothing is packed.
   """
+  if mode_of(stack.laid_out(schedule)).looped:
+    raise ValueError("the stack's layers are alike: they lie stacked, and nothing is packed")
   execution = Execution.of(stack, schedule, mesh, residuals=residuals)
 
   def report(device: Device) -> PackingReport:
-    if not isinstance(device.stage, SwitchedStages):
-      raise ValueError("the stack's layers are alike: they lie stacked, and nothing is packed")
+    assert isinstance(device.stage, SwitchedStages)
     return _report(device, device.stage, schedule, moments)
 
   found: PackingReport = execution.inspect(example_batch, report)

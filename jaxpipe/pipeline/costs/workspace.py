@@ -100,17 +100,20 @@ def _steps(equations: Sequence[Equation], outputs: Sequence[Any]) -> list[tuple[
       lies.update(_variables(equation.invars), equation.outvars)
   # What a value that is fused away is computed from.
   sources: dict[Var, set[Var]] = {}
-  of = lambda items: set().union(*(sources.get(v, {v}) for v in _variables(items)))  # noqa: E731
+
+  def sources_of(items: Sequence[Any]) -> set[Var]:
+    return set().union(*(sources.get(v, {v}) for v in _variables(items)))
+
   steps = []
   for equation in equations:
-    reads = of(equation.invars)
+    reads = sources_of(equation.invars)
     made = lies.intersection(equation.outvars)
     # A value that is fused away keeps its sources alive until its reader runs.
     sources.update((v, {v} if v in made else reads) for v in equation.outvars)
     if made:
       inside = max((live_peak(body.eqns, body.outvars) for body in bodies(equation)), default=0)
       steps.append((reads | made, inside))
-  return [*steps, (of(outputs), 0)]
+  return [*steps, (sources_of(outputs), 0)]
 
 
 def _variables(items: Sequence[Any]) -> list[Var]:

@@ -1,14 +1,10 @@
-"""Chooses the parts that a device is made of, by what kind of stack it runs.
+"""Chooses the parts that a device is made of, by how its stack lies.
 
-This is the one place of the executor that asks whether a stack is `uniform`:
-
-    uniform stack: layers of one kind      packed stack: stages that are not alike
-    -----------------------------------    ------------------------------------------
-    LoopedStage, one split layer           SwitchedStages, every stage split whole
-    WholeEnds, or ShardedEnds where        InnerEnds: embedding and head stand inside
-      the schedule cuts the vocabulary       the first and the last stage
-    `residuals="auto"` is `dots`           `residuals="auto"` is `full`
-    `unroll="auto"` weighs shapes          `unroll="auto"` is one loop
+uniform stack: layers of one kind      packed stack: stages that are not alike
+-----------------------------------    ---------------------------------------
+LoopedStage, one split layer           SwitchedStages, every stage split whole
+WholeEnds, or ShardedEnds where        InnerEnds: embedding and head stand inside
+  the schedule cuts the vocabulary       the first and the last stage
 """
 
 from __future__ import annotations
@@ -33,33 +29,7 @@ from jaxpipe.pipeline.layer.trace import lenient
 from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.rings import Tree
 from jaxpipe.schedules import Kind
-from jaxpipe.stack.protocol import LaidOutStack, PackedStack, UniformStack, is_packed
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExecutionMode:
-  """How a stack's stages are executed, as far as it is decided before anything is traced.
-
-  Attributes:
-    auto_residuals: the residual policy that `auto` stands for.
-    head_apart: whether the head stands outside the last stage's F, so that its gradient waits in
-      the ring `gradients` for the last stage's backward.
-    unrolls: whether `unroll="auto"` may choose straight lines of ticks. With unlike stages every
-      tick of a straight line would hold the code of every stage.
-  """
-
-  auto_residuals: str
-  head_apart: bool
-  unrolls: bool
-
-
-LOOPED = ExecutionMode(auto_residuals="dots", head_apart=True, unrolls=True)
-SWITCHED = ExecutionMode(auto_residuals="full", head_apart=False, unrolls=False)
-
-
-def mode_of(stack: LaidOutStack) -> ExecutionMode:
-  """How the stages of a stack, as it is laid out, are executed."""
-  return SWITCHED if is_packed(stack) else LOOPED
+from jaxpipe.stack.protocol import PackedStack, UniformStack, is_packed
 
 
 class Parts(NamedTuple):
@@ -83,6 +53,7 @@ class Parts(NamedTuple):
 def build_parts(
   stack: UniformStack | PackedStack,
   context: DeviceContext,
+  *,
   pieces: Tree,
   specs: Tree,
   layers: int,
@@ -100,13 +71,14 @@ def build_parts(
     policy: what F keeps; None where only forwards run.
   """
   if is_packed(stack):
-    return _switched(stack, context, pieces, specs, layers, policy)
-  return _looped(stack, context, pieces, specs, layers, policy)
+    return _switched(stack, context, pieces=pieces, specs=specs, layers=layers, policy=policy)
+  return _looped(stack, context, pieces=pieces, specs=specs, layers=layers, policy=policy)
 
 
 def _looped(
   stack: UniformStack,
   context: DeviceContext,
+  *,
   pieces: Tree,
   specs: Tree,
   layers: int,
@@ -158,6 +130,7 @@ def _gathered_by_g(context: DeviceContext, stage: LoopedStage, layer: Tree) -> l
 def _switched(
   stack: PackedStack,
   context: DeviceContext,
+  *,
   pieces: Tree,
   specs: Tree,
   layers: int,

@@ -88,13 +88,14 @@ class Device:
     cls,
     stack: UniformStack | PackedStack,
     context: DeviceContext,
+    *,
     pieces: Tree,
     specs: Tree,
     layers: int,
     policy: Residuals | None,
   ) -> Device:
     """Traces and splits the stages; arguments as of `build_parts`."""
-    parts = build_parts(stack, context, pieces, specs, layers, policy)
+    parts = build_parts(stack, context, pieces=pieces, specs=specs, layers=layers, policy=policy)
     # Cells are known only now: which values wait, and how large, depends on the split layer.
     cells, lengths = parts.stage.cells(context.program)
     return cls(

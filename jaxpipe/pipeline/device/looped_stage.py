@@ -103,61 +103,67 @@ class LoopedStage:
     kept = sum(size for value, size in sizes if value.made is Kind.F)
     return kept, sum(size for value, size in sizes if value.last is Kind.W)
 
-  def primal(self, call: ActionArguments, x: Leaves) -> Leaves:
+  def primal(self, arguments: ActionArguments, x: Leaves) -> Leaves:
     """Runs the layers on the stage's input and keeps nothing."""
-    return lax.fori_loop(0, self.layers, lambda i, x: self.split.primal(*call.given(i), *x), x)
+    return lax.fori_loop(0, self.layers, lambda i, x: self.split.primal(*arguments.given(i), *x), x)
 
-  def forward(self, call: ActionArguments, x: Leaves, storage: Storage) -> tuple[Leaves, Storage]:
+  def forward(
+    self, arguments: ActionArguments, x: Leaves, storage: Storage
+  ) -> tuple[Leaves, Storage]:
     """F, or R from the stage's input: runs the layers and keeps what the backward wants."""
     forward = self.split.forward
 
     def layer(i: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
       x, storage = carry
-      out = forward(*call.given(i), *x)
+      out = forward(*arguments.given(i), *x)
       y, saved = out[: self.split.y_count], out[self.split.y_count :]
       return y, storage.write(forward.makes, i, saved)
 
     return _loop(self.layers, layer, (x, storage))
 
-  def recompute_from_input(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
+  def recompute_from_input(
+    self, arguments: ActionArguments, x: Leaves, storage: Storage
+  ) -> Storage:
     """R from the stage's input: the forward again, whose output nobody reads."""
-    return self.forward(call, x, storage)[1]
+    return self.forward(arguments, x, storage)[1]
 
-  def recompute_from_kept(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
+  def recompute_from_kept(
+    self, arguments: ActionArguments, storage: Storage, made: Storage
+  ) -> Storage:
     """R from what F kept of every layer: returns `made` with what the policy dropped."""
     again = self.split.recompute
     assert again is not None  # else the stage has no scratch for R, and this is not called
 
     def layer(i: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
-      new = again(*call.given(i), *storage.read(again.reads, i))
+      new = again(*arguments.given(i), *storage.read(again.reads, i))
       return [], carry[1].write(again.makes, i, new)
 
     return _loop(self.layers, layer, ([], made))[1]
 
   def backward(
-    self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
+    self, arguments: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
   ) -> tuple[Leaves, Tree]:
     """B: the last layer first; each adds its weights' gradient to the sums as it goes."""
-    kept = self._kept(call, storage, x)
+    kept = self._kept(arguments, storage, x)
 
     def layer(j: Index, carry: tuple[Leaves, Tree]) -> tuple[Leaves, Tree]:
       # `fori_loop` counts up only, and the backward begins at the last layer.
       (dy, grads), i = carry, self.layers - 1 - j
-      out = self.split.backward(*call.given(i), *kept.read(self.split.backward.reads, i), *dy)
+      out = self.split.backward(*arguments.given(i), *kept.read(self.split.backward.reads, i), *dy)
       dx, dp = out[: self.split.dx_count], out[self.split.dx_count :]
-      return dx, _add(grads, dp, call.first_layer + i)
+      return dx, _add(grads, dp, arguments.first_layer + i)
 
     return lax.fori_loop(0, self.layers, layer, (dy, grads))
 
   def input_grad(
-    self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, made: Storage
+    self, arguments: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, made: Storage
   ) -> tuple[Leaves, Storage]:
     """I: the last layer first; what W will read of each goes into `made`.
 
     `storage` and `made` share no pool: see `Scratch`.
     """
     slice_ = self.split.input_grad
-    kept = self._kept(call, storage, x)
+    kept = self._kept(arguments, storage, x)
     # Under `full` without R, the forward has just been run a second time, into pools that die with
     # this action. What of it W will read is written to `made` as well, beside what I itself makes.
     numbers = self.layout.position.items()
@@ -167,32 +173,32 @@ class LoopedStage:
 
     def layer(j: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
       (dy, made), i = carry, self.layers - 1 - j
-      out = slice_(*call.given(i), *kept.read(slice_.reads, i), *dy)
+      out = slice_(*arguments.given(i), *kept.read(slice_.reads, i), *dy)
       dx, new = out[: self.split.dx_count], out[self.split.dx_count :]
       made = made.write(slice_.makes, i, new)
       return dx, made.write(staying, i, kept.read(staying, i))
 
     return _loop(self.layers, layer, (dy, made))
 
-  def weight_grad(self, call: ActionArguments, storage: Storage, grads: Tree) -> Tree:
+  def weight_grad(self, arguments: ActionArguments, storage: Storage, grads: Tree) -> Tree:
     """W: the layers in any order, for none of them reads another's gradient."""
     slice_ = self.split.weight_grad
 
     def layer(i: Index, grads: Tree) -> Tree:
-      dp = slice_(*call.given(i), *storage.read(slice_.reads, i))
-      return _add(grads, dp, call.first_layer + i)
+      dp = slice_(*arguments.given(i), *storage.read(slice_.reads, i))
+      return _add(grads, dp, arguments.first_layer + i)
 
     # Each turn adds into the carried sum at its own layer, in place: stacking the layers' gradients
     # and adding them afterwards would take a second array of their size.
     return {**grads, "layers": lax.fori_loop(0, self.layers, layer, grads["layers"])}
 
-  def _kept(self, call: ActionArguments, storage: Storage, x: Leaves) -> Storage:
+  def _kept(self, arguments: ActionArguments, storage: Storage, x: Leaves) -> Storage:
     """What a backward reads of the forward: from the pools, or from a second forward on x."""
     if self.rerun_layout is None:
       return storage
     cells, lengths = self.rerun_layout.one_each()
     pools = self.allocate(self.rerun_layout.pools, lengths)
-    return self.forward(call, x, Storage(self.rerun_layout, pools, cells))[1]
+    return self.forward(arguments, x, Storage(self.rerun_layout, pools, cells))[1]
 
 
 def _loop(

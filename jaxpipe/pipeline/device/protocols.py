@@ -133,34 +133,40 @@ class StageActions(Protocol):
   def saved_bytes(self) -> tuple[int, int]:
     """Bytes that F keeps of one stage and microbatch, and bytes that wait for its W."""
 
-  def primal(self, call: ActionArguments, x: Leaves) -> Leaves:
+  def primal(self, arguments: ActionArguments, x: Leaves) -> Leaves:
     """Runs the stage on its input x and keeps nothing; returns the output's leaves."""
 
-  def forward(self, call: ActionArguments, x: Leaves, storage: Storage) -> tuple[Leaves, Storage]:
+  def forward(
+    self, arguments: ActionArguments, x: Leaves, storage: Storage
+  ) -> tuple[Leaves, Storage]:
     """F: runs the stage; returns its output, and the storage with what the backward wants."""
 
-  def recompute_from_input(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
+  def recompute_from_input(
+    self, arguments: ActionArguments, x: Leaves, storage: Storage
+  ) -> Storage:
     """R where F kept the stage's input alone: runs the forward again, and keeps all of it.
 
     Called where the program keeps stage inputs (`Program.keeps_input`).
     """
 
-  def recompute_from_kept(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
+  def recompute_from_kept(
+    self, arguments: ActionArguments, storage: Storage, made: Storage
+  ) -> Storage:
     """R where F kept something of every layer: makes the rest from it.
 
     Args:
-      call: parameters and further inputs.
+      arguments: parameters and further inputs.
       storage: what F has kept; read only.
       made: where the rest is written.
     """
 
   def backward(
-    self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
+    self, arguments: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
   ) -> tuple[Leaves, Tree]:
     """B: the input's cotangents, and the gradient sums with this microbatch's added.
 
     Args:
-      call: parameters and further inputs.
+      arguments: parameters and further inputs.
       storage: what F or R has left; read only.
       x: the stage's input where `rereads_input`, else an empty list.
       dy: cotangents of the output's float leaves.
@@ -168,11 +174,11 @@ class StageActions(Protocol):
     """
 
   def input_grad(
-    self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, made: Storage
+    self, arguments: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, made: Storage
   ) -> tuple[Leaves, Storage]:
     """I: the input's cotangents, and `made` with what W waits for; arguments as of `backward`."""
 
-  def weight_grad(self, call: ActionArguments, storage: Storage, grads: Tree) -> Tree:
+  def weight_grad(self, arguments: ActionArguments, storage: Storage, grads: Tree) -> Tree:
     """W: the gradient sums with this microbatch's added, from what F, R and I left in `storage`."""
 
 

@@ -125,30 +125,34 @@ class SwitchedStages:
 
   # Actions. Each runs `run(s, ...)` of the stage that the tick names, behind the switch.
 
-  def primal(self, call: ActionArguments, x: Leaves) -> Leaves:
+  def primal(self, arguments: ActionArguments, x: Leaves) -> Leaves:
     """Runs the stage and keeps nothing."""
 
     def run(s: int, x: Leaves) -> Leaves:
-      out = self.splits[s].primal(*self._given(s, call), *self.boundaries.input(s, x))
+      out = self.splits[s].primal(*self._given(s, arguments), *self.boundaries.input(s, x))
       return self.boundaries.pack_output(s, out[: self.splits[s].y_count])
 
-    return self._switch(call, run, x)
+    return self._switch(arguments, run, x)
 
-  def forward(self, call: ActionArguments, x: Leaves, storage: Storage) -> tuple[Leaves, Storage]:
+  def forward(
+    self, arguments: ActionArguments, x: Leaves, storage: Storage
+  ) -> tuple[Leaves, Storage]:
     """F: runs the stage, keeps what the backward wants, and sums its model state."""
 
     def run(s: int, x: Leaves, pools: Pools) -> tuple[Leaves, Pools]:
       one = self.splits[s]
-      out = one.forward(*self._given(s, call), *self.boundaries.input(s, x))
+      out = one.forward(*self._given(s, arguments), *self.boundaries.input(s, x))
       y, aux = out[: one.y_count], out[one.y_count : one.y_count + one.aux_count]
       saved = out[one.y_count + one.aux_count :]
       pools = self.layout.arenas.write(s, one.forward.makes, saved, pools, storage.cells)
-      return self.boundaries.pack_output(s, y), self._sum_state(s, aux, pools, call)
+      return self.boundaries.pack_output(s, y), self._sum_state(s, aux, pools, arguments)
 
-    y, pools = self._switch(call, run, x, storage.pools)
+    y, pools = self._switch(arguments, run, x, storage.pools)
     return y, dataclasses.replace(storage, pools=pools)
 
-  def recompute_from_input(self, call: ActionArguments, x: Leaves, storage: Storage) -> Storage:
+  def recompute_from_input(
+    self, arguments: ActionArguments, x: Leaves, storage: Storage
+  ) -> Storage:
     """R from the stage's input."""
 
     def run(s: int, x: Leaves, pools: Pools) -> Pools:
@@ -156,62 +160,64 @@ class SwitchedStages:
       # A policy may leave one stage nothing to compute anew, and another something.
       if again is None:
         return pools
-      made = again(*self._given(s, call), *self.boundaries.input(s, x))
+      made = again(*self._given(s, arguments), *self.boundaries.input(s, x))
       return self.layout.arenas.write(s, again.makes, made, pools, storage.cells)
 
-    return dataclasses.replace(storage, pools=self._switch(call, run, x, storage.pools))
+    return dataclasses.replace(storage, pools=self._switch(arguments, run, x, storage.pools))
 
-  def recompute_from_kept(self, call: ActionArguments, storage: Storage, made: Storage) -> Storage:
+  def recompute_from_kept(
+    self, arguments: ActionArguments, storage: Storage, made: Storage
+  ) -> Storage:
     """R from what F kept."""
 
     def run(s: int, pools: Pools) -> Pools:
       again = self.splits[s].recompute
       if again is None:
         return pools
-      new = again(*self._given(s, call), *self._read(s, again, storage))
+      new = again(*self._given(s, arguments), *self._read(s, again, storage))
       return self.layout.arenas.write(s, again.makes, new, pools, made.cells)
 
-    return dataclasses.replace(made, pools=self._switch(call, run, made.pools))
+    return dataclasses.replace(made, pools=self._switch(arguments, run, made.pools))
 
   def backward(
-    self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
+    self, arguments: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, grads: Tree
   ) -> tuple[Leaves, Tree]:
     """B: the input's cotangents, packed, and the sums with this microbatch's gradients."""
 
     def run(s: int, x: Leaves, dy: Leaves, grads: Tree) -> tuple[Leaves, Tree]:
       one = self.splits[s]
-      out = one.backward(*self._backward_arguments(s, one.backward, call, storage, x, dy))
+      out = one.backward(*self._backward_arguments(s, one.backward, arguments, storage, x, dy))
       dx, dparams = out[: one.dx_count], out[one.dx_count :]
-      return self.boundaries.pack_cotangents(s, dx), self._add(s, dparams, grads, call)
+      return self.boundaries.pack_cotangents(s, dx), self._add(s, dparams, grads, arguments)
 
-    return self._switch(call, run, x, dy, grads)
+    return self._switch(arguments, run, x, dy, grads)
 
   def input_grad(
-    self, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, made: Storage
+    self, arguments: ActionArguments, storage: Storage, x: Leaves, dy: Leaves, made: Storage
   ) -> tuple[Leaves, Storage]:
     """I: the input's cotangents, packed, and the arenas with what W waits for."""
 
     def run(s: int, x: Leaves, dy: Leaves, pools: Pools) -> tuple[Leaves, Pools]:
       one = self.splits[s]
-      out = one.input_grad(*self._backward_arguments(s, one.input_grad, call, storage, x, dy))
+      out = one.input_grad(*self._backward_arguments(s, one.input_grad, arguments, storage, x, dy))
       dx, new = out[: one.dx_count], out[one.dx_count :]
       pools = self.layout.arenas.write(s, one.input_grad.makes, new, pools, made.cells)
       return self.boundaries.pack_cotangents(s, dx), pools
 
-    dx, pools = self._switch(call, run, x, dy, made.pools)
+    dx, pools = self._switch(arguments, run, x, dy, made.pools)
     return dx, dataclasses.replace(made, pools=pools)
 
-  def weight_grad(self, call: ActionArguments, storage: Storage, grads: Tree) -> Tree:
+  def weight_grad(self, arguments: ActionArguments, storage: Storage, grads: Tree) -> Tree:
     """W: the sums with this microbatch's gradients."""
 
     def run(s: int, grads: Tree) -> Tree:
       slice_ = self.splits[s].weight_grad
-      dparams = slice_(*self._given(s, call), *self._read(s, slice_, storage))
-      return self._add(s, dparams, grads, call)
+      dparams = slice_(*self._given(s, arguments), *self._read(s, slice_, storage))
+      return self._add(s, dparams, grads, arguments)
 
-    return self._switch(call, run, grads)
+    return self._switch(arguments, run, grads)
 
-  def _switch(self, call: ActionArguments, run: Callable[..., Any], *args: Any) -> Any:
+  def _switch(self, arguments: ActionArguments, run: Callable[..., Any], *args: Any) -> Any:
     """Returns `run(s, *args)` for the stage s of this tick; all of its results vary."""
 
     def branch(s: int, *args: Any) -> Any:
@@ -220,27 +226,27 @@ class SwitchedStages:
 
     branches = [functools.partial(branch, s) for s in range(len(self.splits))]
     # The executor counts a packed stack's stages as its layers: this "layer" is the stage's number.
-    return lax.switch(call.inputs(0)["layer"], branches, *args)
+    return lax.switch(arguments.inputs(0)["layer"], branches, *args)
 
-  def _given(self, s: int, call: ActionArguments) -> Leaves:
+  def _given(self, s: int, arguments: ActionArguments) -> Leaves:
     """Leaves of stage s's parameters, own and borrowed, and of its further inputs."""
-    arguments = stage_arguments(
+    given = stage_arguments(
       self.packed,
       s,
-      rows=call.weights,
-      chunk=call.first_layer,
+      rows=arguments.weights,
+      chunk=arguments.first_layer,
       shared=self.shared,
       state=self.state,
-      inputs=call.inputs(0),
+      inputs=arguments.inputs(0),
     )
-    return jax.tree.leaves(arguments)
+    return jax.tree.leaves(given)
 
   def _backward_arguments(
-    self, s: int, slice_: Slice, call: ActionArguments, storage: Storage, x: Leaves, dy: Leaves
+    self, s: int, slice_: Slice, arguments: ActionArguments, storage: Storage, x: Leaves, dy: Leaves
   ) -> Leaves:
     """Arguments of stage s's slice for B or I, in the order that `LayerSplit` says."""
     return [
-      *self._given(s, call),
+      *self._given(s, arguments),
       *self._read(s, slice_, storage),
       *(self.boundaries.input(s, x) if self.rereads_input else []),
       *self.boundaries.cotangents(s, dy, self.context.vary),
@@ -250,14 +256,14 @@ class SwitchedStages:
     """The saved values that a slice of stage s reads."""
     return self.layout.arenas.read(s, slice_.reads, storage.pools, storage.cells)
 
-  def _add(self, s: int, dparams: Leaves, grads: Tree, call: ActionArguments) -> Tree:
+  def _add(self, s: int, dparams: Leaves, grads: Tree, arguments: ActionArguments) -> Tree:
     """Adds a microbatch's gradients to stage s's row, and to the sums of what it borrows."""
     flat = self.packed.params[s]
     own, borrowed = dparams[: len(flat.leaves)], dparams[len(flat.leaves) :]
     rows = dict(grads["layers"])
     # Leaf by leaf: a row packed first and then added would be written twice.
     for leaf, offset, new in zip(flat.leaves, flat.offsets, own, strict=True):
-      name, at = str(leaf.dtype), call.first_layer
+      name, at = str(leaf.dtype), arguments.first_layer
       old = read_span(rows[name], leaf.shape, offset, at)
       rows[name] = write_span(rows[name], old + new.astype(old.dtype), offset, at)
     shared = dict(grads["shared"])
@@ -267,15 +273,15 @@ class SwitchedStages:
       shared[owner] = shared[owner] + new.astype(shared[owner].dtype)
     return {**grads, "layers": rows, "shared": shared}
 
-  def _sum_state(self, s: int, aux: Leaves, pools: Pools, call: ActionArguments) -> Pools:
+  def _sum_state(self, s: int, aux: Leaves, pools: Pools, arguments: ActionArguments) -> Pools:
     """Adds what F has made of stage s's model state; of whole numbers, the largest is kept."""
     pools, flat = list(pools), self.packed.changing[s]
     for leaf, offset, new in zip(flat.leaves, flat.offsets, aux, strict=True):
       p = self.layout.sum_of(str(leaf.dtype))
-      old = read_span(pools[p], leaf.shape, offset, call.first_layer)
+      old = read_span(pools[p], leaf.shape, offset, arguments.first_layer)
       new = new.astype(old.dtype)
       new = old + new if is_float(leaf) else jnp.maximum(old, new)
-      pools[p] = write_span(pools[p], new, offset, call.first_layer)
+      pools[p] = write_span(pools[p], new, offset, arguments.first_layer)
     return pools
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -139,7 +140,7 @@ class WholeEnds:
     return self.stack.apply_head(params, x, batch, self.context.training)
 
 
-def embedded_or_arrived(embed: Any, carry: Carry, now: Now) -> Leaves:
+def embedded_or_arrived(embed: Callable[[Tree], Leaves], carry: Carry, now: Now) -> Leaves:
   """The stage's input: `embed(ring)` at the first stage of a path, else what lies in the ring.
 
   Asked for by F, and by R, B and I where they run the forward again: so it is embedded again, too.

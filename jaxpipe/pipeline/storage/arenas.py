@@ -4,10 +4,10 @@ What the actions of one stage leave differs from stage to stage in number and si
 cannot share cells of one shape (`pools.py`). All that one action of a stage leaves, of one dtype
 and read last by one other action, is a *record*: the values laid end to end, as wide as the stage
 needs: such as all float32 values of stage 2 that F makes and W reads last. Records lie in *arenas*,
-  arrays `[rows, ROW]`: one arena for each kind of action that makes
-records and each dtype. Each stage of a device has a region of the arena, with as many slots for its
-records as the schedule ever fills at once. All devices run one program, so an arena is as long as
-the device with the longest regions needs:
+arrays `[rows, ROW]`: one arena for each kind of action that makes records and each dtype. Each
+stage of a device has a region of the arena, with as many slots for its records as the schedule ever
+fills at once. All devices run one program, so an arena is as long as the device with the longest
+regions needs:
 
     device 0   |record|record|record|record|                     stage 0: narrow, 4 in flight
     device 1   |    record    |    record    |    record    |    stage 1: wide, 3 in flight

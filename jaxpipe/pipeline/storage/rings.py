@@ -10,8 +10,9 @@ what arrives. The same functions serve any array indexed by its leading dims: po
     add            adds to one slot
     allocate       a ring of undefined contents
 
-XLA copies a buffer whole if it cannot prove that it may update it in place (docs/decisions/0001):
-reads are a `dynamic_slice`, writes a `dynamic_update_slice` of one slot.
+XLA copies a buffer whole if it cannot prove that it may update it in place
+(docs/decisions/0001-tick-table.md): reads are a `dynamic_slice`, writes a `dynamic_update_slice` of
+one slot.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _row_major(tree: Tree) -> Tree:
   straight, and both lie in one pool, which XLA then converted whole between the two actions. With
   what goes in and what comes out constrained, the pool keeps one layout and a reader that wants
   another converts its own slice. On CPU, pools keep their order anyway, and the constraint would
-  copy what is read (docs/decisions/0011).
+  copy what is read (docs/decisions/0011-row-major-pools.md).
   """
 
   def one(leaf: jax.Array) -> jax.Array:

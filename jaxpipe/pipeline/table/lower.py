@@ -38,7 +38,7 @@ def lower(
   keeps_input: bool = False,
   slack: int = 0,
   gathers: bool = False,
-  head_apart: bool = True,
+  loss_gradient_waits: bool = True,
 ) -> Program:
   """Returns the tick table of a legal schedule.
 
@@ -55,9 +55,9 @@ def lower(
     slack: ticks that a transfer may take beyond the one that sends it, 0 or 1.
     gathers: whether weights are gathered where the schedule says so; else they lie whole, and its
       gathers are left out.
-    head_apart: whether the last stage's F ends with a head whose gradient waits for the backward,
-      as with layers that are alike. A stage that has the head inside returns the loss, and its
-      backward needs no gradient.
+    loss_gradient_waits: whether the last stage's F ends with a head whose gradient waits for the
+      backward, as with layers that are alike. A stage that has the head inside returns the loss,
+      and its backward needs no gradient.
 
   Raises:
     ScheduleError: the schedule dead-locks, or has actions that the executor does not run.
@@ -72,7 +72,7 @@ def lower(
   transfers = list(find_transfers(schedule, at))  # [2]
   routes = find_routes(transfers, schedule.devices)
   ranges = [  # [3]
-    *_live_ranges(schedule, at, transfers, keeps_input, slack, head_apart),
+    *_live_ranges(schedule, at, transfers, keeps_input, slack, loss_gradient_waits),
     *(one.live_range(at) for one in weights),
   ]
   slots = colour(ranges, RINGS)
@@ -198,7 +198,7 @@ def _live_ranges(
   transfers: Sequence[Transfer],
   keeps_input: bool,
   slack: int,
-  head_apart: bool,
+  loss_gradient_waits: bool,
 ) -> Iterator[LiveRange]:
   """Yields the live ranges of all that waits in a ring but weights.
 
@@ -223,7 +223,7 @@ def _live_ranges(
         yield LiveRange("activations", d, start, end, (s, m))
     if kind in (Kind.I, Kind.B):  # [2]
       start = arrival.get((True, s, m))
-      if start is None and head_apart:
+      if start is None and loss_gradient_waits:
         # At a last stage the gradient comes from the head: from F, which ends with the whole head,
         # or from the barrier of the head's shards.
         start = barrier.get(m, at[Action(s, Kind.F, m)][1])

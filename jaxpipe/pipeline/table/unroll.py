@@ -49,8 +49,9 @@ def segments(program: Program, unroll: str) -> tuple[Segment, ...]:
 
   Args:
     program: the tick table.
-    unroll: `none`, `ends` or `all`; or `auto`, the smallest whose estimated time is within 3 % of
-      the best, of those that compile at most 64 ticks.
+    unroll: `none`, `ends` or `all`; or `auto`: from `none` on, the next larger program takes the
+      place of the one chosen so far if it compiles at most 64 ticks and saves at least 3 % of its
+      estimated time, every action taken to last one unit and a transfer none.
 
   Returns:
     Segments that follow one another from tick 0 to the last.

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 from jaxpipe.schedules.actions import Action, ScheduleError
 from jaxpipe.schedules.kinds import STAGE_KINDS, Kind
-from jaxpipe.schedules.protocol import ScheduleLike
+from jaxpipe.schedules.protocol import OrderedActions
 
 
-def check_extras(schedule: ScheduleLike) -> None:
+def check_extras(schedule: OrderedActions) -> None:
   """Raises ScheduleError for the first S, T, G, X, Y or U that is missing or misplaced."""
   kinds = {action.kind for row in schedule.order for step in row for action in step.parts}
   if schedule.vocabulary or kinds & {Kind.S, Kind.T}:
@@ -30,7 +30,7 @@ def check_extras(schedule: ScheduleLike) -> None:
     _check_updates(schedule)
 
 
-def _actions(schedule: ScheduleLike, *kinds: Kind) -> Iterator[tuple[int, Action]]:
+def _actions(schedule: OrderedActions, *kinds: Kind) -> Iterator[tuple[int, Action]]:
   """Yields the device and the action of everything that is of one of the kinds."""
   for d, row in enumerate(schedule.order):
     for step in row:
@@ -39,7 +39,7 @@ def _actions(schedule: ScheduleLike, *kinds: Kind) -> Iterator[tuple[int, Action
           yield d, action
 
 
-def _check_vocabulary(schedule: ScheduleLike) -> None:
+def _check_vocabulary(schedule: OrderedActions) -> None:
   """Raises unless every device has one S and one T for every microbatch."""
   if schedule.vocabulary not in (1, 2):
     raise ScheduleError(
@@ -66,7 +66,7 @@ def _check_vocabulary(schedule: ScheduleLike) -> None:
           )
 
 
-def _check_weights(schedule: ScheduleLike) -> None:
+def _check_weights(schedule: OrderedActions) -> None:
   """Raises unless gathers and releases alternate, with F, R, I and B of the stage in between."""
   for d, row in enumerate(schedule.order):
     gathered: dict[int, Action] = {}
@@ -92,7 +92,7 @@ def _follow_weights(action: Action, d: int, gathered: dict[int, Action]) -> None
     raise ScheduleError(f"{action} on device {d} runs without its weights; put {stage}G before it")
 
 
-def _check_fillers(schedule: ScheduleLike) -> None:
+def _check_fillers(schedule: OrderedActions) -> None:
   """Raises unless every frozen layer runs once for every microbatch, on whichever device."""
   seen: dict[Action, int] = {}
   for d, action in _actions(schedule, Kind.Y):
@@ -113,7 +113,7 @@ def _check_fillers(schedule: ScheduleLike) -> None:
         raise ScheduleError(f"{layer}Y{m} is missing: frozen layer {layer} needs every microbatch")
 
 
-def _check_updates(schedule: ScheduleLike) -> None:
+def _check_updates(schedule: OrderedActions) -> None:
   """Raises unless each stage steps after its gradients, and validates before its first one."""
   # A chain of Us runs from device to device; stages with replicas have no single place in it.
   if schedule.placement.replicated:

@@ -7,14 +7,14 @@ writes by hand or reads from a file is usually wrong in one place only.
 from jaxpipe.schedules.actions import Action, ScheduleError
 from jaxpipe.schedules.checks.extras import check_extras
 from jaxpipe.schedules.kinds import PRODUCTS, REQUIRED, STAGE_KINDS, Kind
-from jaxpipe.schedules.protocol import ScheduleLike
+from jaxpipe.schedules.protocol import OrderedActions
 from jaxpipe.schedules.walk import walk
 
 # The maker of each product: product -> (stage, microbatch) -> (device, action).
 _Seen = dict[Kind, dict[tuple[int, int], tuple[int, Action]]]
 
 
-def check(schedule: ScheduleLike) -> None:
+def check(schedule: OrderedActions) -> None:
   """Raises unless the schedule is a legal training step.
 
   Legal means that each microbatch has its forward and its backward (`B`, or both `I` and `W`) on
@@ -42,7 +42,7 @@ def check(schedule: ScheduleLike) -> None:
     pass
 
 
-def _check_paths(schedule: ScheduleLike) -> None:
+def _check_paths(schedule: OrderedActions) -> None:
   """Raises unless every microbatch has a path, of stages that exist, each at most once."""
   if schedule.paths is None:
     return
@@ -58,7 +58,7 @@ def _check_paths(schedule: ScheduleLike) -> None:
       )
 
 
-def _take_stock(schedule: ScheduleLike) -> _Seen:
+def _take_stock(schedule: OrderedActions) -> _Seen:
   """Returns which action makes each product, refusing duplicate and misplaced actions."""
   seen: _Seen = {kind: {} for kind in Kind}
   for d, row in enumerate(schedule.order):
@@ -71,7 +71,7 @@ def _take_stock(schedule: ScheduleLike) -> _Seen:
   return seen
 
 
-def _take(action: Action, d: int, held: set[int], seen: _Seen, schedule: ScheduleLike) -> None:
+def _take(action: Action, d: int, held: set[int], seen: _Seen, schedule: OrderedActions) -> None:
   """Adds the products of one action of device d, which holds the stages `held`, to `seen`."""
   stage, m = action.stage, action.microbatch
   if stage not in held:
@@ -94,7 +94,7 @@ def _take(action: Action, d: int, held: set[int], seen: _Seen, schedule: Schedul
     seen[product][stage, m] = d, action
 
 
-def _misplaced(action: Action, d: int, schedule: ScheduleLike) -> ScheduleError:
+def _misplaced(action: Action, d: int, schedule: OrderedActions) -> ScheduleError:
   """Returns the error for an action on a device that does not hold its stage."""
   if action.stage >= schedule.stages:
     return ScheduleError(
@@ -119,7 +119,7 @@ def _duplicate(action: Action, d: int, first_d: int, first: Action) -> ScheduleE
   return ScheduleError(f"{action} on device {d} is a duplicate of the work of {first}")
 
 
-def _check_complete(seen: _Seen, schedule: ScheduleLike) -> None:
+def _check_complete(seen: _Seen, schedule: OrderedActions) -> None:
   """Raises unless every stage of every path has its passes, each microbatch's on one device."""
   if schedule.paths is not None:
     _check_off_path(seen, schedule)
@@ -133,7 +133,7 @@ def _check_complete(seen: _Seen, schedule: ScheduleLike) -> None:
     _check_together(seen)
 
 
-def _check_off_path(seen: _Seen, schedule: ScheduleLike) -> None:
+def _check_off_path(seen: _Seen, schedule: OrderedActions) -> None:
   """Raises where a microbatch has an action on a stage that its path leaves out."""
   ways = [set(schedule.path(m)) for m in range(schedule.microbatches)]
   for makers in seen.values():
@@ -156,7 +156,7 @@ def _check_together(seen: _Seen) -> None:
         )
 
 
-def _missing(action: Action, seen: _Seen, schedule: ScheduleLike) -> ScheduleError:
+def _missing(action: Action, seen: _Seen, schedule: OrderedActions) -> ScheduleError:
   """Names a missing action and, where there is one, an action that waits for it."""
   stage, m = action.stage, action.microbatch
   token = str(action)

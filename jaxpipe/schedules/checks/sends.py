@@ -14,7 +14,7 @@ it; messages from one device to another keep their order, and then
 import dataclasses
 
 from jaxpipe.schedules.actions import Action, ScheduleError
-from jaxpipe.schedules.protocol import ScheduleLike
+from jaxpipe.schedules.protocol import OrderedActions
 from jaxpipe.schedules.walk import Visit, walk
 
 SENDS = ("ordered", "rendezvous")
@@ -41,7 +41,7 @@ class _Message:
 _Traffic = list[list[tuple[list[_Message], list[_Message]]]]
 
 
-def check_sends(schedule: ScheduleLike, sends: str = "ordered") -> None:
+def check_sends(schedule: OrderedActions, sends: str = "ordered") -> None:
   """Raises if messages that keep their order could dead-lock.
 
   Args:
@@ -60,7 +60,7 @@ def check_sends(schedule: ScheduleLike, sends: str = "ordered") -> None:
     _meet(traffic)
 
 
-def _traffic(schedule: ScheduleLike) -> _Traffic:
+def _traffic(schedule: OrderedActions) -> _Traffic:
   """Returns the messages of every step, those of one step in the order of the walk."""
   visits = list(walk(schedule))
   made = {slot: visit for visit in visits for slot in visit.makes}

@@ -1,4 +1,4 @@
-"""V-Min, V-Half and V-ZB: a V that holds a third, a half and all of 1F1B's chunks.
+"""V-Min, V-Half and V-ZB: three paces down and up a V, which hold fewer or more chunks.
 
 Controllable Memory (Qi et al., 2024, arXiv:2405.15362): the pace at which a microbatch walks down
 and up the V decides how long its chunks are held. V-Min at P=3, M=3, the second chunk in small

@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.mesh import STAGE, row_shards
 from jaxpipe.pipeline.costs.layer_costs import counted_costs
 from jaxpipe.pipeline.costs.memory import memory_report
-from jaxpipe.pipeline.device.build import SWITCHED, mode_of
 from jaxpipe.pipeline.device.order import blocks
 from jaxpipe.pipeline.execution import Execution
 from jaxpipe.pipeline.layer.residuals import Policy
+from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.pipeline.table.tick_times import estimated_time
 from jaxpipe.schedules import Costs, Schedule, make_schedule
 from jaxpipe.schedules.command.compare import compare, scale_costs
@@ -108,7 +108,7 @@ def choose_schedule(
     ValueError: no schedule fits the layers or the limit; says what 1F1B needs. Or the layers are
       not alike.
   """
-  if mode_of(stack) is SWITCHED:
+  if not mode_of(stack).looped:
     raise ValueError(
       "schedules are chosen for layers of one kind, and the stack's are not alike; name one, for"
       " example 1f1b or zb-h1"

@@ -20,7 +20,7 @@ import optax
 from jaxpipe.models.transformer.completep import CompleteP, Factors
 from jaxpipe.parallel.placing import arranged
 from jaxpipe.parallel.rules import describe
-from jaxpipe.pipeline.device.build import LOOPED, mode_of
+from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.schedules import Schedule
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.flags.run_config import RunConfig
@@ -75,7 +75,7 @@ def placed_mask(stack: LayerStack, schedule: Schedule) -> Callable[[Tree], Tree]
     the mask a bool. Unlike layers are packed, many parameters into one array, and the mask is a
     bool array of the same shape.
   """
-  if mode_of(stack) is LOOPED:
+  if mode_of(stack).looped:
     return decay_mask
 
   def mask(_: Tree) -> Tree:

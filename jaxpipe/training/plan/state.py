@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.placing import map_param_trees, place, shardings, unplace
-from jaxpipe.pipeline.device.build import LOOPED, mode_of
+from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.schedules import Schedule
 from jaxpipe.stack.protocol import LaidOutStack
 from jaxpipe.stack.stack import LayerStack
@@ -135,6 +135,6 @@ def canonical_shardings(tree: Tree, stack: LayerStack, schedule: Schedule, mesh:
     tree: canonical parameters, moments or model state, or their shapes.
     stack, schedule, mesh: where the tree will lie.
   """
-  if mode_of(stack) is LOOPED:
+  if mode_of(stack).looped:
     return shardings(tree, stack, schedule, mesh)
   return jax.tree.map(lambda _: NamedSharding(mesh, Spec()), tree)
