@@ -17,14 +17,23 @@ B, S, D, L, M, ITEM = 2, 32, 16, 4, 4, 4
 
 
 def sent(
-  mesh, schedule="1f1b", *, residuals="dots", unroll="none", kv_heads=8, chunks=None, **changes
+  mesh,
+  schedule="1f1b",
+  *,
+  residuals="dots",
+  unroll="none",
+  kv_heads=8,
+  chunks=None,
+  microbatches=M,
+  **changes,
 ) -> Traffic:
   """Traffic of one step of a small transformer."""
   mesh = jaxpipe.make_mesh(mesh)
   shape = dict(vocabulary_size=64, layers=L, width=D, heads=8, kv_heads=kv_heads)
   stack = transformer(TransformerConfig(**{**shape, "mlp_width": 32, **changes}))
-  plan = jaxpipe.make_schedule(schedule, devices=mesh.shape["stage"], microbatches=M, chunks=chunks)
-  rows = B * M * math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+  sizes = dict(devices=mesh.shape["stage"], microbatches=microbatches)
+  plan = jaxpipe.make_schedule(schedule, **sizes, chunks=chunks)
+  rows = B * microbatches * math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
   tokens = np.zeros((rows, S), np.int32)
   batch = {"tokens": tokens, "targets": tokens, "weights": np.ones((rows, S), np.float32)}
   params = stack.init(jax.random.key(0), batch, plan, mesh)
@@ -155,7 +164,8 @@ def test_experts_exchange_twice_forward_and_twice_backward():
 @pytest.mark.parametrize("schedule, chunks, sends", [("1f1b", None, 1), ("interleaved-1f1b", 2, 3)])
 def test_a_boundary_passes_one_activation_each_way_a_microbatch(schedule, chunks, sends):
   """In straight lines: where a loop has ticks on which nothing is sent, it sends all the same."""
-  found = sent("stage:2,tensor:2", schedule, chunks=chunks, unroll="all")
+  few = 2  # microbatches: all of their ticks are compiled
+  found = sent("stage:2,tensor:2", schedule, chunks=chunks, unroll="all", microbatches=few)
   # Of stages 0 to 2V - 1 in turn on both devices: each sends over as many boundaries, both ways.
-  want = sends * M * formulas.hop(B, S, D, ITEM)
+  want = sends * few * formulas.hop(B, S, D, ITEM)
   assert found.bytes(("stage",), "collective-permute") == (want, want)

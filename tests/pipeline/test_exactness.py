@@ -133,7 +133,12 @@ def test_recompute_as_an_action_of_its_own_is_exact(float64, name, residuals):
   schedule = with_recompute(jaxpipe.make_schedule(name, devices=2, microbatches=4))
   stack = lm.stack(schedule.stages)
   report = jaxpipe.check(
-    stack, schedule, jaxpipe.make_mesh("stage:2,data:2"), lm.batch(8), residuals=residuals
+    stack,
+    schedule,
+    jaxpipe.make_mesh("stage:2,data:2"),
+    lm.batch(8),
+    residuals=residuals,
+    unroll="none",
   )
   assert report.ok, str(report)
 
@@ -193,12 +198,12 @@ def test_bfloat16_arithmetic_keeps_float32_sums():
   mesh = jaxpipe.make_mesh("stage:2")
   batch = lm.batch(4)
   params = stack.init(jax.random.key(0), batch, schedule, mesh)
-  (loss, _), grads = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(
+  (loss, _), grads = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll="none")(
     params, batch, jax.random.key(1)
   )
   assert {loss.dtype, *(g.dtype for g in jax.tree.leaves(grads))} == {np.dtype("float32")}
   # The same bfloat16 operations in the same order.
-  report = jaxpipe.check(stack, schedule, mesh, batch)
+  report = jaxpipe.check(stack, schedule, mesh, batch, unroll="none")
   assert report.ok, str(report)
 
 
@@ -222,7 +227,7 @@ def test_dropout_masks_depend_on_the_step_and_not_on_schedule_or_mesh(float64):
   def run(name, mesh, key):
     mesh = jaxpipe.make_mesh(mesh)
     schedule = jaxpipe.make_schedule(name, devices=mesh.shape["stage"], microbatches=2)
-    step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+    step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll="none")
     return float(step(jaxpipe.place(params, stack, schedule, mesh), batch, key)[0][0])
 
   first = run("1f1b", "stage:2", jax.random.key(3))
@@ -243,6 +248,7 @@ def test_the_oracle_fails_when_a_gradient_is_wrong(float64, monkeypatch, factor)
     lambda ring, value, *at: exact(ring, jax.tree.map(lambda v: v * factor, value), *at),
   )
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
-  report = jaxpipe.check(lm.stack(), schedule, jaxpipe.make_mesh("stage:2"), lm.batch(4))
+  mesh = jaxpipe.make_mesh("stage:2")
+  report = jaxpipe.check(lm.stack(), schedule, mesh, lm.batch(4), unroll="none")
   assert report.loss_error == report.metrics_error == 0 and not report.ok
   assert sum(error > 1e-12 for error in report.errors.values()) == 9  # the layers' leaves

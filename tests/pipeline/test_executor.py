@@ -74,7 +74,7 @@ def test_one_compilation_serves_every_step(monkeypatch):
   traces, cut = [], execution.microbatches
   monkeypatch.setattr(execution, "microbatches", lambda *args: traces.append(1) or cut(*args))
   params = stack.init(jax.random.key(0), lm.batch(4), schedule, mesh)
-  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll="none")
   for seed in range(3):
     _, params = step(params, lm.batch(4, seed=seed), jax.random.key(seed))
   assert len(traces) == 1
@@ -141,7 +141,7 @@ def test_poison_shows_a_slot_that_is_read_before_it_is_filled(monkeypatch, colum
     return Wrong(**{**vars(program), "table": table})
 
   monkeypatch.setattr("jaxpipe.pipeline.execution.lower", wrong)
-  report = jaxpipe.check(stack, schedule, mesh, lm.batch(4))
+  report = jaxpipe.check(stack, schedule, mesh, lm.batch(4), unroll="none")
   assert report.worst == float("inf")
 
 
@@ -180,7 +180,9 @@ def test_integer_leaves_travel_between_stages(backward, residuals):
   order = np.stack([rng.permutation(3) for _ in range(6)]).astype(np.int32)
   batch = {"signal": rng.normal(size=(6, 3)).astype(np.float32), "order": order}
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=3, backward=backward)
-  report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh("stage:2"), batch, residuals=residuals)
+  report = jaxpipe.check(
+    stack, schedule, jaxpipe.make_mesh("stage:2"), batch, residuals=residuals, unroll="none"
+  )
   assert report.ok, str(report)
 
 
@@ -207,7 +209,9 @@ PAIRS = {"signal": np.ones((4, 3), np.float32), "order": np.zeros((4, 3), np.int
 
 def test_a_loop_inside_a_layer():
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2, backward="split")
-  report = jaxpipe.check(loop_stack(jnp.zeros_like), schedule, jaxpipe.make_mesh("stage:2"), PAIRS)
+  report = jaxpipe.check(
+    loop_stack(jnp.zeros_like), schedule, jaxpipe.make_mesh("stage:2"), PAIRS, unroll="none"
+  )
   assert report.ok, str(report)
 
 
@@ -246,8 +250,10 @@ def test_constant_leaves_and_narrow_metrics(backward):
   stack = jaxpipe.LayerStack(embed=Constants, layers=[Reset] * 2, head=Flags)
   schedule = jaxpipe.make_schedule("gpipe", devices=2, microbatches=4, backward=backward)
   mesh = jaxpipe.make_mesh("stage:2")
-  report = jaxpipe.check(stack, schedule, mesh, PAIRS)
+  report = jaxpipe.check(stack, schedule, mesh, PAIRS, unroll="none")
   assert report.ok, str(report)
   params = stack.init(jax.random.key(0), PAIRS, schedule, mesh)
-  (_, metrics), _ = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)(params, PAIRS)
+  (_, metrics), _ = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll="none")(
+    params, PAIRS
+  )
   assert int(metrics["count"]) == 400 and 0 <= int(metrics["flag"]) <= 4

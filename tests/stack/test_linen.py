@@ -78,7 +78,9 @@ def inputs(key):
 )
 def test_gradients_are_those_of_the_unpipelined_model(layer, schedule):
   schedule = jaxpipe.make_schedule(schedule, devices=2, microbatches=2)
-  report = jaxpipe.check(stack(*[layer] * 2), schedule, jaxpipe.make_mesh("stage:2"), BATCH)
+  report = jaxpipe.check(
+    stack(*[layer] * 2), schedule, jaxpipe.make_mesh("stage:2"), BATCH, unroll="none"
+  )
   assert report.ok, str(report)
 
 

@@ -217,7 +217,7 @@ class CountingHead(Head):
 def test_the_first_leaf_of_x_may_be_a_scalar():
   stack = LayerStack(embed=CountingEmbed, layers=[CountingLayer] * 2, head=CountingHead)
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
-  report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh("stage:2"), ROWS)
+  report = jaxpipe.check(stack, schedule, jaxpipe.make_mesh("stage:2"), ROWS, unroll="none")
   assert report.ok, str(report)
 
 

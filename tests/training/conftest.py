@@ -23,6 +23,7 @@ TINY: dict[str, Any] = {
   "warmup_steps": 4,
   "learning_rate": 1e-2,
   "sample_length": 0,
+  "unroll": "none",  # the quickest to compile
 }
 
 

@@ -41,7 +41,7 @@ def test_gradients_are_those_of_the_unpipelined_model(float64, residuals, name, 
   schedule = jaxpipe.make_schedule(name, devices=2, microbatches=3)
   schedule = with_recompute(schedule) if recompute else schedule
   stack, mesh = lm.stack(2), jaxpipe.make_mesh("stage:2")
-  report = jaxpipe.check(stack, schedule, mesh, lm.batch(6), residuals=residuals)
+  report = jaxpipe.check(stack, schedule, mesh, lm.batch(6), residuals=residuals, unroll="none")
   assert report.ok and report.tolerance == 1e-12, str(report)
 
 
