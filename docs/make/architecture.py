@@ -18,30 +18,13 @@ from architecture_picture import draw
 from imports import LEVELS, TOP, Package, problems, read_package
 from section import DOCS, write_section
 
-# Modules, entries and arrows of each folder at commit 529f86c, as this script counts them.
-BEFORE = {
-  "jaxpipe": (235, 6, 9),
-  "jaxpipe/schedules": (72, 27, 111),
-  "jaxpipe/schedules/families": (15, 15, 7),
-  "jaxpipe/schedules/partition": (12, 12, 28),
-  "jaxpipe/schedules/planning": (16, 16, 20),
-  "jaxpipe/schedules/transforms": (6, 6, 1),
-  "jaxpipe/parallel": (10, 10, 11),
-  "jaxpipe/data": (20, 20, 34),
-  "jaxpipe/models": (42, 39, 81),
-  "jaxpipe/models/huggingface": (4, 4, 3),
-  "jaxpipe/pipeline": (48, 48, 157),
-  "jaxpipe/training": (43, 43, 108),
-}
 TEXT = """\
-| folder | modules | entries | arrows | before: modules | entries | arrows |
-|---|---|---|---|---|---|---|
+| folder | modules | entries | arrows |
+|---|---|---|---|
 {rows}
 
 *Modules*: all below the folder. *Entries*: what lies in it directly, modules and folders, which is
-what one must know of at once. *Arrows*: pairs of entries of which one imports the other. *Before*:
-commit 529f86c. There the modules `check`, `check_extras`, `schedule` and `walk` of `schedules`
-imported each other in a circle, and `pipeline` imported `models` beside it; now there is neither.
+what one must know of at once. *Arrows*: pairs of entries of which one imports the other.
 """
 
 
@@ -77,15 +60,14 @@ def counts(package: Package) -> dict[str, tuple[int, int, int]]:
 
 
 def table(package: Package) -> str:
-  """Returns the section: folders in the order of levels, now and before."""
+  """Returns the section: folders in the order of levels."""
   now = counts(package)
   tops = [TOP, *(f"{TOP}/{name}" for names in reversed(LEVELS) for name in names)]
   lines = []
   for top in tops:
     for folder in now:
       if folder == top or (top != TOP and folder.startswith(f"{top}/")):
-        cells = map(str, (*now[folder], *BEFORE.get(folder, ("", "", ""))))
-        lines.append(f"| `{folder}/` | {' | '.join(cells)} |")
+        lines.append(f"| `{folder}/` | {' | '.join(map(str, now[folder]))} |")
   return TEXT.format(rows="\n".join(lines))
 
 
