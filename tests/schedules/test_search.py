@@ -181,7 +181,7 @@ def test_optimal_wherever_the_solver_finishes(seed, objective):
     assert lower_bound(pose(objective=objective, **instance)) <= proven.value
 
 
-@pytest.mark.sampled("seed", LARGE, 4)
+@pytest.mark.sampled("seed", LARGE, 2)
 def test_never_worse_than_a_named_schedule_that_fits(seed):
   draw = random.Random(seed)
   instance = _instance(seed, draw.randint(2, 8), draw.randint(2, 32))

@@ -63,7 +63,7 @@ def test_a_limit_costs_time_and_is_kept():
 def test_the_chosen_schedule_runs_exactly(float64):
   stack, mesh, batch = where()
   choice = choose_schedule(stack, mesh, batch, microbatches=4)
-  report = jaxpipe.check(stack, choice.schedule, mesh, batch)
+  report = jaxpipe.check(stack, choice.schedule, mesh, batch, unroll="none")
   assert report.ok, str(report)
 
 
