@@ -5,7 +5,6 @@ the `sample_grid` fixture run a sample of it, another one each run; the seed is 
 start, `--grid-seed` repeats it, and `--whole-grid` runs every case.
 """
 
-import importlib.metadata
 import os
 import random
 import signal
@@ -37,17 +36,17 @@ def pytest_configure(config: pytest.Config) -> None:
   # Read once, when JAX makes its devices: so before anything imports it. Programs that tests start
   # inherit all of it.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  # Compiling is most of what a test of a small program costs, and the last two flags leave a
-  # quarter of it: LLVM does not optimize, and XLA writes fusions by its older emitter. XLA's own
-  # passes, on which buffers, copies and the order of sums depend, all run.
-  flags = [
-    os.environ.get("XLA_FLAGS", ""),
-    f"--xla_force_host_platform_device_count={DEVICES}",
-    "--xla_backend_optimization_level=0",
-  ]
-  if importlib.metadata.version("jaxlib").startswith("0.10."):  # newer ones abort on this flag
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-  os.environ["XLA_FLAGS"] = " ".join(flags)
+  # LLVM's optimizations are half of what a test of a small program costs. XLA's own passes, on
+  # which buffers and the order of sums depend, all run. (Its older emitter of fusions,
+  # `--xla_cpu_use_fusion_emitters=false`, would halve the rest, and computes wrong gradients:
+  # `tests/pipeline/test_networks.py -k segmentation-chimera-2-True --whole-grid`.)
+  os.environ["XLA_FLAGS"] = " ".join(
+    [
+      os.environ.get("XLA_FLAGS", ""),
+      f"--xla_force_host_platform_device_count={DEVICES}",
+      "--xla_backend_optimization_level=0",
+    ]
+  )
 
   import jax
 
