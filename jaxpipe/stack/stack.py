@@ -25,12 +25,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpipe.parallel.placing import Tree, init_placed
+from jaxpipe.parallel.placing import Tree, init_placed, place
 from jaxpipe.parallel.protocol import Cut, ScheduleLike
 from jaxpipe.parallel.rules import NONE, Rules
 from jaxpipe.stack.context import Context, LayerInputs
+from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.from_modules import factories_of
-from jaxpipe.stack.module_spec import Factory, ModuleSpec, StackError, sums
+from jaxpipe.stack.module.parts import Factory
+from jaxpipe.stack.module_spec import ModuleSpec, sums
 from jaxpipe.stack.network import Network, keep_whole
 from jaxpipe.stack.packed import Packed
 from jaxpipe.stack.partition import checked_partition
@@ -58,7 +60,10 @@ class LayerStack:
       their work; by default over none. `fsdp` needs no rules.
     partition: how many layers each stage has, first to last; by default as even as can be. The
       embedding stands before the first stage's layers, the head behind the last's.
-    trainable: NNX filter of the variables that are parameters; all others are model state.
+    trainable: NNX filter of the variables that are parameters; all others are model state. The
+      first element of the paths it sees is the module's place: `("layers/3", "inner", "kernel")`.
+    example_batch: a batch or its shapes, by which layers are compared by what they compute: those
+      that differ only in attributes, such as a number of their own, are then of one kind.
     network: the modules as data, and their parameters' canonical tree; made of the above.
 
   Raises:
@@ -74,6 +79,7 @@ class LayerStack:
   rules: Rules = NONE
   partition: Sequence[int] | None = None
   trainable: Any = nnx.Param
+  example_batch: Tree = dataclasses.field(default=None, repr=False)
   network: Network = dataclasses.field(init=False, repr=False, compare=False)
 
   def __post_init__(self) -> None:
@@ -81,7 +87,9 @@ class LayerStack:
     if not self.layers:
       raise StackError("a stack needs at least one layer; got layers=[]")
     # Tracing refuses modules that cannot be pipelined, while the stack is built.
-    network = Network.trace(self.embed, self.layers, self.head, self.tied, self.trainable)
+    network = Network.trace(
+      self.embed, self.layers, self.head, self.tied, self.trainable, self.example_batch
+    )
     object.__setattr__(self, "network", network)
     if self.partition is not None:
       object.__setattr__(self, "partition", checked_partition(self.partition, self.depth))
@@ -104,9 +112,10 @@ class LayerStack:
     Args:
       modules: each a layer: an NNX class or factory with a parameter `rngs`, such as
         `functools.partial(nnx.Linear, 8, 16)`; an NNX module, whose values are where `init` starts,
-        and which shares its weights where it stands twice;
-        a Linen module, whose shapes are inferred; or a function of x. A module that has a parameter
-        `context` is given the layer's `Context`.
+        and whose variables are tied where several modules hold them; a Linen module, whose shapes
+        are inferred, or which is bound to its values; a function of x; or a `jaxpipe.layer` of any
+        of these. A module that has a parameter `context` is given the layer's `Context`, and one
+        with a mode flag, such as `train` or `deterministic`, is told whether it trains.
       loss: `loss(y, batch)`, where y is what the last module returns: a loss for every row (or for
         every token of every row), or `(loss_sum, weight, metrics)`.
       batch: an example batch or its shapes, leaves `[B, ...]`.
@@ -132,9 +141,8 @@ class LayerStack:
     """
     if not modules:
       raise StackError("a stack needs at least one layer; got modules=[]")
-    embed, layers, head, shared = factories_of(modules, loss, batch, inputs, trainable)
-    tied = {**shared, **options.pop("tied", {})}
-    return cls(embed, layers, head, tied=tied, trainable=trainable, **options)
+    embed, layers, head = factories_of(modules, loss, batch, inputs)
+    return cls(embed, layers, head, trainable=trainable, example_batch=batch, **options)
 
   # How it lies on devices
 
@@ -210,7 +218,8 @@ class LayerStack:
     """Returns fresh parameters: the canonical tree, or the same values placed over a mesh.
 
     Args:
-      key: PRNG key; layer i's values depend on it and on i alone.
+      key: PRNG key; layer i's values depend on it and on i alone. Modules that were given as
+        objects start from their own values.
       example_batch: a batch, or its `jax.ShapeDtypeStruct`s; only shapes are read, to check that
         every layer returns what it takes.
       schedule: with `mesh`, says which device holds which layers. Each device then creates its own
@@ -226,6 +235,8 @@ class LayerStack:
     if (schedule is None) != (mesh is None):
       raise StackError("init takes a schedule and a mesh, or neither; only one was given")
     self.check_shapes(example_batch)
+    if self.network.given():
+      return self._placed(self.network.init_from_given(key)[0], schedule, mesh)
     if schedule is not None and mesh is not None:
       return init_placed(self.laid_out(schedule), key, schedule, mesh)
     # A loop compiles one layer for all. Without it each layer has code of its own, which layers
@@ -256,10 +267,18 @@ class LayerStack:
     if (schedule is None) != (mesh is None):
       raise StackError("init_state takes a schedule and a mesh, or neither; only one was given")
     self.check_shapes(example_batch)
+    if self.network.given() and self.has_state:
+      return self._placed(self.network.init_from_given(key)[1], schedule, mesh)
     if schedule is not None and mesh is not None:
       laid = self.laid_out(schedule)
       return init_placed(laid, key, schedule, mesh, state=True) if self.has_state else {}
     return jax.jit(lambda key: self.network.init(key)[1])(key)
+
+  def _placed(self, tree: Tree, schedule: ScheduleLike | None, mesh: Mesh | None) -> Tree:
+    """A canonical tree of values on the host as arrays of JAX, placed where a mesh is given."""
+    if schedule is None or mesh is None:
+      return jax.tree.map(jnp.asarray, tree)
+    return place(tree, self, schedule, mesh)
 
   def init_layers_and_ends(
     self, key: jax.Array, layers: jax.Array, cut: Cut = keep_whole, *, state: bool = False
@@ -315,7 +334,7 @@ class LayerStack:
       inputs: of this layer and microbatch.
     """
     context = Context.create(training, **inputs)
-    return self._layer.run(params, {}, training, x, context)[0]
+    return self._layer.run(params, {}, training, x, context=context)[0]
 
   def apply_head(self, params: Tree, x: Tree, batch: Tree, training: bool = True) -> HeadSums:
     """Runs the head; returns its sums as `value_and_grad(has_aux=True)` wants them.
