@@ -83,6 +83,7 @@ class Execution:
     probe: Probe | None = None,
   ) -> Self:
     """Assembles a training step; arguments and errors as of `pipeline_value_and_grad`."""
+    check_mesh(schedule, mesh)
     laid_out = stack.laid_out(schedule)
     mode = mode_of(laid_out)
     policy = residual_policy(residuals, mode.auto_residuals)
@@ -111,6 +112,7 @@ class Execution:
 
     Weights that `fsdp` cuts are gathered before the first tick: forwards alone have no G.
     """
+    check_mesh(schedule, mesh)
     return cls(
       stack=stack.laid_out(schedule),
       schedule=schedule,
@@ -121,7 +123,6 @@ class Execution:
     )
 
   def __post_init__(self) -> None:
-    check_mesh(self.schedule, self.mesh)
     layers_per_stage(self.stack.depth, self.schedule)
     replicas.owned(self.schedule.placement)
     _ = self.specs  # raises where the parameters do not fit the mesh

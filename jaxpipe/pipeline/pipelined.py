@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxpipe.parallel.mesh import STAGE, make_mesh, row_shards
+from jaxpipe.parallel.mesh import make_mesh, row_shards, stages_of
 from jaxpipe.parallel.placing import place, unplace
 from jaxpipe.pipeline.batch import check_rows, given_state
 from jaxpipe.pipeline.check import Report, check
@@ -195,8 +195,9 @@ def pipeline(
       )
     stack = LayerStack.from_modules(layers, loss=loss, batch=batch, inputs=inputs, **stack_options)
   mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+  stages = stages_of(mesh)
   if isinstance(schedule, str):
-    schedule = make_schedule(schedule, devices=mesh.shape[STAGE], microbatches=microbatches)
+    schedule = make_schedule(schedule, devices=stages, microbatches=microbatches)
   if batch is not None:
     check_rows(batch, schedule.microbatches, row_shards(mesh))
   if isinstance(partition, str):

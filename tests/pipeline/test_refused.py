@@ -2,15 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from jax.sharding import AbstractMesh, AxisType
 from networks import lm
 
 import jaxpipe
 from jaxpipe.models.transformer.decoder import Embed, Head, Layer, TransformerConfig
 from jaxpipe.parallel.replicas import owned
+from jaxpipe.pipeline.timeline import measure
 from jaxpipe.stack.module_spec import StackError
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.stack.vocabulary import Tables
@@ -59,6 +62,53 @@ def swap(h, _):
 
 def total(h, _):
   return h + lax.psum(h.sum(), "stage")
+
+
+def foreign(shape, names, types=AxisType.Auto):
+  return jax.make_mesh(shape, names, axis_types=(types,) * len(names))
+
+
+FOREIGN = {
+  "another name": lambda: foreign((2,), ("pp",)),
+  "no stage": lambda: foreign((2,), ("data",)),
+  "explicit": lambda: foreign((2,), ("stage",), AxisType.Explicit),
+  "one name more": lambda: foreign((2, 2), ("stage", "model")),
+  "no devices": lambda: AbstractMesh((2,), ("stage",)),
+  "a text": lambda: "stage:2",
+  "nothing": lambda: None,
+}
+
+
+def entries(stack, mesh):
+  """All public functions that take a mesh, called with this one."""
+  params = jax.eval_shape(lambda: stack.init(jax.random.key(0), BATCH))
+  yield lambda: jaxpipe.pipeline(None, stack, BATCH, mesh=mesh, microbatches=2)
+  for function in (jaxpipe.pipeline_value_and_grad, jaxpipe.pipeline_forward):
+    yield lambda: function(stack, GPIPE, mesh)
+  for function in (jaxpipe.memory_report, jaxpipe.check):
+    yield lambda: function(stack, GPIPE, mesh, BATCH)
+  yield lambda: jaxpipe.place(params, stack, GPIPE, mesh)
+  yield lambda: stack.init(jax.random.key(0), BATCH, GPIPE, mesh)
+  yield lambda: measure(stack, GPIPE, mesh, params, BATCH)
+  yield lambda: jaxpipe.choose_schedule(stack, mesh, BATCH, microbatches=2)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_mesh_that_the_executor_cannot_run_on_is_refused_by_every_entry(kind):
+  """A KeyError, an AttributeError, or a sum over an axis that nothing here knows."""
+  mesh, named = FOREIGN[kind](), stack(lambda h, _: h)
+  # A text is a mesh for `pipeline`, and for `init` None is no mesh.
+  apart = {"a text": {0}, "nothing": {6}}.get(kind, set())
+  for i, entry in enumerate(entries(named, mesh)):
+    if i not in apart:
+      with pytest.raises(jaxpipe.MeshError, match="; build it with jaxpipe.make_mesh, whose axes"):
+        entry()
+
+
+def test_a_mesh_may_leave_out_axes_and_name_the_others_in_any_order():
+  batch = {"x": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)}
+  made = foreign((2, 2), ("data", "stage"))
+  assert jaxpipe.check(stack(lambda h, _: jnp.tanh(h)), GPIPE, made, batch, unroll="none").ok
 
 
 @pytest.mark.smoke
