@@ -249,7 +249,7 @@ class SwitchedStages:
       *self._given(s, arguments),
       *self._read(s, slice_, storage),
       *(self.boundaries.input(s, x) if self.rereads_input else []),
-      *self.boundaries.cotangents(s, dy, self.context.vary),
+      *self.boundaries.cotangents(s, dy, self.context.vary, self.context.loss_scale),
     ]
 
   def _read(self, s: int, slice_: Slice, storage: Storage) -> Leaves:

@@ -20,6 +20,7 @@ import jax
 
 from jaxpipe.training.loop.metrics import Record
 from jaxpipe.training.loop.step import StepResult
+from jaxpipe.training.processes.processes import say
 
 
 class Journal:
@@ -39,6 +40,7 @@ class Journal:
   ) -> None:
     self._tokens, self._write, self._clock = tokens, write, clock
     self._pending: _Pending | None = None
+    self._nothing = 0  # steps without a loss and a gradient
     # When the newest step whose record is written was done, and when `add` or `flush` returned.
     self._ready = self._left = clock()
 
@@ -73,6 +75,12 @@ class Journal:
     # A step starts when the one before ends; after a pause (validation, checkpoint), when sent.
     seconds = ready - max(self._ready, began)
     self._ready, self._pending = ready, None
+    if float(loss) == float(grad_norm) == 0:
+      self._nothing += 1
+      say(
+        f"step {step}: loss and gradient are exactly zero, as where all weights of a batch are;"
+        f" {self._nothing} such steps so far"
+      )
     more = {f"validation_{name}": float(v) for name, v in validate().items()} if validate else {}
     self._write(
       Record(

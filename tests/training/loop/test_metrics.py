@@ -72,6 +72,16 @@ def test_steps_are_written_one_late_and_none_is_lost() -> None:
   assert all(r.tokens_per_second == 64 / r.step_seconds for r in written)
 
 
+def test_steps_that_train_on_nothing_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+  journal = Journal(None, lambda record: None)
+  for step, (loss, norm) in enumerate([(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]):
+    journal.add(step, StepResult(loss, norm, 0.1, {}))  # type: ignore[arg-type]
+  journal.flush()
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.partition(":")[0] for line in lines] == ["step 0", "step 3"]
+  assert lines[1].endswith("2 such steps so far")
+
+
 class Clock:
   """A host and a device in made-up seconds, so that no test waits."""
 
