@@ -156,7 +156,7 @@ def check(
   Raises:
     ValueError: as `pipeline_value_and_grad` does.
   """
-  key = jax.random.key(0) if key is None else key
+  key = jax.random.key(0, impl="threefry2x32") if key is None else key
   params = stack.init(key, batch) if params is None else params
   options: dict[str, Any] = dict(residuals=residuals, slack=slack, unroll=unroll)
   step = pipeline_value_and_grad(stack, schedule, mesh, **options, poison=True)

@@ -40,6 +40,7 @@ from jaxpipe.pipeline.layer.weight import divisor
 from jaxpipe.pipeline.table.segment import Segment
 from jaxpipe.pipeline.zero_weights import ZeroWeights
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.context import check_key
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -156,6 +157,7 @@ def compile_step(execution: Execution, unroll: str) -> Callable[..., Any]:
     params: Tree, batch: Tree, key: jax.Array | None = None, state: Tree | None = None
   ) -> Any:
     state = given_state(execution.stack, state)
+    check_key(key)
     check_placed(params, execution.stack, execution.schedule, execution.mesh, state)
     out, weight = run(params, state, batch, key)
     weights.add(weight)

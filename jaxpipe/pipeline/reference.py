@@ -27,7 +27,7 @@ from jaxpipe.pipeline.layer.interpret import opened
 from jaxpipe.pipeline.layer.residuals import Policy, Residuals, residual_policy
 from jaxpipe.pipeline.layer.weight import divisor, scale_of, uses_float16
 from jaxpipe.pipeline.storage.rings import wide
-from jaxpipe.stack.context import LayerInputs, MicrobatchInputs
+from jaxpipe.stack.context import LayerInputs, MicrobatchInputs, check_key
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -84,6 +84,7 @@ def reference_value_and_grad(
     params: Tree, batch: Tree, key: jax.Array | None = None, state: Tree | None = None
   ) -> Any:
     old = given_state(stack, state)
+    check_key(key)
     rows = check_rows(batch, microbatches)
     divided = jax.tree.map(lambda leaf: leaf.reshape(microbatches, rows, *leaf.shape[1:]), batch)
     first = jax.tree.map(lambda leaf: leaf[0], divided)

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.placing import Tree, init_placed
 from jaxpipe.parallel.protocol import Cut, ScheduleLike
 from jaxpipe.parallel.rules import NONE, Rules
-from jaxpipe.stack.context import Context, LayerInputs
+from jaxpipe.stack.context import Context, LayerInputs, check_key
 from jaxpipe.stack.from_modules import factories_of
 from jaxpipe.stack.module_spec import Factory, ModuleSpec, StackError, sums
 from jaxpipe.stack.network import Network, keep_whole
@@ -225,6 +225,7 @@ class LayerStack:
     """
     if (schedule is None) != (mesh is None):
       raise StackError("init takes a schedule and a mesh, or neither; only one was given")
+    check_key(key)
     self.check_shapes(example_batch)
     if schedule is not None and mesh is not None:
       return init_placed(self.laid_out(schedule), key, schedule, mesh)
@@ -255,6 +256,7 @@ class LayerStack:
     """
     if (schedule is None) != (mesh is None):
       raise StackError("init_state takes a schedule and a mesh, or neither; only one was given")
+    check_key(key)
     self.check_shapes(example_batch)
     if schedule is not None and mesh is not None:
       laid = self.laid_out(schedule)

@@ -252,3 +252,46 @@ def test_negative_ids_count_from_the_end_of_a_cut_table():
   assert (batch["tokens"] < 0).any()
   report = jaxpipe.check(cut, schedule, jaxpipe.make_mesh("stage:2"), batch)
   assert report.ok, str(report)
+
+
+KEYS = {
+  "rbg": lambda: jax.random.key(0, impl="rbg"),
+  "unsafe_rbg": lambda: jax.random.key(0, impl="unsafe_rbg"),
+  "a raw rbg key": lambda: jax.random.PRNGKey(0, impl="rbg"),
+  "several": lambda: jax.random.split(jax.random.key(0)),
+  "several raw ones": lambda: jax.random.split(jax.random.PRNGKey(0), 3),
+  "a seed": lambda: 7,
+  "a number": lambda: jnp.int32(7),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_key_by_which_masks_would_depend_on_the_mesh_is_refused(kind):
+  """A vmapped `rbg` generator draws all rows at once: other rows on a device, other masks."""
+  named, mesh, key = (
+    stack(lambda h, c: c.dropout(h, 0.5)),
+    jaxpipe.make_mesh("stage:2"),
+    KEYS[kind](),
+  )
+  params = named.init(jax.random.key(0), BATCH)
+  step = jaxpipe.pipeline_value_and_grad(named, GPIPE, mesh)
+  for call in (
+    lambda: step(params, BATCH, key),
+    lambda: jax.eval_shape(step, params, BATCH, key),
+    lambda: jaxpipe.reference_value_and_grad(named, 2)(params, BATCH, key),
+    lambda: named.init(key, BATCH),
+    lambda: named.init(key, BATCH, GPIPE, mesh),
+  ):
+    with pytest.raises(ValueError, match=r"the key is .*; pass jax\.random\.key\(seed, impl='thr"):
+      call()
+
+
+def test_a_raw_key_gives_the_masks_of_a_typed_one():
+  named, mesh = stack(lambda h, c: c.dropout(h, 0.5)), jaxpipe.make_mesh("stage:2")
+  batch = {"x": np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)}
+  params = named.init(jax.random.PRNGKey(1), batch, GPIPE, mesh)
+  step = jaxpipe.pipeline_value_and_grad(named, GPIPE, mesh, unroll="none")
+  typed, raw = step(params, batch, jax.random.key(3)), step(params, batch, jax.random.PRNGKey(3))
+  other = step(params, batch, jax.random.PRNGKey(4))
+  assert float(typed[0][0]) == float(raw[0][0]) != float(other[0][0])
+  jax.tree.map(np.testing.assert_array_equal, typed[1], raw[1])
