@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import make_mesh, row_shards, stages_of
 from jaxpipe.parallel.placing import place, unplace
-from jaxpipe.pipeline.batch import check_rows, given_state
+from jaxpipe.pipeline.batch import check_rows, filled_up, given_state
 from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.partitioned import partitioned
 from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.stack.forward import modules, run_layers
+from jaxpipe.stack.from_modules import Loss
 from jaxpipe.stack.protocol import is_packed
 from jaxpipe.stack.stack import LayerStack
 
@@ -88,17 +89,25 @@ class Pipelined:
     """A training step `(params, batch, key=None) -> ((loss, metrics), grads)`.
 
     With model state, `(params, batch, key, state) -> ((loss, metrics, state), grads)`. The step is
-    compiled at its first call; `pipeline_value_and_grad` describes arguments and results.
+    compiled at its first call; `pipeline_value_and_grad` describes arguments and results. Where the
+    loss is one for every row, the batch may have any number of rows: rows of weight 0 fill it up.
+
+    Raises:
+      ValueError: when it is called, rows that do not divide, where the head gives sums of its own
+        or the stack has statistics, of which the rows that fill up would be part.
     """
-    return pipeline_value_and_grad(self.stack, self.schedule, self.mesh, **self.options)
+    step = pipeline_value_and_grad(self.stack, self.schedule, self.mesh, **self.options)
+    return _filling(self.stack, self.schedule.microbatches, row_shards(self.mesh), step, True)
 
   @functools.cached_property
   def evaluate(self) -> Callable[..., Any]:
     """An evaluation `(params, batch, state=None) -> (loss, metrics)`: forwards only, no dropout.
 
-    Running statistics take the place of the batch's own; see `pipeline_forward`.
+    Running statistics take the place of the batch's own; see `pipeline_forward`. Where the loss is
+    one for every row, the batch may have any number of rows.
     """
-    return pipeline_forward(self.stack, self.schedule, self.mesh)
+    run = pipeline_forward(self.stack, self.schedule, self.mesh)
+    return _filling(self.stack, self.schedule.microbatches, row_shards(self.mesh), run, False)
 
   def place(self, tree: Tree) -> Tree:
     """Lays a canonical tree of parameters, moments or model state out over the devices."""
@@ -139,6 +148,39 @@ class Pipelined:
   def _run_layers(self) -> Callable[[Tree, Tree, Tree], Tree]:
     """Compiled `(canonical params, canonical state, batch) -> output of the last layer`."""
     return jax.jit(functools.partial(_predict, self.stack))
+
+
+def _filling(
+  stack: LayerStack, M: int, shards: int, run: Callable[..., Any], trains: bool
+) -> Callable[..., Any]:
+  """Returns `run` with its second argument, the batch, filled up with rows that do not count.
+
+  Args:
+    stack: that `run` runs. Where its head sums up by itself, nothing is filled up.
+    M: number of microbatches.
+    shards: number of data shards.
+    run: a step or an evaluation, `(params, batch, ...)`.
+    trains: whether statistics are those of the batch.
+  """
+  if not issubclass(stack.network.specs["head"].kind, Loss):
+    return run
+  statistics = [
+    spec.name for spec in stack.network.specs.values() if any(jax.tree.leaves(spec.changing))
+  ]
+
+  @functools.wraps(run)
+  def filling(params: Tree, batch: Tree, *args: Any, **named: Any) -> Any:
+    filled = filled_up(batch, M, shards)
+    if filled is not batch and trains and statistics:
+      rows = len(jax.tree.leaves(batch)[0])
+      raise ValueError(
+        f"a batch of {rows} rows cannot be filled up to a multiple of {M * shards}, for"
+        f" {', '.join(statistics)} would count the rows that fill up in their statistics; use a"
+        f" multiple of {M * shards} rows, or leave these out"
+      )
+    return run(params, filled, *args, **named)
+
+  return filling
 
 
 def _predict(stack: LayerStack, params: Tree, state: Tree, batch: Tree) -> Tree:

@@ -15,6 +15,27 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Filled:
+  """A batch with rows at its end that only fill it up, such as the last batch of an epoch.
+
+  Modules are given `batch`; the head that sums up a loss for every row leaves these rows out.
+
+  Attributes:
+    batch: the batch, leaves `[rows, ...]`.
+    counts: bool [rows], False for the rows that only fill up.
+  """
+
+  batch: Any
+  counts: Any
+
+
+def rows_alone(batch: Any) -> Any:
+  """The batch itself, as modules see it, whether or not it is filled up."""
+  return batch.batch if isinstance(batch, Filled) else batch
+
+
 class MicrobatchInputs(TypedDict):
   """Inputs that every module of a stack has from its microbatch, besides its parameters and x.
 
@@ -90,7 +111,7 @@ class Context:
     # Never from stage or tick: a recomputation on a later tick must draw the same masks.
     if key is not None:
       key = jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
-    return cls(batch, training, key, rows)
+    return cls(rows_alone(batch), training, key, rows)
 
   def dropout(
     self,
