@@ -54,6 +54,7 @@ class Execution:
     program: the tick table: of the schedule, or of its forwards alone.
     mesh: where it runs.
     policy: what F keeps; None where only forwards run.
+    predicts: whether the outputs of the last layer are wanted, and the head does not run.
     poison: whether to fill with NaN whatever no action has written; for tests.
     probe: reads the clock round every action; None for a program that reads none.
 
@@ -67,6 +68,7 @@ class Execution:
   program: Program
   mesh: Mesh
   policy: Residuals | None
+  predicts: bool = False
   poison: bool = False
   probe: Probe | None = None
 
@@ -106,9 +108,15 @@ class Execution:
 
   @classmethod
   def of_forwards(
-    cls, stack: LayerStack, schedule: Schedule, mesh: Mesh, *, poison: bool = False
+    cls,
+    stack: LayerStack,
+    schedule: Schedule,
+    mesh: Mesh,
+    *,
+    predicts: bool = False,
+    poison: bool = False,
   ) -> Self:
-    """Assembles an evaluation; arguments and errors as of `pipeline_forward`.
+    """Assembles an evaluation, or a prediction; arguments and errors as of `pipeline_forward`.
 
     Weights that `fsdp` cuts are gathered before the first tick: forwards alone have no G.
     """
@@ -119,6 +127,7 @@ class Execution:
       program=lower(schedule.check().forward_only()),
       mesh=mesh,
       policy=None,
+      predicts=predicts,
       poison=poison,
     )
 
@@ -227,6 +236,7 @@ class Execution:
       key=key,
       rows=rows,
       training=self.policy is not None,
+      predicts=self.predicts,
       state=self._state_rows(state),
     )
     return Device.build(

@@ -186,10 +186,7 @@ def _run(
     where only forwards run. And the weight that both were divided by.
   """
   device = execution.build(params, state, batch, key)
-  table = _own_columns(execution, device)
-  carry = device.start()
-  for segment in segments:
-    carry = _walk(device, carry, segment, table)
+  carry = walk(execution, segments, device)
   loss, metrics, weight = _reduce_totals(carry.totals, execution.axes)
   if not execution.policy:
     return ((loss, metrics), {}), weight
@@ -201,6 +198,15 @@ def _run(
     return ((loss, metrics), grads), weight
   counted = device.stage.counted(carry.pools)
   return ((loss, metrics, _next_state(execution, state, counted)), grads), weight
+
+
+def walk(execution: Execution, segments: Sequence[Segment], device: Device) -> Carry:
+  """Walks the whole table on one device, inside `shard_map`; returns what it then carries."""
+  table = _own_columns(execution, device)
+  carry = device.start()
+  for segment in segments:
+    carry = _walk(device, carry, segment, table)
+  return carry
 
 
 def _own_columns(execution: Execution, device: Device) -> dict[str, jax.Array]:

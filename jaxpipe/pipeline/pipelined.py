@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import make_mesh, row_shards, stages_of
 from jaxpipe.parallel.placing import place, unplace
-from jaxpipe.pipeline.batch import check_rows, filled_up, given_state
+from jaxpipe.pipeline.batch import check_rows, filled_up
 from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.partitioned import partitioned
+from jaxpipe.pipeline.predict import pipeline_predict
 from jaxpipe.schedules import Schedule, make_schedule
-from jaxpipe.stack.forward import modules, run_layers
 from jaxpipe.stack.from_modules import Loss
 from jaxpipe.stack.protocol import is_packed
 from jaxpipe.stack.stack import LayerStack
@@ -125,29 +125,14 @@ class Pipelined:
     """
     return check(self.stack, self.schedule, self.mesh, batch, **self.options)
 
-  def predict(self, params: Tree, batch: Tree, state: Tree | None = None) -> Tree:
-    """Returns the output of the last layer in evaluation: no dropout, norms by moving averages.
-
-    All layers run on this process's first device, which must have memory for all of them.
-
-    Args:
-      params: placed parameters.
-      batch: arrays, leaves `[B, ...]`, B of any size.
-      state: placed model state, where the stack has any.
-
-    Raises:
-      ValueError: the stack has state and none is given, or the other way round.
-    """
-    state = given_state(self.stack, state)
-    trees = self.unplace(params), self.unplace(state) if state else {}, batch
-    return self._run_layers(*jax.device_put(trees, self.mesh.local_devices[0]))
-
-  # A property of this object, so that the stack and its programs go when the object goes: as a
-  # static argument of a function of the module, the stack would live as long as the process.
   @functools.cached_property
-  def _run_layers(self) -> Callable[[Tree, Tree, Tree], Tree]:
-    """Compiled `(canonical params, canonical state, batch) -> output of the last layer`."""
-    return jax.jit(functools.partial(_predict, self.stack))
+  def predict(self) -> Callable[..., Tree]:
+    """The last layer's output `(params, batch, state=None) -> y`, in evaluation: no dropout.
+
+    It runs over the pipeline, on any number of rows, and no device holds the whole model; see
+    `pipeline_predict`, which also says where y lies.
+    """
+    return pipeline_predict(self.stack, self.schedule, self.mesh)
 
 
 def _filling(
@@ -181,12 +166,6 @@ def _filling(
     return run(params, filled, *args, **named)
 
   return filling
-
-
-def _predict(stack: LayerStack, params: Tree, state: Tree, batch: Tree) -> Tree:
-  """Runs the embedding and all layers as modules in evaluation mode, one after the other."""
-  embed, *layers, _ = modules(stack, params, state)
-  return run_layers(layers, embed(batch), batch)
 
 
 def pipeline(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,11 @@ class Parts(NamedTuple):
   ends: Ends
   weights: Weights
   totals: Totals
+
+
+# The sums of a prediction, which runs no head.
+_NO_SUM: Any = jax.ShapeDtypeStruct((), jnp.float32)
+_NOTHING = Totals(_NO_SUM, _NO_SUM, {})
 
 
 def build_parts(
@@ -110,7 +115,13 @@ def _looped(
     # On TPU, XLA then computes the attention of I more than once: a third more cycles.
     fetch=context.blocking,
   )
+  weights = Weights.of(pieces, specs, _gathered_by_g(context, stage, layer), layers)
+  vocabulary = context.program.schedule.vocabulary
+  ends: Ends
   # Only types and weight of the sums are wanted; the head itself runs in the methods of `Ends`.
+  if context.predicts:
+    ends = ShardedEnds(context, stack.vocabulary_ends) if vocabulary else WholeEnds(context, stack)
+    return Parts(context, stage, ends, weights, _zeros(context, _NOTHING))
   closed, structure = trace_tree(stack.apply_head, context.params["head"], context.x, batch)
   head = Slice.of(closed)
   loss, aux = jax.tree.unflatten(structure, [v.aval for v in head.outputs])
@@ -119,16 +130,8 @@ def _looped(
     last = len(head.inputs) - len(jax.tree.leaves(batch))
     is_batch = [n >= last for n, _ in enumerate(head.inputs)]
     context = _scaled(context, weight_from_batch(head, is_batch))
-  ends: Ends = WholeEnds(context, stack)
-  if context.program.schedule.vocabulary:
-    ends = ShardedEnds(context, stack.vocabulary_ends)
-  return Parts(
-    context,
-    stage,
-    ends,
-    Weights.of(pieces, specs, _gathered_by_g(context, stage, layer), layers),
-    _zeros(context, Totals(loss, *aux)),
-  )
+  ends = ShardedEnds(context, stack.vocabulary_ends) if vocabulary else WholeEnds(context, stack)
+  return Parts(context, stage, ends, weights, _zeros(context, Totals(loss, *aux)))
 
 
 def _gathered_by_g(context: DeviceContext, stage: LoopedStage, layer: Tree) -> list[bool]:
@@ -187,8 +190,10 @@ def _switched(
     is_batch += [False for _ in head.inputs[len(is_batch) :]]  # leaves of x
     context = _scaled(context, weight_from_batch(head, is_batch))
     stages = dataclasses.replace(stages, context=context)
-  loss, aux = jax.eval_shape(boundaries.result.unpack, context.x)
   ends = InnerEnds(context, boundaries.result)
+  if context.predicts:
+    return Parts(context, stages, ends, weights, _zeros(context, _NOTHING))
+  loss, aux = jax.eval_shape(boundaries.result.unpack, context.x)
   return Parts(context, stages, ends, weights, _zeros(context, Totals(loss, *aux)))
 
 
