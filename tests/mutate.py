@@ -86,7 +86,7 @@ FAULTS = [
   Fault(
     "loss weight ignored",
     "pipeline/executor.py",
-    "/ weight.astype(grad.dtype)",
+    "/ divisor(weight, grad.dtype)",
     "/ jnp.ones_like(weight).astype(grad.dtype)",
   ),
   Fault(

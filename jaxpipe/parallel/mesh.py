@@ -136,6 +136,27 @@ def make_mesh(
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def stages_of(mesh: Mesh) -> int:
+  """Returns P, the number of devices along the axis `stage`.
+
+  Everything that takes a mesh asks this before it reads one of the axes, so that a mesh which the
+  executor cannot run on is refused in the same words everywhere.
+
+  Raises:
+    MeshError: no `Mesh` of devices, an axis that is none of `AXES` or not of type `Auto`, or no
+      axis `stage`.
+  """
+  remedy = f"build it with jaxpipe.make_mesh, whose axes are {', '.join(AXES)}, all of type Auto"
+  if not isinstance(mesh, Mesh):
+    raise MeshError(f"mesh {mesh!r} is no jax.sharding.Mesh of devices; {remedy}")
+  if {*mesh.axis_names} - {*AXES} or {*mesh.axis_types} - {AxisType.Auto}:
+    types = [kind.name for kind in mesh.axis_types]
+    raise MeshError(f"mesh axes {dict(mesh.shape)} of types {types} cannot be used; {remedy}")
+  if STAGE not in mesh.axis_names:
+    raise MeshError(f"mesh axes {dict(mesh.shape)} lack the axis `{STAGE}`; {remedy}")
+  return mesh.shape[STAGE]
+
+
 def row_shards(mesh: Mesh) -> int:
   """Returns D, the number of data shards into which the rows of every microbatch are cut."""
   return math.prod(dict(mesh.shape).get(axis, 1) for axis in ROWS)

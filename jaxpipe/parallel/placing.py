@@ -32,12 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel import axes as axis
 from jaxpipe.parallel.compiled_packing import pack, unpack
-from jaxpipe.parallel.mesh import AXES, FSDP, STAGE, TENSOR
+from jaxpipe.parallel.mesh import FSDP, STAGE, TENSOR, stages_of
 from jaxpipe.parallel.protocol import PlaceableStack, ScheduleLike
 from jaxpipe.parallel.replicas import owned
 from jaxpipe.parallel.rules import axes_of_entry, check_axes, describe
@@ -329,14 +329,8 @@ def _is_params(node: Any) -> bool:
 
 
 def check_mesh(schedule: ScheduleLike, mesh: Mesh) -> None:
-  """Raises ValueError for a mesh of unknown or explicit axes, or another size than the schedule."""
-  strange = [name for name in mesh.axis_names if name not in AXES]
-  if strange or any(kind is not AxisType.Auto for kind in mesh.axis_types):
-    raise ValueError(
-      f"mesh axes {dict(mesh.shape)} of types {[kind.name for kind in mesh.axis_types]}: only"
-      f" {', '.join(AXES)} are supported, as Auto axes; build it with jaxpipe.make_mesh"
-    )
-  found = dict(mesh.shape).get(STAGE, 0)
+  """Raises ValueError for a mesh that `stages_of` refuses, or of another size than the schedule."""
+  found = stages_of(mesh)
   if found != schedule.devices:
     raise ValueError(
       f"schedule {schedule.name} is for {schedule.devices} devices but the mesh has {found} along"

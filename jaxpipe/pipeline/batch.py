@@ -14,10 +14,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.mesh import ROWS
+from jaxpipe.stack.context import Filled
 from jaxpipe.stack.protocol import LaidOutStack
 
 Tree = Any
@@ -71,7 +74,7 @@ def check_rows(batch: Tree, M: int, shards: int = 1) -> int:
   if B == 0 or B % (M * shards):
     raise ValueError(
       f"a batch of {B} rows cannot be cut into {M} microbatches over {shards} data shards;"
-      f" use a multiple of {M * shards} rows"
+      f" use a multiple of {M * shards} rows, the last of them with weight 0 where there are fewer"
     )
   return B // M
 
@@ -91,6 +94,37 @@ def microbatches(batch: Tree, M: int, shards: int) -> Tree:
     return _check_cut(batch.leaves, M, shards)
   rows = check_rows(batch, M, shards)
   return jax.tree.map(lambda leaf: leaf.reshape(M, rows, *leaf.shape[1:]), batch)
+
+
+def filled_up(batch: Tree, M: int, shards: int) -> Tree:
+  """Returns a batch of a number of rows that can be divided: the last row is repeated.
+
+  Args:
+    batch: arrays, leaves `[B, ...]`; or `Microbatches`, which are divided already.
+    M: number of microbatches.
+    shards: number of data shards.
+
+  Returns:
+    The batch itself where it needs nothing; else `Filled`, with leaves of the next multiple of
+    `M * shards` rows.
+  """
+  leaves = jax.tree.leaves(batch)
+  shapes = {jnp.shape(leaf)[:1] for leaf in leaves}
+  # What is no batch of B rows `check_rows` refuses, by name.
+  if isinstance(batch, Microbatches) or len(shapes) != 1 or shapes & {(), (0,)}:
+    return batch
+  ((B,),) = shapes
+  more = -B % (M * shards)
+  if not more:
+    return batch
+
+  def fill(leaf: Any) -> Any:
+    # Copies of a row that counts are as finite as it is. NumPy arrays stay what they are: each
+    # process of several has the whole of them.
+    arrays: Any = jnp if isinstance(leaf, jax.Array) else np
+    return arrays.concatenate([leaf, arrays.repeat(leaf[-1:], more, axis=0)])
+
+  return Filled(jax.tree.map(fill, batch), np.arange(B + more) < B)
 
 
 def given_state(stack: LaidOutStack, state: Tree | None) -> Tree:

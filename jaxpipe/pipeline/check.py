@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.placing import layer_paths, place, unplace
@@ -85,7 +86,7 @@ def leaf_errors(grads: Tree, reference: Tree) -> dict[str, float]:
   Returns:
     Path of a leaf, as `jax.tree_util.keystr` writes it -> error, in the order of the tree.
   """
-  got, want = jax.tree.map(_as_float, jax.device_get((grads, reference)))
+  got, want = jax.tree.map(_as_float, (_fetched(grads), _fetched(reference)))
   pairs = list(zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True))
   largest = max((float(np.abs(r).max(initial=0)) for (_, r), _ in pairs), default=0.0)
   # A gradient that is zero by mathematics, such as that of an attention key's bias, is rounding
@@ -97,6 +98,19 @@ def leaf_errors(grads: Tree, reference: Tree) -> dict[str, float]:
     )
     for (path, r), g in pairs
   }
+
+
+def _fetched(tree: Tree) -> Tree:
+  """The arrays of a tree in NumPy, whole, also those of which other processes have parts."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+
+  def fetch(leaf: Any) -> np.ndarray:
+    there = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    whole = multihost_utils.process_allgather(leaf, tiled=True) if there else leaf
+    return np.asarray(whole)
+
+  return jax.tree.map(fetch, tree)
 
 
 def _as_float(leaf: np.ndarray) -> np.ndarray:
@@ -132,13 +146,14 @@ def check(
 ) -> Report:
   """Runs one step of pipeline and reference on the same values and compares every leaf.
 
-  The reference holds the whole model, and its gradients, on one device.
+  The reference holds the whole model, and its gradients, on one device; of several processes, on
+  one of each.
 
   Args:
     stack: the network.
     schedule: that the pipeline follows; its number of microbatches is also the reference's.
     mesh: of the pipeline, with an axis `stage` of `schedule.devices`.
-    batch: arrays `[B, ...]`.
+    batch: arrays `[B, ...]`; of several processes each has all of them, in NumPy.
     params: canonical tree; default, `stack.init(key, batch)`.
     state: canonical tree of the model state; default, `stack.init_state(key, batch)`. Not read
       where the stack has no state.
@@ -156,7 +171,7 @@ def check(
   Raises:
     ValueError: as `pipeline_value_and_grad` does.
   """
-  key = jax.random.key(0) if key is None else key
+  key = jax.random.key(0, impl="threefry2x32") if key is None else key
   params = stack.init(key, batch) if params is None else params
   options: dict[str, Any] = dict(residuals=residuals, slack=slack, unroll=unroll)
   step = pipeline_value_and_grad(stack, schedule, mesh, **options, poison=True)

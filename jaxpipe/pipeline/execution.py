@@ -54,6 +54,7 @@ class Execution:
     program: the tick table: of the schedule, or of its forwards alone.
     mesh: where it runs.
     policy: what F keeps; None where only forwards run.
+    predicts: whether the outputs of the last layer are wanted, and the head does not run.
     poison: whether to fill with NaN whatever no action has written; for tests.
     probe: reads the clock round every action; None for a program that reads none.
 
@@ -67,6 +68,7 @@ class Execution:
   program: Program
   mesh: Mesh
   policy: Residuals | None
+  predicts: bool = False
   poison: bool = False
   probe: Probe | None = None
 
@@ -83,6 +85,7 @@ class Execution:
     probe: Probe | None = None,
   ) -> Self:
     """Assembles a training step; arguments and errors as of `pipeline_value_and_grad`."""
+    check_mesh(schedule, mesh)
     laid_out = stack.laid_out(schedule)
     mode = mode_of(laid_out)
     policy = residual_policy(residuals, mode.auto_residuals)
@@ -105,23 +108,30 @@ class Execution:
 
   @classmethod
   def of_forwards(
-    cls, stack: LayerStack, schedule: Schedule, mesh: Mesh, *, poison: bool = False
+    cls,
+    stack: LayerStack,
+    schedule: Schedule,
+    mesh: Mesh,
+    *,
+    predicts: bool = False,
+    poison: bool = False,
   ) -> Self:
-    """Assembles an evaluation; arguments and errors as of `pipeline_forward`.
+    """Assembles an evaluation, or a prediction; arguments and errors as of `pipeline_forward`.
 
     Weights that `fsdp` cuts are gathered before the first tick: forwards alone have no G.
     """
+    check_mesh(schedule, mesh)
     return cls(
       stack=stack.laid_out(schedule),
       schedule=schedule,
       program=lower(schedule.check().forward_only()),
       mesh=mesh,
       policy=None,
+      predicts=predicts,
       poison=poison,
     )
 
   def __post_init__(self) -> None:
-    check_mesh(self.schedule, self.mesh)
     layers_per_stage(self.stack.depth, self.schedule)
     replicas.owned(self.schedule.placement)
     _ = self.specs  # raises where the parameters do not fit the mesh
@@ -226,6 +236,7 @@ class Execution:
       key=key,
       rows=rows,
       training=self.policy is not None,
+      predicts=self.predicts,
       state=self._state_rows(state),
     )
     return Device.build(

@@ -36,8 +36,11 @@ from jaxpipe.pipeline.device.probe import Probe
 from jaxpipe.pipeline.execution import Execution
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.layer.varying import vary
+from jaxpipe.pipeline.layer.weight import divisor
 from jaxpipe.pipeline.table.segment import Segment
+from jaxpipe.pipeline.zero_weights import ZeroWeights
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.context import check_key
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -86,7 +89,7 @@ def pipeline_value_and_grad(
       batch    leaves `[B, ...]`; microbatch m is rows `m*B/M ... (m+1)*B/M`, and each data shard
                holds an equal slice of every microbatch
       key      seeds dropout
-      loss     sum(loss_sum) / sum(weight), NaN where all weights are zero
+      loss     sum(loss_sum) / sum(weight); loss and gradients are 0 where that weight is 0
       metrics  summed over microbatches and data shards
       grads    the tree and layout of `params`, in float32 at least
 
@@ -142,10 +145,11 @@ def compile_step(execution: Execution, unroll: str) -> Callable[..., Any]:
   """
   segments, trains = execution.segments(unroll), execution.policy is not None
   after = (execution.state_specs,) if trains and execution.stack.has_state else ()
+  weights = ZeroWeights()
   run = jax.jit(
     execution.over_mesh(
       functools.partial(_run, execution, segments),
-      ((Spec(), Spec(), *after), execution.specs if trains else {}),
+      (((Spec(), Spec(), *after), execution.specs if trains else {}), Spec()),
     )
   )
 
@@ -153,8 +157,11 @@ def compile_step(execution: Execution, unroll: str) -> Callable[..., Any]:
     params: Tree, batch: Tree, key: jax.Array | None = None, state: Tree | None = None
   ) -> Any:
     state = given_state(execution.stack, state)
+    check_key(key)
     check_placed(params, execution.stack, execution.schedule, execution.mesh, state)
-    return run(params, state, batch, key)
+    out, weight = run(params, state, batch, key)
+    weights.add(weight)
+    return out
 
   return step
 
@@ -176,21 +183,30 @@ def _run(
 
   Returns:
     `(loss, metrics), grads`, or with model state `(loss, metrics, state), grads`; `grads` is empty
-    where only forwards run.
+    where only forwards run. And the weight that both were divided by.
   """
   device = execution.build(params, state, batch, key)
+  carry = walk(execution, segments, device)
+  loss, metrics, weight = _reduce_totals(carry.totals, execution.axes)
+  if not execution.policy:
+    return ((loss, metrics), {}), weight
+  scaled = weight
+  if device.context.loss_scale is not None:
+    scaled = weight * device.context.loss_scale
+  grads = _reduce_grads(execution, carry.grads, scaled)
+  if not state:
+    return ((loss, metrics), grads), weight
+  counted = device.stage.counted(carry.pools)
+  return ((loss, metrics, _next_state(execution, state, counted)), grads), weight
+
+
+def walk(execution: Execution, segments: Sequence[Segment], device: Device) -> Carry:
+  """Walks the whole table on one device, inside `shard_map`; returns what it then carries."""
   table = _own_columns(execution, device)
   carry = device.start()
   for segment in segments:
     carry = _walk(device, carry, segment, table)
-  loss, metrics, weight = _reduce_totals(carry.totals, execution.axes)
-  if not execution.policy:
-    return (loss, metrics), {}
-  grads = _reduce_grads(execution, carry.grads, weight)
-  if not state:
-    return (loss, metrics), grads
-  counted = device.stage.counted(carry.pools)
-  return (loss, metrics, _next_state(execution, state, counted)), grads
+  return carry
 
 
 def _own_columns(execution: Execution, device: Device) -> dict[str, jax.Array]:
@@ -263,7 +279,8 @@ def _reduce_totals(totals: Totals, over: tuple[str, ...]) -> tuple[jax.Array, Tr
     return metric // times if whole else metric / times
 
   metrics = jax.tree.map(once, summed.metrics) if times > 1 else summed.metrics
-  return summed.loss / summed.weight, metrics, summed.weight
+  exact = jnp.promote_types(summed.loss.dtype, summed.weight.dtype)
+  return summed.loss / divisor(summed.weight, exact), metrics, summed.weight
 
 
 def _reduce_grads(execution: Execution, grads: Tree, weight: jax.Array) -> Tree:
@@ -281,7 +298,7 @@ def _reduce_grads(execution: Execution, grads: Tree, weight: jax.Array) -> Tree:
   def reduce(spec: Spec, grad: jax.Array) -> jax.Array:
     cut = {axis for entry in spec for axis in axes_of_entry(entry)}
     over = tuple(axis for axis in execution.axes if axis not in cut)
-    return (lax.psum(grad, over) if over else grad) / weight.astype(grad.dtype)
+    return (lax.psum(grad, over) if over else grad) / divisor(weight, grad.dtype)
 
   return jax.tree.map(reduce, execution.specs, {**grads, "layers": layers})
 

@@ -16,19 +16,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxpipe.parallel.mesh import STAGE, make_mesh, row_shards
+from jaxpipe.parallel.mesh import make_mesh, row_shards, stages_of
 from jaxpipe.parallel.placing import place, unplace
-from jaxpipe.pipeline.batch import check_rows, given_state
+from jaxpipe.pipeline.batch import check_rows, filled_up, given_state
 from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.partitioned import partitioned
+from jaxpipe.pipeline.predict import pipeline_predict
 from jaxpipe.schedules import Schedule, make_schedule
-from jaxpipe.stack.context import MicrobatchInputs
 from jaxpipe.stack.forward import given_back
+from jaxpipe.stack.from_modules import Loss
 from jaxpipe.stack.protocol import is_packed
 from jaxpipe.stack.stack import LayerStack
 
@@ -99,17 +99,25 @@ class Pipelined:
     """A training step `(params, batch, key=None) -> ((loss, metrics), grads)`.
 
     With model state, `(params, batch, key, state) -> ((loss, metrics, state), grads)`. The step is
-    compiled at its first call; `pipeline_value_and_grad` describes arguments and results.
+    compiled at its first call; `pipeline_value_and_grad` describes arguments and results. Where the
+    loss is one for every row, the batch may have any number of rows: rows of weight 0 fill it up.
+
+    Raises:
+      ValueError: when it is called, rows that do not divide, where the head gives sums of its own
+        or the stack has statistics, of which the rows that fill up would be part.
     """
-    return pipeline_value_and_grad(self.stack, self.schedule, self.mesh, **self.options)
+    step = pipeline_value_and_grad(self.stack, self.schedule, self.mesh, **self.options)
+    return _filling(self.stack, self.schedule.microbatches, row_shards(self.mesh), step, True)
 
   @functools.cached_property
   def evaluate(self) -> Callable[..., Any]:
     """An evaluation `(params, batch, state=None) -> (loss, metrics)`: forwards only, no dropout.
 
-    Running statistics take the place of the batch's own; see `pipeline_forward`.
+    Running statistics take the place of the batch's own; see `pipeline_forward`. Where the loss is
+    one for every row, the batch may have any number of rows.
     """
-    return pipeline_forward(self.stack, self.schedule, self.mesh)
+    run = pipeline_forward(self.stack, self.schedule, self.mesh)
+    return _filling(self.stack, self.schedule.microbatches, row_shards(self.mesh), run, False)
 
   def place(self, tree: Tree) -> Tree:
     """Lays a canonical tree of parameters, moments or model state out over the devices."""
@@ -145,42 +153,47 @@ class Pipelined:
     """
     return check(self.stack, self.schedule, self.mesh, batch, **self.options)
 
-  def predict(self, params: Tree, batch: Tree, state: Tree | None = None) -> Tree:
-    """Returns the output of the last layer in evaluation: no dropout, norms by moving averages.
-
-    All layers run on this process's first device, which must have memory for all of them.
-
-    Args:
-      params: placed parameters.
-      batch: arrays, leaves `[B, ...]`, B of any size.
-      state: placed model state, where the stack has any.
-
-    Raises:
-      ValueError: the stack has state and none is given, or the other way round.
-    """
-    state = given_state(self.stack, state)
-    trees = self.unplace(params), self.unplace(state) if state else {}, batch
-    return self._run_layers(*jax.device_put(trees, self.mesh.local_devices[0]))
-
-  # A property of this object, so that the stack and its programs go when the object goes: as a
-  # static argument of a function of the module, the stack would live as long as the process.
   @functools.cached_property
-  def _run_layers(self) -> Callable[[Tree, Tree, Tree], Tree]:
-    """Compiled `(canonical params, canonical state, batch) -> output of the last layer`."""
-    return jax.jit(functools.partial(_predict, self.stack))
+  def predict(self) -> Callable[..., Tree]:
+    """The last layer's output `(params, batch, state=None) -> y`, in evaluation: no dropout.
+
+    It runs over the pipeline, on any number of rows, and no device holds the whole model; see
+    `pipeline_predict`, which also says where y lies.
+    """
+    return pipeline_predict(self.stack, self.schedule, self.mesh)
 
 
-def _predict(stack: LayerStack, params: Tree, state: Tree, batch: Tree) -> Tree:
-  """Runs the embedding and all layers in evaluation mode, one after the other."""
-  network = stack.network
-  owned, states = network.split(params), network.split(state) if state else {}
-  rows = jnp.arange(len(jax.tree.leaves(batch)[0]))
-  inputs = MicrobatchInputs(batch=batch, key=None, microbatch=0, rows=rows)
-  x: Tree = None
-  for name in list(network.specs)[:-1]:
-    params_of_module = network.params_of(name, owned)
-    x, _ = network.call(name, params_of_module, states.get(name, {}), x, False, inputs)
-  return x
+def _filling(
+  stack: LayerStack, M: int, shards: int, run: Callable[..., Any], trains: bool
+) -> Callable[..., Any]:
+  """Returns `run` with its second argument, the batch, filled up with rows that do not count.
+
+  Args:
+    stack: that `run` runs. Where its head sums up by itself, nothing is filled up.
+    M: number of microbatches.
+    shards: number of data shards.
+    run: a step or an evaluation, `(params, batch, ...)`.
+    trains: whether statistics are those of the batch.
+  """
+  if not issubclass(stack.network.specs["head"].kind, Loss):
+    return run
+  statistics = [
+    spec.name for spec in stack.network.specs.values() if any(jax.tree.leaves(spec.changing))
+  ]
+
+  @functools.wraps(run)
+  def filling(params: Tree, batch: Tree, *args: Any, **named: Any) -> Any:
+    filled = filled_up(batch, M, shards)
+    if filled is not batch and trains and statistics:
+      rows = len(jax.tree.leaves(batch)[0])
+      raise ValueError(
+        f"a batch of {rows} rows cannot be filled up to a multiple of {M * shards}, for"
+        f" {', '.join(statistics)} would count the rows that fill up in their statistics; use a"
+        f" multiple of {M * shards} rows, or leave these out"
+      )
+    return run(params, filled, *args, **named)
+
+  return filling
 
 
 def pipeline(
@@ -234,8 +247,9 @@ def pipeline(
       )
     stack = LayerStack.from_modules(layers, loss=loss, batch=batch, inputs=inputs, **stack_options)
   mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+  stages = stages_of(mesh)
   if isinstance(schedule, str):
-    schedule = make_schedule(schedule, devices=mesh.shape[STAGE], microbatches=microbatches)
+    schedule = make_schedule(schedule, devices=stages, microbatches=microbatches)
   if batch is not None:
     check_rows(batch, schedule.microbatches, row_shards(mesh))
   if isinstance(partition, str):

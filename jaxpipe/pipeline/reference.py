@@ -23,9 +23,11 @@ from jax import lax
 
 from jaxpipe.pipeline.batch import check_rows, given_state
 from jaxpipe.pipeline.layer.floats import is_float
+from jaxpipe.pipeline.layer.interpret import opened
 from jaxpipe.pipeline.layer.residuals import Policy, Residuals, residual_policy
+from jaxpipe.pipeline.layer.weight import divisor, scale_of, uses_float16
 from jaxpipe.pipeline.storage.rings import wide
-from jaxpipe.stack.context import LayerInputs, MicrobatchInputs
+from jaxpipe.stack.context import LayerInputs, MicrobatchInputs, check_key
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -65,24 +67,41 @@ def reference_value_and_grad(
     forward = functools.partial(_run_modules, stack, policy)
 
   def value_and_grad(keep: Policy | None) -> Callable[..., Any]:
-    def loss_sum(params: Tree, state: Tree, batch: Tree, m: jax.Array, key: Any) -> Any:
-      return forward(keep, params, state, _inputs(batch, m, key))
+    def loss_sum(
+      params: Tree, state: Tree, batch: Tree, m: jax.Array, key: Any, scale: jax.Array | None = None
+    ) -> Any:
+      loss, aux = forward(keep, params, state, _inputs(batch, m, key))
+      return loss if scale is None else loss * scale.astype(loss.dtype), (loss, aux)
 
-    return jax.value_and_grad(loss_sum, has_aux=True)
+    def run(*args: Any) -> Any:
+      (_, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(*args)
+      return sums, grads
+
+    return run
 
   @jax.jit
   def reference(
     params: Tree, batch: Tree, key: jax.Array | None = None, state: Tree | None = None
   ) -> Any:
     old = given_state(stack, state)
+    check_key(key)
     rows = check_rows(batch, microbatches)
     divided = jax.tree.map(lambda leaf: leaf.reshape(microbatches, rows, *leaf.shape[1:]), batch)
     first = jax.tree.map(lambda leaf: leaf[0], divided)
     # Traced once for its shapes alone; on the way, the policy refuses checkpoint names to keep that
     # no layer has.
-    shapes = policy.traced(
-      lambda keep: jax.eval_shape(value_and_grad(keep), params, old, first, jnp.int32(0), key)
+    closed, shapes = policy.traced(
+      lambda keep: jax.make_jaxpr(value_and_grad(keep), return_shape=True)(
+        params, old, first, jnp.int32(0), key
+      )
     )
+    scale = None
+    if uses_float16(opened(closed).eqns):
+
+      def weigh(at: Any) -> jax.Array:
+        return forward(policy.layer, params, old, _inputs(at[1], at[0], key))[1][0]
+
+      scale = scale_of(lax.map(weigh, (jnp.arange(microbatches), divided)).sum())
     # Sums are at least as precise as float32, whatever the precision of what is added.
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
     (loss, (weight, metrics, states)), grads = start
@@ -91,7 +110,7 @@ def reference_value_and_grad(
     def one(sums: Tree, at: Any) -> tuple[Tree, None]:
       m, batch = at
       ((loss, (weight, metrics, new)), grads) = value_and_grad(policy.layer)(
-        params, old, batch, m, key
+        params, old, batch, m, key, scale
       )
       ((losses, (weights, all_metrics, states)), all_grads) = sums
       aux = (_add(weights, weight), _add(all_metrics, metrics), jax.tree.map(_count, states, new))
@@ -100,16 +119,18 @@ def reference_value_and_grad(
     sums, _ = lax.scan(one, start, (jnp.arange(microbatches), divided))
     (loss, (weight, metrics, counted)), grads = sums
     # Divided once, after the sum: the weights of later microbatches are unknown to earlier ones.
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    by = weight if scale is None else weight * scale
+    grads = jax.tree.map(lambda g: g / divisor(by, g.dtype), grads)
+    mean = loss / divisor(weight, jnp.promote_types(loss.dtype, weight.dtype))
     if not old:
-      return (loss / weight, metrics), grads
+      return (mean, metrics), grads
     new = jax.tree.map(
       lambda changes, sums, old: _mean(sums, old, microbatches) if changes else old,
       stack.changing(),
       counted,
       old,
     )
-    return (loss / weight, metrics, new), grads
+    return (mean, metrics, new), grads
 
   return reference
 

@@ -23,6 +23,27 @@ _DRAWS_IN_EVALUATION = (
 )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Filled:
+  """A batch with rows at its end that only fill it up, such as the last batch of an epoch.
+
+  Modules are given `batch`; the head that sums up a loss for every row leaves these rows out.
+
+  Attributes:
+    batch: the batch, leaves `[rows, ...]`.
+    counts: bool [rows], False for the rows that only fill up.
+  """
+
+  batch: Any
+  counts: Any
+
+
+def rows_alone(batch: Any) -> Any:
+  """The batch itself, as modules see it, whether or not it is filled up."""
+  return batch.batch if isinstance(batch, Filled) else batch
+
+
 class MicrobatchInputs(TypedDict):
   """Inputs that every module of a stack has from its microbatch, besides its parameters and x.
 
@@ -139,7 +160,7 @@ class Context:
     # Never from stage or tick: a recomputation on a later tick must draw the same masks.
     if key is not None:
       key = jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
-    return cls(batch, training, key, rows)
+    return cls(rows_alone(batch), training, key, rows)
 
   def dropout(
     self,
@@ -191,3 +212,35 @@ class Context:
 
     keep = jax.vmap(keep_in_row)(self.rows)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def check_key(key: Any) -> None:
+  """Refuses a PRNG key by which masks or fresh values would depend on the mesh.
+
+  Masks are drawn row by row, by a `jax.vmap` over keys. Only of the `threefry2x32` generator are
+  the bits of a key then its own: `rbg` and `unsafe_rbg` draw those of all rows at once.
+
+  Args:
+    key: one key, as `jax.random.key(seed)` or `jax.random.PRNGKey(seed)` returns it; None passes.
+
+  Raises:
+    ValueError: another generator, several keys, or no key.
+  """
+  if key is None:
+    return
+  remedy = "; pass jax.random.key(seed, impl='threefry2x32')"
+  dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+  typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+  if not typed and (dtype != jnp.uint32 or shape not in ((2,), (4,))):
+    found = type(key).__name__ if dtype is None else f"{dtype}{list(shape or ())}"
+    raise ValueError(f"the key is {found}, which is no PRNG key{remedy}")
+  if typed and shape:
+    raise ValueError(f"the key is an array of keys {list(shape)}, and one is wanted{remedy}")
+  # A raw key does not say its generator: by its length it is one of the default's, or of `rbg`.
+  config: Any = jax.config
+  raw = config.jax_default_prng_impl if shape == (2,) else "rbg"
+  name = str(jax.random.key_impl(key)) if typed else raw
+  if name != "threefry2x32":
+    raise ValueError(
+      f"the key is of the generator {name}, by which masks would depend on the mesh{remedy}"
+    )

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from jaxpipe.stack.context import Context
+from jaxpipe.stack.context import Context, Filled, rows_alone
 from jaxpipe.stack.errors import StackError, called
 from jaxpipe.stack.layer_trace import layer_output
 from jaxpipe.stack.linen import Wrapped, linen
@@ -82,7 +82,7 @@ class Select(nnx.Module):
     self._select = select
 
   def __call__(self, batch: Tree) -> Tree:
-    return self._select(batch)
+    return self._select(rows_alone(batch))
 
 
 class Apply(nnx.Module):
@@ -131,12 +131,24 @@ class Loss(nnx.Module):
     self._loss = loss
 
   def __call__(self, y: Tree, batch: Tree) -> Any:
-    out = self._loss(y, batch)
+    out = self._loss(y, rows_alone(batch))
+    filled = isinstance(batch, Filled)
     if isinstance(out, tuple):
+      if filled:
+        raise StackError(
+          "the loss returns sums, from which rows that only fill up the batch cannot be left out:"
+          " use a number of rows that microbatches and data shards divide, or return a loss for"
+          " every row"
+        )
       return out
     # float16 cannot count beyond 2048, nor bfloat16 beyond 256.
     wide = jnp.promote_types(out.dtype, jnp.float32)
-    return jnp.sum(out, dtype=wide), jnp.asarray(out.size, wide), {}
+    if not filled:
+      return jnp.sum(out, dtype=wide), jnp.asarray(out.size, wide), {}
+    # Chosen, not multiplied by 0: the loss of a row that does not count may be anything.
+    counts = batch.counts.reshape(-1, *(1 for _ in out.shape[1:]))
+    weight = jnp.sum(batch.counts, dtype=wide) * (out.size // len(out))
+    return jnp.sum(jnp.where(counts, out, 0), dtype=wide), weight, {}
 
 
 def as_given(module: Any) -> Any:

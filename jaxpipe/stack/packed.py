@@ -327,6 +327,7 @@ class Packed:
     x: Tree,
     training: bool,
     inputs: MicrobatchInputs,
+    head: bool = True,
   ) -> tuple[Tree, list[jax.Array]]:
     """Runs a stage's modules one after the other.
 
@@ -341,6 +342,7 @@ class Packed:
       x: what the stage before returned; the first stage does not read it.
       training: False in evaluation.
       inputs: of the microbatch.
+      head: False leaves out the head, so that the last stage returns what the last layer does.
 
     Returns:
       What the stage returns: x for the next; of the last, `(loss_sum, (weight, metrics))`. And the
@@ -353,6 +355,9 @@ class Packed:
       trees[name] = set_path(trees[name], path.removeprefix(f"{name}/"), leaf)
     after: dict[str, Tree] = {}
     for name in self.stages[s]:
+      if name == "head" and not head:
+        after[name] = state[name]
+        continue
       # [2] A leaf that several modules of a stage read is one argument of this function, so that
       # differentiating it adds up all their gradients.
       all_read = self._shared_leaves.with_neighbours(s, name, trees)

@@ -180,6 +180,7 @@ class PackedStack(LaidOutStack, Protocol):
     x: Tree,
     training: bool,
     inputs: MicrobatchInputs,
+    head: bool = True,
   ) -> tuple[Tree, list[jax.Array]]:
     """Runs a stage's modules one after the other.
 
@@ -190,6 +191,7 @@ class PackedStack(LaidOutStack, Protocol):
       x: what the stage before returned; the first stage does not read it.
       training: False in evaluation.
       inputs: of the microbatch.
+      head: False leaves out the head, so that the last stage returns what the last layer does.
 
     Returns:
       x for the next stage, or of the last stage its `HeadSums`; and the leaves of the stage's state

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.placing import Tree, init_placed, place
 from jaxpipe.parallel.protocol import Cut, ScheduleLike
 from jaxpipe.parallel.rules import NONE, Rules
-from jaxpipe.stack.context import Context, LayerInputs
+from jaxpipe.stack.context import Context, LayerInputs, check_key
 from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.from_modules import factories_of
 from jaxpipe.stack.module.parts import Factory
@@ -234,6 +234,7 @@ class LayerStack:
     """
     if (schedule is None) != (mesh is None):
       raise StackError("init takes a schedule and a mesh, or neither; only one was given")
+    check_key(key)
     self.check_shapes(example_batch)
     if self.network.given():
       return self._placed(self.network.init_from_given(key)[0], schedule, mesh)
@@ -266,6 +267,7 @@ class LayerStack:
     """
     if (schedule is None) != (mesh is None):
       raise StackError("init_state takes a schedule and a mesh, or neither; only one was given")
+    check_key(key)
     self.check_shapes(example_batch)
     if self.network.given() and self.has_state:
       return self._placed(self.network.init_from_given(key)[1], schedule, mesh)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 from networks import lm
 
 import jaxpipe
@@ -88,19 +87,6 @@ def test_an_illegal_schedule_that_nobody_checked():
   lacking = jaxpipe.Schedule("mine", split.placement, 4, order)
   with pytest.raises(jaxpipe.ScheduleError, match="1W2 is missing on device 1"):
     jaxpipe.pipeline_value_and_grad(stack, lacking, mesh)
-
-
-@pytest.mark.parametrize(
-  "make",
-  [
-    lambda devices: jax.make_mesh((2,), ("stage",)),  # explicit axes
-    lambda devices: jax.make_mesh((2, 2), ("stage", "model"), axis_types=(AxisType.Auto,) * 2),
-  ],
-)
-def test_meshes_with_axes_that_would_be_summed_over_in_error(make):
-  stack, schedule, _ = build()
-  with pytest.raises(ValueError, match=r"only stage, data, .* are supported, as Auto axes"):
-    jaxpipe.pipeline_value_and_grad(stack, schedule, make(jax.devices()))
 
 
 def test_batch_leaves_with_different_rows_are_named():

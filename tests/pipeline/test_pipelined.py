@@ -236,7 +236,7 @@ def test_predictions_are_those_that_evaluation_counts():
   np.testing.assert_allclose(loss(y, batch).mean(), value, rtol=1e-5)
   assert int(metrics["correct"]) == int((y.argmax(-1) == batch["label"]).sum())
   few = pipe.predict(params, data(5), state)
-  assert few.shape == (5, 2) and few.devices() == {pipe.mesh.devices.flat[0]}
+  assert few.shape == (5, 2) and few.devices() == {*pipe.mesh.devices.flat}
   with pytest.raises(ValueError, match="the stack has state"):
     pipe.predict(params, batch)
 

@@ -2,15 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from jax.sharding import AbstractMesh, AxisType
 from networks import lm
 
 import jaxpipe
 from jaxpipe.models.transformer.decoder import Embed, Head, Layer, TransformerConfig
 from jaxpipe.parallel.replicas import owned
+from jaxpipe.pipeline.timeline import measure
 from jaxpipe.stack.module_spec import StackError
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.stack.vocabulary import Tables
@@ -59,6 +62,53 @@ def swap(h, _):
 
 def total(h, _):
   return h + lax.psum(h.sum(), "stage")
+
+
+def foreign(shape, names, types=AxisType.Auto):
+  return jax.make_mesh(shape, names, axis_types=(types,) * len(names))
+
+
+FOREIGN = {
+  "another name": lambda: foreign((2,), ("pp",)),
+  "no stage": lambda: foreign((2,), ("data",)),
+  "explicit": lambda: foreign((2,), ("stage",), AxisType.Explicit),
+  "one name more": lambda: foreign((2, 2), ("stage", "model")),
+  "no devices": lambda: AbstractMesh((2,), ("stage",)),
+  "a text": lambda: "stage:2",
+  "nothing": lambda: None,
+}
+
+
+def entries(stack, mesh):
+  """All public functions that take a mesh, called with this one."""
+  params = jax.eval_shape(lambda: stack.init(jax.random.key(0), BATCH))
+  yield lambda: jaxpipe.pipeline(None, stack, BATCH, mesh=mesh, microbatches=2)
+  yield lambda: jaxpipe.pipeline_value_and_grad(stack, GPIPE, mesh)
+  yield lambda: jaxpipe.pipeline_forward(stack, GPIPE, mesh)
+  yield lambda: jaxpipe.memory_report(stack, GPIPE, mesh, BATCH)
+  yield lambda: jaxpipe.check(stack, GPIPE, mesh, BATCH)
+  yield lambda: jaxpipe.place(params, stack, GPIPE, mesh)
+  yield lambda: stack.init(jax.random.key(0), BATCH, GPIPE, mesh)
+  yield lambda: measure(stack, GPIPE, mesh, params, BATCH)
+  yield lambda: jaxpipe.choose_schedule(stack, mesh, BATCH, microbatches=2)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_mesh_that_the_executor_cannot_run_on_is_refused_by_every_entry(kind):
+  """A KeyError, an AttributeError, or a sum over an axis that nothing here knows."""
+  mesh, named = FOREIGN[kind](), stack(lambda h, _: h)
+  # A text is a mesh for `pipeline`, and for `init` None is no mesh.
+  apart = {"a text": {0}, "nothing": {6}}.get(kind, set())
+  for i, entry in enumerate(entries(named, mesh)):
+    if i not in apart:
+      with pytest.raises(jaxpipe.MeshError, match=r"; build it with jaxpipe\.make_mesh"):
+        entry()
+
+
+def test_a_mesh_may_leave_out_axes_and_name_the_others_in_any_order():
+  batch = {"x": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)}
+  made = foreign((2, 2), ("data", "stage"))
+  assert jaxpipe.check(stack(lambda h, _: jnp.tanh(h)), GPIPE, made, batch, unroll="none").ok
 
 
 @pytest.mark.smoke
@@ -202,3 +252,46 @@ def test_negative_ids_count_from_the_end_of_a_cut_table():
   assert (batch["tokens"] < 0).any()
   report = jaxpipe.check(cut, schedule, jaxpipe.make_mesh("stage:2"), batch)
   assert report.ok, str(report)
+
+
+KEYS = {
+  "rbg": lambda: jax.random.key(0, impl="rbg"),
+  "unsafe_rbg": lambda: jax.random.key(0, impl="unsafe_rbg"),
+  "a raw rbg key": lambda: jax.random.PRNGKey(0, impl="rbg"),
+  "several": lambda: jax.random.split(jax.random.key(0)),
+  "several raw ones": lambda: jax.random.split(jax.random.PRNGKey(0), 3),
+  "a seed": lambda: 7,
+  "a number": lambda: jnp.int32(7),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_key_by_which_masks_would_depend_on_the_mesh_is_refused(kind):
+  """A vmapped `rbg` generator draws all rows at once: other rows on a device, other masks."""
+  named, mesh, key = (
+    stack(lambda h, c: c.dropout(h, 0.5)),
+    jaxpipe.make_mesh("stage:2"),
+    KEYS[kind](),
+  )
+  params = named.init(jax.random.key(0), BATCH)
+  step = jaxpipe.pipeline_value_and_grad(named, GPIPE, mesh)
+  for call in (
+    lambda: step(params, BATCH, key),
+    lambda: jax.eval_shape(step, params, BATCH, key),
+    lambda: jaxpipe.reference_value_and_grad(named, 2)(params, BATCH, key),
+    lambda: named.init(key, BATCH),
+    lambda: named.init(key, BATCH, GPIPE, mesh),
+  ):
+    with pytest.raises(ValueError, match=r"the key is .*; pass jax\.random\.key\(seed, impl='thr"):
+      call()
+
+
+def test_a_raw_key_gives_the_masks_of_a_typed_one():
+  named, mesh = stack(lambda h, c: c.dropout(h, 0.5)), jaxpipe.make_mesh("stage:2")
+  batch = {"x": np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)}
+  params = named.init(jax.random.PRNGKey(1), batch, GPIPE, mesh)
+  step = jaxpipe.pipeline_value_and_grad(named, GPIPE, mesh, unroll="none")
+  typed, raw = step(params, batch, jax.random.key(3)), step(params, batch, jax.random.PRNGKey(3))
+  other = step(params, batch, jax.random.PRNGKey(4))
+  assert float(typed[0][0]) == float(raw[0][0]) != float(other[0][0])
+  jax.tree.map(np.testing.assert_array_equal, typed[1], raw[1])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxpipe.models.tables import make_table, table_logits
 from jaxpipe.models.transformer.config import TransformerConfig
@@ -21,7 +22,7 @@ from jaxpipe.models.transformer.cross_entropy import cross_entropy, look_up
 from jaxpipe.models.transformer.dense import make_norm
 from jaxpipe.parallel import axes
 from jaxpipe.parallel.mesh import SEQUENCE, TENSOR
-from jaxpipe.parallel.sequence import check_divides, own_positions, take_own
+from jaxpipe.parallel.sequence import check_divides, take_own
 from jaxpipe.parallel.tensor import enter_tensor, leave_tensor, own_piece
 
 
@@ -62,7 +63,8 @@ class Embed(nnx.Module):
 
     Args:
       rows_BTD: rows of the table.
-      batch: the microbatch's inputs; the length of its rows is read.
+      batch: the microbatch's inputs, of which the length of rows is read, and where there are any
+        `segments` int [B, S], the document of each position.
 
     Returns:
       x [B, T, D] in the arithmetic's dtype, with learned positions added; in a model with experts,
@@ -70,16 +72,34 @@ class Embed(nnx.Module):
     """
     x_BTD = rows_BTD.astype(self.config.dtype)
     if self.config.positions == "learned":
-      x_BTD = x_BTD + self._own_positions(batch["tokens"].shape[1])
+      at = self._own_positions(batch["tokens"].shape[1], batch.get("segments"))
+      x_BTD = x_BTD + at.astype(self.config.dtype)
     if not self.config.moe:
       return x_BTD
     return Stream(x_BTD, jnp.zeros(len(x_BTD), jnp.promote_types(x_BTD.dtype, jnp.float32)))
 
-  def _own_positions(self, length: int) -> jax.Array:
-    """Learned positions, [1, T, D]: every device has the whole table of them."""
+  def _own_positions(self, length: int, segments_BS: jax.Array | None) -> jax.Array:
+    """Learned positions, [B or 1, T, D]: every device has the whole table of them.
+
+    In rows of several documents they begin anew with each.
+    """
     check_positions(self.config, length)
-    at_T = own_piece(own_positions(length), self.config.positions_cut)
-    return jnp.take(self.positions[...], at_T, axis=0)[None].astype(self.config.dtype)
+    at_1S = jnp.arange(length, dtype=jnp.int32)[None]
+    at_BS = at_1S if segments_BS is None else places(segments_BS)
+    at_TB = own_piece(take_own(at_BS).T, self.config.positions_cut)
+    return jnp.take(self.positions[...], at_TB.T, axis=0)
+
+
+def places(segments_BS: jax.Array) -> jax.Array:
+  """Returns each position's place within its document, int32 [B, S].
+
+  Args:
+    segments_BS: int [B, S], the document of each position; documents are stretches of a row.
+  """
+  at_BS = jnp.broadcast_to(jnp.arange(segments_BS.shape[1], dtype=jnp.int32), segments_BS.shape)
+  same_BS = segments_BS[:, 1:] == segments_BS[:, :-1]
+  begins_BS = jnp.pad(jnp.where(same_BS, 0, at_BS[:, 1:]), ((0, 0), (1, 0)))
+  return at_BS - lax.cummax(begins_BS, axis=1)
 
 
 class Head(nnx.Module):

@@ -60,10 +60,13 @@ class Boundaries:
     """The buffers that carry the leaves of stage s's output."""
     return list(self.flats[s + 1].pack(y, self.widths).values())
 
-  def cotangents(self, s: int, dy: Leaves, vary: Callable[[Tree], Tree]) -> Leaves:
+  def cotangents(
+    self, s: int, dy: Leaves, vary: Callable[[Tree], Tree], scale: jax.Array | None
+  ) -> Leaves:
     """Cotangents of the float leaves of stage s's output, from the buffers that have arrived.
 
-    Those of the last stage's result are known: 1 for the loss, 0 for weight and metrics.
+    Those of the last stage's result are known: 0 for weight and metrics, and for the loss its
+    scale, 1 where that is None.
     """
     flat = self.flats[s + 1]
     # The loss's gradient is written here and not sent: no device waits for it, and the ring
@@ -71,7 +74,8 @@ class Boundaries:
     if s + 2 == len(self.flats):
       loss, *others = flat.leaves
       rest = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in others if is_float(leaf)]
-      return list(vary([jnp.ones((), loss.dtype), *rest]))
+      one = jnp.ones((), loss.dtype) if scale is None else scale.astype(loss.dtype)
+      return list(vary([one, *rest]))
     buffers = dict(zip(self._float_widths, dy, strict=True))
     return [
       read_span(buffers[str(leaf.dtype)], leaf.shape, offset)

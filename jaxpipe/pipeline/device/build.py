@@ -10,10 +10,15 @@ WholeEnds, or ShardedEnds where        InnerEnds: embedding and head stand insid
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
+from jaxpipe.parallel.mesh import ROWS, SEQUENCE
 from jaxpipe.parallel.placing import gather_fsdp
 from jaxpipe.pipeline.device.carry import Totals, sum_type
 from jaxpipe.pipeline.device.context import DeviceContext
@@ -21,11 +26,14 @@ from jaxpipe.pipeline.device.inner_ends import InnerEnds
 from jaxpipe.pipeline.device.looped_stage import LoopedStage, split_stack
 from jaxpipe.pipeline.device.protocols import Ends, StageActions
 from jaxpipe.pipeline.device.sharded_ends import ShardedEnds
-from jaxpipe.pipeline.device.switched_stages import split_stages
+from jaxpipe.pipeline.device.switched_stages import split_stages, stage_arguments
 from jaxpipe.pipeline.device.weights import Weights
 from jaxpipe.pipeline.device.whole_ends import WholeEnds
+from jaxpipe.pipeline.layer.interpret import opened
 from jaxpipe.pipeline.layer.residuals import Residuals
-from jaxpipe.pipeline.layer.trace import lenient
+from jaxpipe.pipeline.layer.slices import Slice
+from jaxpipe.pipeline.layer.trace import trace_tree
+from jaxpipe.pipeline.layer.weight import scale_of, uses_float16, weight_from_batch
 from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.rings import Tree
 from jaxpipe.schedules import Kind
@@ -48,6 +56,11 @@ class Parts(NamedTuple):
   ends: Ends
   weights: Weights
   totals: Totals
+
+
+# The sums of a prediction, which runs no head.
+_NO_SUM: Any = jax.ShapeDtypeStruct((), jnp.float32)
+_NOTHING = Totals(_NO_SUM, _NO_SUM, {})
 
 
 def build_parts(
@@ -87,7 +100,8 @@ def _looped(
   """The parts for layers of one kind; arguments as of `build_parts`."""
   batch = rings.get(context.batch, 0)
   # `x` must be known before the layer is split: the split traces the layer on it.
-  x = jax.eval_shape(lenient(stack.apply_embed), context.params["embed"], batch)
+  embed, structure = trace_tree(stack.apply_embed, context.params["embed"], batch)
+  x = jax.tree.unflatten(structure, [v.aval for v in opened(embed).outvars])
   context = dataclasses.replace(context, x=context.zeros(x))
   layer = jax.eval_shape(lambda: rings.get(gather_fsdp(specs, pieces), 0))
   stage = split_stack(
@@ -101,19 +115,23 @@ def _looped(
     # On TPU, XLA then computes the attention of I more than once: a third more cycles.
     fetch=context.blocking,
   )
-  head = lenient(stack.apply_head)
-  # Only the types of the sums are wanted; the head itself runs in the methods of `Ends`.
-  loss, aux = jax.eval_shape(head, context.params["head"], context.x, batch)
-  ends: Ends = WholeEnds(context, stack)
-  if context.program.schedule.vocabulary:
-    ends = ShardedEnds(context, stack.vocabulary_ends)
-  return Parts(
-    context,
-    stage,
-    ends,
-    Weights.of(pieces, specs, _gathered_by_g(context, stage, layer), layers),
-    _zeros(context, Totals(loss, *aux)),
-  )
+  weights = Weights.of(pieces, specs, _gathered_by_g(context, stage, layer), layers)
+  vocabulary = context.program.schedule.vocabulary
+  ends: Ends
+  # Only types and weight of the sums are wanted; the head itself runs in the methods of `Ends`.
+  if context.predicts:
+    ends = ShardedEnds(context, stack.vocabulary_ends) if vocabulary else WholeEnds(context, stack)
+    return Parts(context, stage, ends, weights, _zeros(context, _NOTHING))
+  closed, structure = trace_tree(stack.apply_head, context.params["head"], context.x, batch)
+  head = Slice.of(closed)
+  loss, aux = jax.tree.unflatten(structure, [v.aval for v in head.outputs])
+  parts = opened(embed).eqns, stage.split.backward.equations, head.equations
+  if context.training and any(map(uses_float16, parts)):
+    last = len(head.inputs) - len(jax.tree.leaves(batch))
+    is_batch = [n >= last for n, _ in enumerate(head.inputs)]
+    context = _scaled(context, weight_from_batch(head, is_batch))
+  ends = ShardedEnds(context, stack.vocabulary_ends) if vocabulary else WholeEnds(context, stack)
+  return Parts(context, stage, ends, weights, _zeros(context, Totals(loss, *aux)))
 
 
 def _gathered_by_g(context: DeviceContext, stage: LoopedStage, layer: Tree) -> list[bool]:
@@ -157,9 +175,52 @@ def _switched(
     params={**context.params, "shared": shared},
     x=context.zeros(boundaries.travelling),
   )
-  loss, aux = jax.eval_shape(boundaries.result.unpack, context.x)
+  if context.training and any(uses_float16(one.backward.equations) for one in stages.splits):
+    head = stages.splits[-1].primal
+    params, inputs = jax.eval_shape(
+      functools.partial(stage_arguments, stack, stack.depth - 1),
+      rows=weights.layers,
+      chunk=jnp.int32(0),
+      shared=shared,
+      state=context.state,
+      inputs=_layer_inputs(context),
+    )
+    is_batch = [False for _ in jax.tree.leaves(params)]
+    is_batch += [path[0].key == "batch" for path, _ in jax.tree.leaves_with_path(inputs)]
+    is_batch += [False for _ in head.inputs[len(is_batch) :]]  # leaves of x
+    context = _scaled(context, weight_from_batch(head, is_batch))
+    stages = dataclasses.replace(stages, context=context)
   ends = InnerEnds(context, boundaries.result)
+  if context.predicts:
+    return Parts(context, stages, ends, weights, _zeros(context, _NOTHING))
+  loss, aux = jax.eval_shape(boundaries.result.unpack, context.x)
   return Parts(context, stages, ends, weights, _zeros(context, Totals(loss, *aux)))
+
+
+def _scaled(
+  context: DeviceContext, weigh: Callable[[Sequence[jax.Array]], jax.Array] | None
+) -> DeviceContext:
+  """The device with a scale of the loss, the same on all devices.
+
+  Args:
+    context: the device.
+    weigh: the head's weight, given the leaves of a microbatch; None: what it is depends on more,
+      and every row counts as one.
+  """
+  M = context.program.schedule.microbatches
+
+  def weight(m: jax.Array) -> jax.Array:
+    leaves = jax.tree.leaves(context.microbatch(m))
+    one = jnp.asarray(weigh(leaves) if weigh else len(context.rows), jnp.float32)
+    varying: jax.Array = context.vary(one)
+    return varying
+
+  # A plain loop over microbatches: a vmapped head might be a program of another kind.
+  mine = lax.map(weight, context.vary(jnp.arange(M))).sum()
+  whole = lax.psum(mine, tuple(axis for axis in context.axes if axis in (*ROWS, SEQUENCE)))
+  # Of devices that have counted the same, so that the type says so: gradients are divided by it.
+  same = lax.pmax(whole, tuple(axis for axis in context.axes if axis not in (*ROWS, SEQUENCE)))
+  return dataclasses.replace(context, loss_scale=scale_of(same))
 
 
 def _layer_inputs(context: DeviceContext) -> Tree:

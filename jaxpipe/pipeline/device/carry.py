@@ -42,6 +42,8 @@ class Carry(NamedTuple):
     grads: gradient sums in float32 at least: `embed`, `layers`, `head`, and of a packed stack
       `shared`, weights that several stages read. Empty in evaluation.
     totals: sums of loss, weight and metrics.
+    outputs: where a prediction runs, the last layer's output of each microbatch, leaves
+      `[M + 1, rows, ...]`, of which the last slot is for what nobody wants; None elsewhere.
   """
 
   activations: Tree
@@ -52,6 +54,7 @@ class Carry(NamedTuple):
   flight: Tree | None
   grads: dict[str, Tree]
   totals: Totals
+  outputs: Tree | None = None
 
 
 def accumulate(sums: Tree, new: Tree) -> Tree:

@@ -35,7 +35,10 @@ class DeviceContext:
     key: PRNG key of the step for dropout, or None.
     rows: int32 [rows], the number of each of this device's rows within the whole microbatch.
     training: False where only forwards run.
+    predicts: whether the last layer's outputs are wanted, and the head does not run.
     state: model state of a packed stack, dtype -> [V, width]; empty where there is none.
+    loss_scale: float32 [], a power of two by which `loss_sum` is multiplied before it is
+      differentiated, where anything computes in float16; None elsewhere. See `layer/weight.py`.
     x: stands for the activation that travels between stages; only its type is ever used, and it is
       None until `build.py` has found it.
   """
@@ -51,6 +54,8 @@ class DeviceContext:
   rows: jax.Array
   training: bool
   state: Tree
+  predicts: bool = False
+  loss_scale: jax.Array | None = None
   x: Tree = None
 
   def microbatch(self, m: jax.Array) -> Tree:

@@ -36,6 +36,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,11 +121,43 @@ class Device:
       gradients=context.ring(float_leaves(x), length("gradients")),
       pools=self.stage.allocate(self.stage.layout.pools, self.lengths),
       weights=context.ring(self.weights.slot(), length("weights")),
-      vocabulary=context.ring(self.ends.held(), length("vocabulary")),
+      vocabulary=context.ring({} if context.predicts else self.ends.held(), length("vocabulary")),
       flight=context.idle(x) if context.program.slack else None,
       grads=sums,
       totals=self.totals,
+      outputs=self.no_outputs() if context.predicts else None,
     )
+
+  def no_outputs(self) -> Tree:
+    """Zeros in the places of the last layer's outputs, leaves `[M + 1, rows, ...]`.
+
+    Raises:
+      ValueError: an output without rows.
+    """
+    slots = self.context.program.schedule.microbatches + 1
+    rows = len(self.context.rows)
+
+    def zeros(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+      if leaf.shape[:1] != (rows,):
+        raise ValueError(
+          f"the last layer returns y{jax.tree_util.keystr(path)} of shape {leaf.shape} for a"
+          f" microbatch of {rows} rows: outputs without rows cannot be put together; return"
+          " [rows, ...] from it"
+        )
+      return jax.ShapeDtypeStruct((slots, *leaf.shape), leaf.dtype)
+
+    y = self.stage.output(jax.tree.leaves(self.context.x))
+    return self.context.zeros(jax.tree.map_with_path(zeros, y))
+
+  def collect(self, carry: Carry, now: Now, y: Leaves) -> Carry:
+    """After F: keeps the output of a microbatch that has left the last layer."""
+    if CODE[Kind.F] not in now.doing.last:
+      return carry
+    # A write without a condition, into a slot that nobody reads where there is nothing to write:
+    # XLA would copy whole a buffer that a conditional both reads and returns.
+    nowhere = self.context.program.schedule.microbatches
+    slot = jnp.where(now.does(Kind.F) & (now.last > 0), now.microbatch, nowhere)
+    return carry._replace(outputs=rings.put(carry.outputs, self.stage.output(y), slot))
 
   def tick(self, carry: Carry, row: dict[str, jax.Array], doing: Doing) -> Carry:
     """Does one tick, in the steps [0] to [9] of the module's docstring.
@@ -141,6 +174,8 @@ class Device:
     carry = self.gather(carry, now)  # [0]
     carry = self.ends.enter(carry, now)  # [1]
     y, carry = self.forward(carry, now)  # [2]
+    if context.predicts:
+      return self.send(self.collect(carry, now, y), now, y)  # [3], [9]
     carry = self.ends.leave(carry, now, y)  # [3]
     if context.training:
       carry = self.recompute(carry, now)  # [4]

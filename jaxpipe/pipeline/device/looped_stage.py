@@ -81,6 +81,10 @@ class LoopedStage:
     """Whether B and I run the forward again, from the stage's input."""
     return self.rerun_layout is not None
 
+  def output(self, y: Leaves) -> Tree:
+    """The activation that travels, as a tree."""
+    return jax.tree.unflatten(jax.tree.structure(self.context.x), y)
+
   def cells(self, program: Program) -> tuple[np.ndarray, tuple[int, ...]]:
     """Cells of every saved value of every stage and microbatch, and the pools' lengths."""
     return program.cells(self.layout.values)

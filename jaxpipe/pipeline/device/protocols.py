@@ -136,6 +136,9 @@ class StageActions(Protocol):
   def primal(self, arguments: ActionArguments, x: Leaves) -> Leaves:
     """Runs the stage on its input x and keeps nothing; returns the output's leaves."""
 
+  def output(self, y: Leaves) -> Tree:
+    """What the last layer returns, as it returns it, of the leaves that travel."""
+
   def forward(
     self, arguments: ActionArguments, x: Leaves, storage: Storage
   ) -> tuple[Leaves, Storage]:

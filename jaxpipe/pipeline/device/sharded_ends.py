@@ -256,6 +256,9 @@ class ShardedEnds:
     """Where the targets of microbatch m lie in this shard of the head's table."""
     params = self.context.params["head"]
     targets, weights = self.modules.targets(params, self.context.microbatch(m))
+    # Gradients alone read these weights; `_count` asks for its own.
+    if self.context.loss_scale is not None:
+      weights = weights * self.context.loss_scale
     return cross_entropy.find(targets, weights, len(self.modules.head_table(params)))
 
   def _rows_of(self, batch: Tree) -> tuple[jax.Array, jax.Array]:

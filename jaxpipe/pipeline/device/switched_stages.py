@@ -92,6 +92,10 @@ class SwitchedStages:
     """Whether R has anything to do at any stage."""
     return any(one.recompute for one in self.splits)
 
+  def output(self, y: Leaves) -> Tree:
+    """What the last stage returns, out of the buffers that travel."""
+    return self.boundaries.result.unpack(dict(zip(self.boundaries.widths, y, strict=True)))
+
   def cells(self, program: Program) -> tuple[np.ndarray, tuple[int, ...]]:
     """The row at which each record begins, and the lengths of arenas and of sums of state."""
     table, rows = self.layout.arenas.cells(program)
@@ -249,7 +253,7 @@ class SwitchedStages:
       *self._given(s, arguments),
       *self._read(s, slice_, storage),
       *(self.boundaries.input(s, x) if self.rereads_input else []),
-      *self.boundaries.cotangents(s, dy, self.context.vary),
+      *self.boundaries.cotangents(s, dy, self.context.vary, self.context.loss_scale),
     ]
 
   def _read(self, s: int, slice_: Slice, storage: Storage) -> Leaves:
@@ -353,7 +357,7 @@ def split_stages(
         state=context.state,
         inputs=inputs,
       )
-      stage = _stage_function(packed, s, training, context.axes)
+      stage = _stage_function(packed, s, training, context.axes, not context.predicts)
       if training:
         # The forward that a backward runs again keeps all: nothing of it outlives the action.
         kept = None if from_input else keep
@@ -385,11 +389,14 @@ def split_stages(
   )
 
 
-def _stage_function(packed: PackedStack, s: int, training: bool, axes: Sequence[str]) -> Layer:
+def _stage_function(
+  packed: PackedStack, s: int, training: bool, axes: Sequence[str], head: bool
+) -> Layer:
   """Stage s as a layer to be split: `(params, inputs, x) -> y, changed state`."""
 
   def stage(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Leaves]:
-    y, after = packed.run_stage(s, params, inputs["state"], x, training, microbatch_inputs(inputs))
+    rest = microbatch_inputs(inputs)
+    y, after = packed.run_stage(s, params, inputs["state"], x, training, rest, head)
     # A stage may also be traced off the mesh, for the sake of loops that start from constants;
     # there nothing may vary.
     over = axes_of(jax.tree.leaves((params, inputs, x))) & {*axes}

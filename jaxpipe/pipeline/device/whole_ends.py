@@ -91,8 +91,7 @@ class WholeEnds:
       return carry._replace(totals=totals)
 
     def train(totals: Totals, grads: Tree, ring: Tree) -> tuple[Totals, Tree, Tree]:
-      value_and_grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
-      (value, aux), (dp, dy) = lenient(value_and_grad)(*args)
+      (value, aux), (dp, dy) = lenient(self.value_and_grad)(*args, context.loss_scale)
       # As if it had arrived: the last stage's backward reads its slot like every other stage's.
       ring = rings.store(ring, dy, now.gradients)
       return count(totals, value, aux), accumulate(grads, dp), ring
@@ -126,6 +125,20 @@ class WholeEnds:
     kinds = (Kind.B, Kind.I)
     grads = now.at_end("first", kinds, run, lambda g: g, carry.grads["embed"])
     return carry._replace(grads={**carry.grads, "embed": grads})
+
+  def value_and_grad(
+    self, params: Tree, floats: Leaves, x: Tree, batch: Tree, scale: jax.Array | None
+  ) -> Any:
+    """The head's sums as `loss` returns them, and the gradients of `loss_sum` times the scale."""
+    if scale is None:
+      return jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)(params, floats, x, batch)
+
+    def loss(params: Tree, floats: Leaves) -> Any:
+      return self.loss(params, floats, x, batch)
+
+    value, back, aux = jax.vjp(loss, params, floats, has_aux=True)
+    one = vary(scale.astype(value.dtype), axes_of([value]))
+    return (value, aux), back(one)
 
   def loss(self, params: Tree, floats: Leaves, x: Tree, batch: Tree) -> Any:
     """The head's `loss_sum, (weight, metrics)`.

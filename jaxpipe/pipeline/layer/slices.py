@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxpipe.pipeline.layer import equations as eq
-from jaxpipe.pipeline.layer.interpret import Equation, Var
+from jaxpipe.pipeline.layer.interpret import Equation, Var, opened
 from jaxpipe.schedules import Kind
 
 Leaves = list[jax.Array]
@@ -41,6 +41,13 @@ class Slice:
   consts: dict[Var, Any]
   reads: tuple[int, ...]
   makes: tuple[int, ...]
+
+  @classmethod
+  def of(cls, closed: Any) -> Slice:
+    """All equations of a closed jaxpr, which saves nothing."""
+    jaxpr = opened(closed)
+    consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    return cls(jaxpr.invars, jaxpr.eqns, jaxpr.outvars, consts, (), ())
 
   def reads_given(self, given: Sequence[Any]) -> list[bool]:
     """Says which of the layer's parameters and further inputs the slice reads.

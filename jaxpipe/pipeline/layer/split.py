@@ -34,7 +34,6 @@ from typing import Any
 import jax
 
 from jaxpipe.pipeline.layer import equations as eq
-from jaxpipe.pipeline.layer.interpret import opened
 from jaxpipe.pipeline.layer.slices import LayerSplit, Slice
 from jaxpipe.pipeline.layer.tape import Tape
 from jaxpipe.pipeline.layer.trace import lenient, trace
@@ -55,10 +54,7 @@ def forward_only(layer: Layer, params: Tree, inputs: Tree, x: Tree) -> LayerSpli
     x: as for `split`.
   """
   y, aux = jax.eval_shape(lenient(layer), params, inputs, x)
-  closed = trace(layer, params, inputs, x)
-  jaxpr = opened(closed)
-  consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  forward = Slice(jaxpr.invars, jaxpr.eqns, jaxpr.outvars, consts, (), ())
+  forward = Slice.of(trace(layer, params, inputs, x))
   empty = Slice([], [], [], {}, (), ())
   return LayerSplit(
     forward=forward,

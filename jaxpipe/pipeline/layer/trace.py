@@ -72,17 +72,23 @@ def lenient(function: Callable[..., Any]) -> Callable[..., Any]:
   """
 
   def call(*args: Any) -> Any:
-    structures: list[Any] = []
-
-    def leaves_of(*args: Any) -> list[Any]:
-      leaves, structure = jax.tree.flatten(function(*args))
-      structures.append(structure)
-      return leaves
-
-    closed = trace(leaves_of, *args)
-    return jax.tree.unflatten(structures[-1], run(closed, jax.tree.leaves(args)))
+    closed, structure = trace_tree(function, *args)
+    return jax.tree.unflatten(structure, run(closed, jax.tree.leaves(args)))
 
   return call
+
+
+def trace_tree(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+  """Returns what `trace` does, and the structure of the tree that the function returns."""
+  structures: list[Any] = []
+
+  def leaves_of(*args: Any) -> list[Any]:
+    leaves, structure = jax.tree.flatten(function(*args))
+    structures.append(structure)
+    return leaves
+
+  closed = trace(leaves_of, *args)
+  return closed, structures[-1]
 
 
 def _trace_anywhere(function: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, bool]:

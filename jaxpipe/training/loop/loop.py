@@ -148,8 +148,10 @@ class Loop:
           # No step may be under way, or the trace would hold a part of it.
           journal.flush()
           self.profiler.before(k)
-        state, result = self.step(state, self.job.rows.put(next(batches)))
-        journal.add(k, result)
+        batch = self.job.rows.put(next(batches))
+        began = time.perf_counter()
+        state, result = self.step(state, batch)
+        journal.add(k, result, began)
         done = k + 1
         # Looked at after the dispatch: a signal during step k ends the run with step k in it.
         self.signals.agree(self.interrupt.received)

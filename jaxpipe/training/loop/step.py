@@ -59,7 +59,7 @@ def make_train_step(
 
   def step(state: TrainState, batch: Tree) -> tuple[TrainState, StepResult]:
     # Counted in the state, not on the host: a resumed step draws what it would have drawn.
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
     model_state = state.model_state
     if model_state:
       (loss, metrics, model_state), grads = value_and_grad(state.params, batch, key, model_state)

@@ -55,7 +55,8 @@ def _add(totals: Totals, held: tuple[tuple[Any, Tree], float] | None) -> Totals:
   (mean_loss, metrics), weight = jax.device_get(held[0]), np.float64(held[1])
   wide = jax.tree.map(np.float64, metrics)
   return Totals(
-    loss=totals.loss + np.float64(mean_loss) * weight,
+    # A mean over nothing is no part of the sum, whatever it is.
+    loss=totals.loss + (np.float64(mean_loss) * weight if weight else 0),
     metrics=wide if totals.metrics is None else jax.tree.map(np.add, totals.metrics, wide),
     weight=totals.weight + weight,
   )

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxpipe.parallel.mesh import STAGE, row_shards
+from jaxpipe.parallel.mesh import row_shards, stages_of
 from jaxpipe.pipeline.costs.layer_costs import counted_costs
 from jaxpipe.pipeline.costs.memory import memory_report
 from jaxpipe.pipeline.device.order import blocks
@@ -108,12 +108,13 @@ def choose_schedule(
     ValueError: no schedule fits the layers or the limit; says what 1F1B needs. Or the layers are
       not alike.
   """
+  stages = stages_of(mesh)
   if not mode_of(stack).looped:
     raise ValueError(
       "schedules are chosen for layers of one kind, and the stack's are not alike; name one, for"
       " example 1f1b or zb-h1"
     )
-  sizes: dict[str, Any] = dict(devices=mesh.shape[STAGE], microbatches=microbatches)
+  sizes: dict[str, Any] = dict(devices=stages, microbatches=microbatches)
   policy: dict[str, Any] = dict(residuals=residuals, slack=slack, optimizer=optimizer)
 
   def report(schedule: Schedule) -> Any:
@@ -155,7 +156,7 @@ def _costs(stack: LayerStack, mesh: Mesh, batch: Tree, microbatches: int, residu
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // each, *leaf.shape[1:]), leaf.dtype), batch
   )
-  return counted_costs(stack, shapes, mesh.shape[STAGE], residuals)
+  return counted_costs(stack, shapes, stages_of(mesh), residuals)
 
 
 def _choose(

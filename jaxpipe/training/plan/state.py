@@ -83,7 +83,7 @@ def create_state(
     schedule, mesh: they decide where the state lies.
     params: placed parameters to begin from, which are donated; None: fresh ones.
   """
-  key = jax.random.fold_in(jax.random.key(seed), _INIT)
+  key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _INIT)
   if params is None:
     params = stack.init(key, example_batch, schedule, mesh)
   model_state = {}

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxpipe.training.chips import peak_flops
@@ -69,6 +70,64 @@ def test_steps_are_written_one_late_and_none_is_lost() -> None:
   ]
   assert [dict(r.more) for r in written] == [{}, {}, {"validation_accuracy": 0.5}]
   assert all(r.tokens_per_second == 64 / r.step_seconds for r in written)
+
+
+def test_steps_that_train_on_nothing_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+  journal = Journal(None, lambda record: None)
+  for step, (loss, norm) in enumerate([(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]):
+    journal.add(step, StepResult(loss, norm, 0.1, {}))  # type: ignore[arg-type]
+  journal.flush()
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.partition(":")[0] for line in lines] == ["step 0", "step 3"]
+  assert lines[1].endswith("2 such steps so far")
+
+
+class Clock:
+  """A host and a device in made-up seconds, so that no test waits."""
+
+  def __init__(self) -> None:
+    self.now = 100.0
+    self.free = 0.0  # when the device has done all that was dispatched
+
+  def __call__(self) -> float:
+    return self.now
+
+  def dispatch(self, seconds: float, synchronous: bool) -> StepResult:
+    done = self.free = max(self.now, self.free) + seconds
+    if synchronous:
+      self.now = done
+    clock = self
+
+    class Number:
+      def is_ready(self) -> bool:
+        return clock.now >= done
+
+      def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        clock.now = max(clock.now, done)
+        return np.float32(1)[...]
+
+    return StepResult(Number(), Number(), Number(), {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("every", [1, 2, 3, 100])
+def test_steps_are_timed_by_when_they_ran(synchronous: bool, told: bool, every: int) -> None:
+  """Where dispatch waits for the step, it was timed from when dispatch had returned."""
+  written: list[Record] = []
+  clock = Clock()
+  journal = Journal(100, written.append, clock)
+  seconds = [0.05, 0.05, 0.2, 0.05, 0.05, 0.125, 0.05]
+  for k, lasts in enumerate(seconds):
+    began = clock() if told else None
+    journal.add(k, clock.dispatch(lasts, synchronous), began)
+    if (k + 1) % every == 0:
+      journal.flush()
+      if told:
+        clock.now += 3.0  # a checkpoint, which is no step's time
+  journal.flush()
+  assert [r.step_seconds for r in written] == pytest.approx(seconds)
+  assert [r.tokens_per_second for r in written] == pytest.approx([100 / s for s in seconds])
 
 
 def test_loss_curve_is_drawn(tmp_path: Path) -> None:

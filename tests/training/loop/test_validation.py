@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpipe.data import EvaluationBatches, open_bin, write_bin
-from jaxpipe.training.loop.validation import make_validation
+from jaxpipe.training.loop.validation import make_validation, sum_over
 
 
 @pytest.mark.parametrize("count", [2, 30, 33, 37])
@@ -27,3 +27,12 @@ def test_every_target_counts_once_by_its_bytes(tmp_path: Path, count: int) -> No
   validate = make_validation(evaluate, batches, tokenizer, lambda batch: batch)
   want = 3.0 * tokens[1:].sum() / lengths[tokens[1:]].sum()
   assert validate(3.0) == pytest.approx(want, rel=1e-12)  # type: ignore[arg-type]
+
+
+def test_a_batch_of_weight_zero_does_not_spoil_a_validation() -> None:
+  """Its mean loss is that of nothing, and was NaN times 0."""
+  losses = {"a": 2.0, "nothing": float("nan"), "b": 4.0}
+  totals = sum_over(
+    lambda name: (losses[name], {"correct": 1.0}), [("a", 3.0), ("nothing", 0.0), ("b", 1.0)]
+  )
+  assert totals.loss / totals.weight == pytest.approx(2.5)
