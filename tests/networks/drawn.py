@@ -1,0 +1,18 @@
+"""Parameters drawn without compiling what a stack would draw them by."""
+
+import jax
+import numpy as np
+
+from jaxpipe.stack.stack import LayerStack
+
+
+def drawn(stack: LayerStack, seed: int = 1) -> dict:
+  """Canonical parameters: scales of norms about 1, all else normal with deviation 0.4."""
+  rng = np.random.default_rng(seed)
+
+  def leaf(path, shape):
+    about = 1.0 if jax.tree_util.keystr(path[-1:], simple=True) == "scale" else 0.0
+    values = np.asarray(about + 0.4 * rng.standard_normal(shape.shape), shape.dtype)
+    return jax.numpy.asarray(values)
+
+  return jax.tree_util.tree_map_with_path(leaf, stack.param_shapes())
