@@ -16,3 +16,16 @@ def drawn(stack: LayerStack, seed: int = 1) -> dict:
     return jax.numpy.asarray(values)
 
   return jax.tree_util.tree_map_with_path(leaf, stack.param_shapes())
+
+
+def drawn_state(stack: LayerStack, seed: int = 2) -> dict:
+  """Canonical statistics of a stack whose state is floats: variances positive, the rest normal."""
+  rng = np.random.default_rng(seed)
+
+  def leaf(path, shape):
+    values = 0.4 * rng.standard_normal(shape.shape)
+    if jax.tree_util.keystr(path[-1:], simple=True) == "var":
+      values = 0.5 + np.abs(values)
+    return jax.numpy.asarray(np.asarray(values, shape.dtype))
+
+  return jax.tree_util.tree_map_with_path(leaf, stack.state_shapes())
