@@ -1,8 +1,9 @@
-"""Parameters drawn without compiling what a stack would draw them by."""
+"""Parameters, or their shapes alone, without compiling what a stack would draw them by."""
 
 import jax
 import numpy as np
 
+from jaxpipe.parallel.placing import shardings
 from jaxpipe.stack.stack import LayerStack
 
 
@@ -16,6 +17,16 @@ def drawn(stack: LayerStack, seed: int = 1) -> dict:
     return jax.numpy.asarray(values)
 
   return jax.tree_util.tree_map_with_path(leaf, stack.param_shapes())
+
+
+def placed_shapes(stack: LayerStack, schedule, mesh) -> dict:
+  """Shapes of placed parameters that are never made: enough to compile a step."""
+  shapes = stack.param_shapes()
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    shapes,
+    shardings(shapes, stack, schedule, mesh),
+  )
 
 
 def drawn_state(stack: LayerStack, seed: int = 2) -> dict:
