@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,11 @@ class LayerInputs(MicrobatchInputs):
   Keys:
     All of `MicrobatchInputs`, and
     layer: int32 [], the layer's number in the model, whatever stage it lies in.
+    state: the layer's frozen variables, leaves without a layer dim; missing where it has none.
   """
 
   layer: int | jax.Array
+  state: NotRequired[Any]
 
 
 def microbatch_inputs(inputs: Mapping[str, Any]) -> MicrobatchInputs:
@@ -150,12 +152,14 @@ class Context:
     layer: int | jax.Array,
     microbatch: int | jax.Array,
     rows: jax.Array,
+    state: Any = None,
   ) -> Context:
     """Makes the context of one call of a layer.
 
     Args:
       training: False in evaluation.
       batch, key, layer, microbatch, rows: see `LayerInputs`.
+      state: the layer's frozen variables, which are its module's and no part of a context.
     """
     # Never from stage or tick: a recomputation on a later tick must draw the same masks.
     if key is not None:

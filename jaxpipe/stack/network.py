@@ -202,13 +202,16 @@ class Network:
     ends = {"embed": 0, "head": 1}
     return ends[name] if name in ends else 2 + layer_number(name)
 
-  def init_layers(self, key: jax.Array, layers: jax.Array, cut: Cut) -> Tree:
+  def init_layers(
+    self, key: jax.Array, layers: jax.Array, cut: Cut, *, state: bool = False
+  ) -> Tree:
     """Fresh parameters of some layers, of a network whose layers are all of one kind.
 
     Args:
       key: the stack's.
       layers: int32 [n], numbers of the layers, which may be known only as the program runs.
       cut: what of a layer to keep, applied as soon as it is made.
+      state: makes the model state in place of the parameters.
 
     Returns:
       A layer's tree, leaves [n, ...].
@@ -216,7 +219,7 @@ class Network:
     specs = [self.specs[f"layers/{i}"] for i in range(self.depth)]
 
     def make(spec: ModuleSpec, key: jax.Array) -> Tree:
-      return spec.init(key)[0]
+      return spec.init(key)[state]
 
     # A branch for each factory, not for each layer: most stacks have one factory.
     makers = {id(spec.factory): functools.partial(make, spec) for spec in specs}

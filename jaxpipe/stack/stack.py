@@ -155,12 +155,15 @@ class LayerStack:
   def uniform(self) -> bool:
     """Whether the layers are of one kind and lie stacked, so that stages can loop over them.
 
-    A stack with a partition lies packed even if its layers are alike, and so does one with model
-    state or with ties between layers: a loop over stacked layers knows neither.
+    A stack with a partition lies packed even if its layers are alike, and so does one with ties
+    between layers, or with variables that a forward changes: a loop over stacked layers knows
+    neither. Frozen variables are stacked as parameters are.
     """
+    if self.has_state and any(jax.tree.leaves(self.changing())):
+      return False
     ties_of_ends_only = len(self._head_ties) == len(self.network.ties)
     one_kind = len(self.network.runs) == 1
-    return one_kind and ties_of_ends_only and self.partition is None and not self.has_state
+    return one_kind and ties_of_ends_only and self.partition is None
 
   @property
   def has_state(self) -> bool:
@@ -292,17 +295,15 @@ class LayerStack:
       layers: int32 [n], numbers of the layers.
       cut: what of a layer (leaves without a layer dim) or of an end this device keeps; applied as
         soon as it is made.
-      state: makes the model state, of which a uniform stack has none.
+      state: makes the model state in place of the parameters.
 
     Returns:
       `{"embed": ..., "layers": ..., "head": ...}`, leaves of `layers` [n, ...].
     """
-    if state:
-      return {"embed": {}, "layers": {}, "head": {}}
     return {
-      "embed": cut("embed", self.network.init_module("embed", key)[0]),
-      "layers": self.network.init_layers(key, layers, cut),
-      "head": cut("head", self.network.init_module("head", key)[0]),
+      "embed": cut("embed", self.network.init_module("embed", key)[state]),
+      "layers": self.network.init_layers(key, layers, cut, state=state),
+      "head": cut("head", self.network.init_module("head", key)[state]),
     }
 
   def check_shapes(self, batch: Tree) -> Tree:
@@ -316,15 +317,18 @@ class LayerStack:
 
   # The functions of a uniform stack
 
-  def apply_embed(self, params: Tree, batch: Tree, training: bool = True) -> Tree:
+  def apply_embed(
+    self, params: Tree, batch: Tree, training: bool = True, state: Tree | None = None
+  ) -> Tree:
     """Embeds a batch: `embed(batch) -> x`.
 
     Args:
       params: the embedding's own, the part `embed`.
       batch: leaves [rows, ...].
       training: False in evaluation.
+      state: its frozen variables; None where it has none.
     """
-    return self.network.specs["embed"].run(params, {}, training, batch)[0]
+    return self.network.specs["embed"].run(params, state or {}, training, batch)[0]
 
   def apply_layer(self, params: Tree, x: Tree, training: bool, inputs: LayerInputs) -> Tree:
     """Runs one layer: `layer(x, context) -> x`.
@@ -335,10 +339,13 @@ class LayerStack:
       training: False in evaluation, where dropout is the identity.
       inputs: of this layer and microbatch.
     """
+    state = inputs.get("state") or {}
     context = Context.create(training, **inputs)
-    return self._layer.run(params, {}, training, x, context=context)[0]
+    return self._layer.run(params, state, training, x, context=context)[0]
 
-  def apply_head(self, params: Tree, x: Tree, batch: Tree, training: bool = True) -> HeadSums:
+  def apply_head(
+    self, params: Tree, x: Tree, batch: Tree, training: bool = True, state: Tree | None = None
+  ) -> HeadSums:
     """Runs the head; returns its sums as `value_and_grad(has_aux=True)` wants them.
 
     Args:
@@ -346,8 +353,9 @@ class LayerStack:
       x: output of the last layer, leaves [rows, ...].
       batch: the microbatch's own inputs, leaves [rows, ...].
       training: False in evaluation.
+      state: its frozen variables; None where it has none.
     """
-    return sums(self.network.specs["head"].run(params, {}, training, x, batch)[0])
+    return sums(self.network.specs["head"].run(params, state or {}, training, x, batch)[0])
 
   @property
   def _layer(self) -> ModuleSpec:
@@ -388,7 +396,7 @@ class LayerStack:
   def renewed(
     self, rows: Tree, counted: Mapping[str, jax.Array], vary: Callable[[Tree], Tree]
   ) -> Tree:
-    """Rows of the model state after a step: as they were, for a uniform stack has no state."""
+    """The model state after a step: as it was, for a uniform stack changes none."""
     return rows
 
   # Where a schedule cuts the vocabulary
@@ -407,6 +415,12 @@ class LayerStack:
         " and T"
       )
     specs = self.network.specs
+    for end in "embed", "head":
+      if specs[end].state:
+        raise StackError(
+          f"the schedule cuts the vocabulary over the stages, and {end} has variables that are not"
+          " trained, which it cannot cut; train them, or take a schedule without S and T"
+        )
     return VocabularyEnds(self.vocabulary, specs["embed"], specs["head"], self._head_ties)
 
   def tables(self, devices: int) -> frozenset[str]:
