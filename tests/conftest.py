@@ -63,6 +63,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
   import jax
 
+  # A conftest of a folder that was asked for may have imported it already.
+  jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   # Broadcasting over a missing dim hides transposed arguments.
   jax.config.update("jax_numpy_rank_promotion", "raise")
   # Drawn once, by the process that xdist starts its workers from, and theirs by inheritance: all

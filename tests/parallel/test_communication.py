@@ -138,7 +138,7 @@ def test_gathering_by_the_unit_takes_less_memory_than_once_a_step():
   """The ring of weights has a slot for what is gathered, and none for what never arrives."""
   mesh = jaxpipe.make_mesh("stage:2,fsdp:2")
   stack = transformer(
-    TransformerConfig(vocabulary_size=16, layers=4, width=64, heads=2, kv_heads=2)
+    TransformerConfig(vocabulary_size=16, layers=8, width=64, heads=2, kv_heads=2)
   )
   plan = jaxpipe.make_schedule("zeropp", devices=2, microbatches=4, chunks=2)
   whole = [[t for t in row if t[1] not in "GX"] for row in plan.tokens()]

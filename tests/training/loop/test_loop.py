@@ -190,6 +190,7 @@ def test_a_run_with_experts_moves_between_meshes_that_cut_everything(
 ) -> None:
   """Parameters, moments and masks are those of the run on one device."""
   run = dict(steps=6, dropout=0.1, validate_every=0, experts=4, kv_heads=2, batch_size=8)
+  run |= {"layers": 2, "chunks": 1}
   alone, moved = tmp_path / "alone", tmp_path / "moved"
   for folder in (alone, moved):
     folder.mkdir()
