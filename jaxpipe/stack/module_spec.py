@@ -111,6 +111,12 @@ class ModuleSpec:
           f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
           " make it a float, or compute it in __call__"
         )
+      if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or leaf.dtype.itemsize < 2:
+        raise StackError(
+          f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, and parameters are"
+          " float16, bfloat16, float32 or float64: keep one of these and convert it in __call__"
+          " (a complex one as two, its real and its imaginary part)"
+        )
     changing = nnx.to_pure_dict(state)
     for path, variable in nnx.to_flat_state(state):
       _set(changing, path, issubclass(variable.type, nnx.BatchStat))

@@ -295,3 +295,64 @@ def test_a_raw_key_gives_the_masks_of_a_typed_one():
   other = step(params, batch, jax.random.PRNGKey(4))
   assert float(typed[0][0]) == float(raw[0][0]) != float(other[0][0])
   jax.tree.map(np.testing.assert_array_equal, typed[1], raw[1])
+
+
+def plain(batch, **options):
+  """Modules in a row with an example batch."""
+  layers = [lambda rngs: nnx.Linear(3, 3, rngs=rngs), jnp.tanh]
+  return jaxpipe.pipeline(
+    lambda y, batch: y.sum(-1), layers, batch, mesh="stage:2", microbatches=2, **options
+  )
+
+
+X = {"x": np.ones((4, 3), np.float32)}
+
+
+@pytest.mark.parametrize(
+  "leaf, message",
+  [
+    (lambda: jax.random.split(jax.random.key(0), 4), "holds PRNG keys, which no batch has"),
+    (lambda: "a sentence", "is a str and no array of numbers"),
+    (lambda: np.array(["a", "b", "c", "d"]), "is an array of <U1 and no array of numbers"),
+    (lambda: np.array([{}, {}, {}, {}]), "is an array of object and no array of numbers"),
+    (lambda: np.zeros(4, "datetime64[s]"), "is an array of datetime64.* and no array of numbers"),
+  ],
+)
+def test_leaves_of_a_batch_that_are_no_numbers_are_named(leaf, message):
+  """A text was an AttributeError, or `inputs` that are not in the batch."""
+  batch = {**X, "extra": leaf()}
+  named = stack(lambda h, _: h)
+  for call in (lambda: plain(batch), lambda: named.init(jax.random.key(0), batch)):
+    with pytest.raises(ValueError, match=rf"batch\['extra'\] {message}"):
+      call()
+  params = named.init(jax.random.key(0), X, GPIPE, jaxpipe.make_mesh("stage:2"))
+  step = jaxpipe.pipeline_value_and_grad(named, GPIPE, jaxpipe.make_mesh("stage:2"))
+  with pytest.raises(ValueError, match=message):
+    step(params, batch)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "bool"])
+def test_a_later_batch_of_another_dtype_is_refused(dtype):
+  """It was compiled anew, and computed in another precision."""
+  pipe = plain(X)
+  params = pipe.init(jax.random.key(0), X)
+  other = {"x": X["x"].astype(dtype), "unknown": np.ones(4)}
+  for call in (pipe.value_and_grad, pipe.evaluate, pipe.predict):
+    with pytest.raises(ValueError, match=rf"\['x'\] is {dtype}, and the example batch had float32"):
+      call(params, other)
+  # Without double precision JAX takes float64 as float32.
+  assert pipe.predict(params, {"x": X["x"].astype(np.float64)}).shape == (4, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "complex64", "int8"])
+def test_parameters_without_a_usable_gradient_are_refused(dtype):
+  class Odd(nnx.Module):
+    def __init__(self, rngs):
+      self.weight = nnx.Param(jnp.ones(3, dtype))
+
+    def __call__(self, x):
+      return x * self.weight[...].real.astype(x.dtype)
+
+  message = rf"layers\[0\]: parameter \['weight'\] is {dtype}, "
+  with pytest.raises(jaxpipe.StackError, match=message):
+    jaxpipe.pipeline(lambda y, b: y.sum(-1), [Odd, jnp.tanh], X, mesh="stage:2", microbatches=2)
