@@ -162,9 +162,10 @@ class ModuleSpec:
       module.eval()
     # Each device holds some rows of the microbatch. With statistics of these alone, outputs and
     # gradients would depend on the mesh.
-    over = tuple(axis for axis in ROWS if axes.size(axis) > 1)
     for _, inner in nnx.iter_graph(module):
-      if over and isinstance(inner, nnx.BatchNorm) and inner.axis_name is None:
+      if isinstance(inner, nnx.BatchNorm) and inner.axis_name is None:
+        # Asked for here alone: a module without norms may be traced off the mesh.
+        over = tuple(axis for axis in ROWS if axes.size(axis) > 1) or None
         inner.axis_name = over  # type: ignore[assignment]  # `lax.pmean` takes several names
     out = module(*args[: self.argument_count])
     after = nnx.to_pure_dict(nnx.state(module, nnx.Not(self.trainable)))
