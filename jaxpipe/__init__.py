@@ -39,6 +39,8 @@ if TYPE_CHECKING:
   from jaxpipe.training.lm.load import load
   from jaxpipe.training.plan.choose import choose_schedule
 
+__version__ = "0.1.0"  # that of pyproject.toml
+
 _HOME = {
   "Action": "jaxpipe.schedules",
   "Costs": "jaxpipe.schedules",
@@ -76,14 +78,19 @@ _HOME = {
   "unplace": "jaxpipe.parallel.placing",
 }
 
+# The folders, as attributes of the package without an import of their own.
+_FOLDERS = ("data", "models", "parallel", "schedules", "stack", "training")
+
 __all__ = list(_HOME)
 
 
 def __dir__() -> list[str]:
-  return sorted([*globals(), *_HOME])
+  return sorted([*globals(), *_HOME, *_FOLDERS])
 
 
 def __getattr__(name: str) -> Any:
+  if name in _FOLDERS:
+    return importlib.import_module(f"jaxpipe.{name}")
   if name not in _HOME:
     raise AttributeError(f"module 'jaxpipe' has no attribute {name!r}")
   home = importlib.import_module(_HOME[name])

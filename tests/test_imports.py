@@ -10,6 +10,9 @@ import ast
 import collections
 import pathlib
 import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Collection, Iterator, Mapping
 
 import pytest
@@ -391,3 +394,15 @@ def test_a_planted_circle_is_found(sources: dict[str, str], circle: list[str]) -
 )
 def test_a_planted_fault_of_a_folder_is_found(init: str, modules: list[str], faults: int) -> None:
   assert len(faults_of_folder("jaxpipe.part.folder", init, modules)) == faults
+
+
+def test_folders_and_version_are_attributes_of_the_package():
+  """`import jaxpipe` alone did not find `jaxpipe.schedules`."""
+  code = (
+    "import jaxpipe, sys; assert 'jax' not in sys.modules; jaxpipe.schedules.from_csv;"
+    " assert 'jax' not in sys.modules; jaxpipe.data, jaxpipe.parallel, jaxpipe.stack;"
+    " jaxpipe.models, jaxpipe.training; print(jaxpipe.__version__)"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+  version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+  assert (done.stdout.strip(), done.returncode) == (version, 0), done.stderr

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.mesh import ROWS
-from jaxpipe.stack.context import Filled
+from jaxpipe.stack.context import Filled, check_leaves
 from jaxpipe.stack.protocol import LaidOutStack
 
 Tree = Any
@@ -63,9 +63,10 @@ def check_rows(batch: Tree, M: int, shards: int = 1) -> int:
     ValueError: an empty batch, a scalar leaf, leaves with different numbers of rows, or a B that
       `M * shards` does not divide.
   """
+  check_leaves(batch)
   rows = {}  # number of rows -> a leaf that has so many, as the message names it
   for path, leaf in jax.tree.leaves_with_path(batch):
-    if not leaf.shape:
+    if not jnp.shape(leaf):
       raise ValueError(f"batch{jax.tree_util.keystr(path)} is a scalar; every leaf is [B, ...]")
     rows[leaf.shape[0]] = f"batch{jax.tree_util.keystr(path)} has {leaf.shape[0]}"
   if len(rows) != 1:
@@ -125,6 +126,30 @@ def filled_up(batch: Tree, M: int, shards: int) -> Tree:
     return arrays.concatenate([leaf, arrays.repeat(leaf[-1:], more, axis=0)])
 
   return Filled(jax.tree.map(fill, batch), np.arange(B + more) < B)
+
+
+def check_dtypes(batch: Tree, example: Tree) -> None:
+  """Refuses a batch with leaves of other dtypes than the example had that all was made for.
+
+  Args:
+    batch: arrays; entries that only one of the two has are not compared.
+    example: arrays or their shapes.
+
+  Raises:
+    ValueError: names the leaf and both dtypes.
+  """
+  want = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(example)}
+  for path, leaf in jax.tree.leaves_with_path(batch):
+    name = jax.tree_util.keystr(path)
+    if name not in want or not hasattr(leaf, "dtype"):
+      continue
+    # As JAX takes them: without double precision, float64 is float32.
+    got, made_for = (jax.dtypes.canonicalize_dtype(one.dtype) for one in (leaf, want[name]))
+    if got != made_for:
+      raise ValueError(
+        f"batch{name} is {got}, and the example batch had {made_for} there; cast it, or call"
+        " jaxpipe.pipeline with an example of this dtype"
+      )
 
 
 def given_state(stack: LaidOutStack, state: Tree | None) -> Tree:

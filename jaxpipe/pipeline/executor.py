@@ -40,7 +40,7 @@ from jaxpipe.pipeline.layer.weight import divisor
 from jaxpipe.pipeline.table.segment import Segment
 from jaxpipe.pipeline.zero_weights import ZeroWeights
 from jaxpipe.schedules import Schedule
-from jaxpipe.stack.context import check_key
+from jaxpipe.stack.context import check_key, check_leaves
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -158,6 +158,7 @@ def compile_step(execution: Execution, unroll: str) -> Callable[..., Any]:
   ) -> Any:
     state = given_state(execution.stack, state)
     check_key(key)
+    check_leaves(batch)
     check_placed(params, execution.stack, execution.schedule, execution.mesh, state)
     out, weight = run(params, state, batch, key)
     weights.add(weight)

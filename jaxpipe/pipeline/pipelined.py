@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import make_mesh, row_shards, stages_of
 from jaxpipe.parallel.placing import place, unplace
-from jaxpipe.pipeline.batch import check_rows, filled_up, given_state
+from jaxpipe.pipeline.batch import check_dtypes, check_rows, filled_up, given_state
 from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.partitioned import partitioned
 from jaxpipe.pipeline.predict import pipeline_predict
 from jaxpipe.schedules import Schedule, make_schedule
+from jaxpipe.stack.context import check_leaves
 from jaxpipe.stack.forward import given_back
 from jaxpipe.stack.from_modules import Loss
 from jaxpipe.stack.protocol import is_packed
@@ -46,12 +47,15 @@ class Pipelined:
     schedule: order of the actions, and which device has which stage.
     mesh: the devices, with an axis `stage` of `schedule.devices`.
     options: keyword arguments of `pipeline_value_and_grad`.
+    example: shapes and dtypes of the batch that it was made for; None where none was given. Later
+      batches may have other rows, and no other dtypes.
   """
 
   stack: LayerStack
   schedule: Schedule
   mesh: Mesh
   options: dict[str, Any]
+  example: Tree = None
 
   def __str__(self) -> str:
     """Schedule, mesh and stages in a few lines.
@@ -107,7 +111,7 @@ class Pipelined:
         or the stack has statistics, of which the rows that fill up would be part.
     """
     step = pipeline_value_and_grad(self.stack, self.schedule, self.mesh, **self.options)
-    return _filling(self.stack, self.schedule.microbatches, row_shards(self.mesh), step, True)
+    return _like(self.example, self._filling(step, True))
 
   @functools.cached_property
   def evaluate(self) -> Callable[..., Any]:
@@ -117,7 +121,11 @@ class Pipelined:
     one for every row, the batch may have any number of rows.
     """
     run = pipeline_forward(self.stack, self.schedule, self.mesh)
-    return _filling(self.stack, self.schedule.microbatches, row_shards(self.mesh), run, False)
+    return _like(self.example, self._filling(run, False))
+
+  def _filling(self, run: Callable[..., Any], trains: bool) -> Callable[..., Any]:
+    """Returns `run` for any number of rows, where the head leaves out those that fill up."""
+    return _filling(self.stack, self.schedule.microbatches, row_shards(self.mesh), run, trains)
 
   def place(self, tree: Tree) -> Tree:
     """Lays a canonical tree of parameters, moments or model state out over the devices."""
@@ -153,14 +161,45 @@ class Pipelined:
     """
     return check(self.stack, self.schedule, self.mesh, batch, **self.options)
 
-  @functools.cached_property
-  def predict(self) -> Callable[..., Tree]:
-    """The last layer's output `(params, batch, state=None) -> y`, in evaluation: no dropout.
+  def predict(self, params: Tree, batch: Tree, state: Tree | None = None) -> Tree:
+    """Returns the output of the last layer in evaluation: no dropout, norms by moving averages.
 
-    It runs over the pipeline, on any number of rows, and no device holds the whole model; see
-    `pipeline_predict`, which also says where y lies.
+    It runs over the pipeline, so that no device holds the whole model, and compiles a program for
+    every number of rows of a microbatch; see `pipeline_predict`.
+
+    Args:
+      params: placed parameters.
+      batch: arrays, leaves `[B, ...]`, B of any size.
+      state: placed model state, where the stack has any.
+
+    Returns:
+      Leaves `[B, ...]`, with rows that lie where those of the batch do; of NumPy arrays, on every
+      device.
+
+    Raises:
+      ValueError: the stack has state and none is given, or the other way round; an output without
+        rows; a mesh with `sequence`.
     """
-    return pipeline_predict(self.stack, self.schedule, self.mesh)
+    return self._predict(params, batch, state)
+
+  # A property of this object, so that the stack and its programs go when the object goes: as a
+  # static argument of a function of the module, the stack would live as long as the process.
+  @functools.cached_property
+  def _predict(self) -> Callable[..., Tree]:
+    return _like(self.example, pipeline_predict(self.stack, self.schedule, self.mesh))
+
+
+def _like(example: Tree, run: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `run`, which refuses a batch of other dtypes than the example's."""
+  if example is None:
+    return run
+
+  @functools.wraps(run)
+  def checking(params: Tree, batch: Tree, *args: Any, **named: Any) -> Any:
+    check_dtypes(batch, example)
+    return run(params, batch, *args, **named)
+
+  return checking
 
 
 def _filling(
@@ -233,6 +272,8 @@ def pipeline(
     ValueError: modules, mesh, schedule, partition or residuals that do not fit one another, each
       with the numbers that differ; rows that the microbatches do not divide.
   """
+  mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+  check_leaves(batch)
   if isinstance(layers, LayerStack):
     if loss is not None or stack_options:
       raise ValueError("a LayerStack has a loss and options of its own; give None, and no others")
@@ -246,7 +287,6 @@ def pipeline(
         "modules in a row need a loss and an example batch: pipeline(loss, modules, batch)"
       )
     stack = LayerStack.from_modules(layers, loss=loss, batch=batch, inputs=inputs, **stack_options)
-  mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
   stages = stages_of(mesh)
   if isinstance(schedule, str):
     schedule = make_schedule(schedule, devices=stages, microbatches=microbatches)
@@ -261,7 +301,8 @@ def pipeline(
   elif partition is not None:
     stack = dataclasses.replace(stack, partition=partition)
   options = {"residuals": residuals}
-  made = Pipelined(stack=stack, schedule=schedule, mesh=mesh, options=options)
+  example = None if batch is None else jax.eval_shape(lambda batch: batch, batch)
+  made = Pipelined(stack=stack, schedule=schedule, mesh=mesh, options=options, example=example)
   # Building the step checks it: what does not fit is refused here, not at the first call.
   _ = made.value_and_grad
   return made

@@ -12,7 +12,7 @@ from jaxpipe.schedules.costs import Costs, Memory
 from jaxpipe.schedules.peaks import peaks
 from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.schedule import Schedule
-from jaxpipe.schedules.spec import Spec, limit_by_device
+from jaxpipe.schedules.spec import ROUNDING, Spec, limit_by_device
 from jaxpipe.schedules.transforms.backward import with_backward
 from jaxpipe.schedules.transforms.recompute import with_recompute
 from jaxpipe.schedules.transforms.vocabulary import with_vocabulary
@@ -139,7 +139,7 @@ def check_memory(schedule: Schedule, memory: Memory, limit: float | Sequence[flo
   """
   limits = limit_by_device(limit, schedule.devices)
   for d, (peak, limit) in enumerate(zip(peaks(schedule, memory).memory, limits, strict=True)):
-    if not peak <= limit:  # so that a NaN is refused as well
+    if not peak <= limit + ROUNDING * abs(limit):  # so that a NaN is refused as well
       raise ValueError(
         f"{schedule.name} holds {peak} on device {d}, above memory_limit={limit};"
         f" use memory_limit={peak}, fewer microbatches or a thriftier schedule"

@@ -43,6 +43,11 @@ class Spec:
     return limit_by_device(self.memory_limit, self.devices)
 
 
+# Share of a memory limit by which it may be passed: changes of memory that are written as floats,
+# such as 1, -0.63 and -0.37, do not add up to zero exactly.
+ROUNDING = 1e-9
+
+
 def limit_by_device(limit: float | Sequence[float] | None, devices: int) -> tuple[float, ...]:
   """Returns one limit for each of P devices, infinite where there is none.
 

@@ -248,3 +248,23 @@ def check_key(key: Any) -> None:
     raise ValueError(
       f"the key is of the generator {name}, by which masks would depend on the mesh{remedy}"
     )
+
+
+def check_leaves(batch: Any) -> None:
+  """Refuses leaves of a batch that cannot be divided and sent, such as texts and PRNG keys.
+
+  Raises:
+    ValueError: a leaf that is no array of numbers; names it.
+  """
+  for path, leaf in jax.tree.leaves_with_path(batch):
+    name, dtype = f"batch{jax.tree_util.keystr(path)}", getattr(leaf, "dtype", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+      raise ValueError(
+        f"{name} holds PRNG keys, which no batch has: pass a key as the step's third argument, or"
+        " raw bits, jax.random.key_data(keys), and wrap them again where they are used"
+      )
+    if isinstance(leaf, bool | int | float | complex):
+      continue
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
+      kind = f"a {type(leaf).__name__}" if dtype is None else f"an array of {dtype}"
+      raise ValueError(f"{name} is {kind} and no array of numbers; leave it out of the batch")

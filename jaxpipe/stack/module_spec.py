@@ -124,6 +124,12 @@ class ModuleSpec:
           f"{where}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
           " make it a float, or compute it in __call__"
         )
+      if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or leaf.dtype.itemsize < 2:
+        raise StackError(
+          f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, and parameters are"
+          " float16, bfloat16, float32 or float64: keep one of these and convert it in __call__"
+          " (a complex one as two, its real and its imaginary part)"
+        )
     changing = nnx.to_pure_dict(state)
     for path, variable in nnx.to_flat_state(state):
       _set(changing, path, issubclass(variable.type, nnx.BatchStat))
@@ -202,9 +208,10 @@ class ModuleSpec:
     set_mode(module, training)
     # Each device holds some rows of the microbatch. With statistics of these alone, outputs and
     # gradients would depend on the mesh.
-    over = tuple(axis for axis in ROWS if axes.size(axis) > 1)
     for _, inner in nnx.iter_graph(module):
-      if over and isinstance(inner, nnx.BatchNorm) and inner.axis_name is None:
+      if isinstance(inner, nnx.BatchNorm) and inner.axis_name is None:
+        # Asked for here alone: a module without norms may be traced off the mesh.
+        over = tuple(axis for axis in ROWS if axes.size(axis) > 1) or None
         inner.axis_name = over  # type: ignore[assignment]  # `lax.pmean` takes several names
     if context is not None and self.draws:
       context.once = self.draws[0].once

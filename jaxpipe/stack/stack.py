@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jaxpipe.parallel.placing import Tree, init_placed, place
 from jaxpipe.parallel.protocol import Cut, ScheduleLike
 from jaxpipe.parallel.rules import NONE, Rules
-from jaxpipe.stack.context import Context, LayerInputs, check_key
+from jaxpipe.stack.context import Context, LayerInputs, check_key, check_leaves
 from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.from_modules import factories_of
 from jaxpipe.stack.module.parts import Factory
@@ -313,6 +313,7 @@ class LayerStack:
       StackError: a module that cannot take what the one before returns; or, where the stack is
         uniform, a layer whose output is unlike its input.
     """
+    check_leaves(batch)
     return self.network.check_shapes(batch, self.uniform)
 
   # The functions of a uniform stack

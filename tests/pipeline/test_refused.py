@@ -1,5 +1,7 @@
 """What cannot run, or would run wrongly, is refused when a step is built or first traced."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType
 from networks import lm
 
@@ -295,3 +298,131 @@ def test_a_raw_key_gives_the_masks_of_a_typed_one():
   other = step(params, batch, jax.random.PRNGKey(4))
   assert float(typed[0][0]) == float(raw[0][0]) != float(other[0][0])
   jax.tree.map(np.testing.assert_array_equal, typed[1], raw[1])
+
+
+def plain(batch, **options):
+  """Modules in a row with an example batch."""
+  layers = [lambda rngs: nnx.Linear(3, 3, rngs=rngs), jnp.tanh]
+  return jaxpipe.pipeline(
+    lambda y, batch: y.sum(-1), layers, batch, mesh="stage:2", microbatches=2, **options
+  )
+
+
+X = {"x": np.ones((4, 3), np.float32)}
+
+
+@pytest.mark.parametrize(
+  "leaf, message",
+  [
+    (lambda: jax.random.split(jax.random.key(0), 4), "holds PRNG keys, which no batch has"),
+    (lambda: "a sentence", "is a str and no array of numbers"),
+    (lambda: np.array(["a", "b", "c", "d"]), "is an array of <U1 and no array of numbers"),
+    (lambda: np.array([{}, {}, {}, {}]), "is an array of object and no array of numbers"),
+    (lambda: np.zeros(4, "datetime64[s]"), "is an array of datetime64.* and no array of numbers"),
+  ],
+)
+def test_leaves_of_a_batch_that_are_no_numbers_are_named(leaf, message):
+  """A text was an AttributeError, or `inputs` that are not in the batch."""
+  batch = {**X, "extra": leaf()}
+  named = stack(lambda h, _: h)
+  for call in (lambda: plain(batch), lambda: named.init(jax.random.key(0), batch)):
+    with pytest.raises(ValueError, match=rf"batch\['extra'\] {message}"):
+      call()
+  params = named.init(jax.random.key(0), X, GPIPE, jaxpipe.make_mesh("stage:2"))
+  step = jaxpipe.pipeline_value_and_grad(named, GPIPE, jaxpipe.make_mesh("stage:2"))
+  with pytest.raises(ValueError, match=message):
+    step(params, batch)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "bool"])
+def test_a_later_batch_of_another_dtype_is_refused(dtype):
+  """It was compiled anew, and computed in another precision."""
+  pipe = plain(X)
+  params = pipe.init(jax.random.key(0), X)
+  other = {"x": X["x"].astype(dtype), "unknown": np.ones(4)}
+  for call in (pipe.value_and_grad, pipe.evaluate, pipe.predict):
+    with pytest.raises(ValueError, match=rf"\['x'\] is {dtype}, and the example batch had float32"):
+      call(params, other)
+  # Without double precision JAX takes float64 as float32.
+  assert pipe.predict(params, {"x": X["x"].astype(np.float64)}).shape == (4, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "complex64", "int8"])
+def test_parameters_without_a_usable_gradient_are_refused(dtype):
+  class Odd(nnx.Module):
+    def __init__(self, rngs):
+      self.weight = nnx.Param(jnp.ones(3, dtype))
+
+    def __call__(self, x):
+      return x * self.weight[...].real.astype(x.dtype)
+
+  message = rf"layers\[0\]: parameter \['weight'\] is {dtype}, "
+  with pytest.raises(jaxpipe.StackError, match=message):
+    jaxpipe.pipeline(lambda y, b: y.sum(-1), [Odd, jnp.tanh], X, mesh="stage:2", microbatches=2)
+
+
+def kernel(interpret):
+  def double(x_ref, y_ref):
+    y_ref[...] = 2.0 * x_ref[...]
+
+  def call(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(double, out_shape=shape, interpret=interpret)(x)
+
+  twice = jax.custom_vjp(call)
+  twice.defvjp(lambda x: (call(x), None), lambda _, dy: (call(dy),))
+  return twice
+
+
+def called(function, x):
+  return function(x)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_kernel_is_traced_off_a_mesh_that_cuts_rows_and_refused_if_it_is_interpreted(layers):
+  """Every module asked for the axes of rows, which is refused off the mesh, whether or not it
+  had norms."""
+  made = {
+    interpret: LayerStack.from_modules(
+      [functools.partial(called, kernel(interpret))] * layers
+      + [nnx.Linear(3, 3, rngs=nnx.Rngs(0))],
+      loss=lambda y, b: y.sum(-1),
+      batch=X,
+    )
+    for interpret in (False, True)
+  }
+  mesh = jaxpipe.make_mesh("stage:2,data:2")
+  assert jaxpipe.packing_report(made[False], GPIPE, mesh, X).held
+  with pytest.raises(ValueError, match="an interpreted Pallas kernel, which JAX cannot lower over"):
+    jaxpipe.packing_report(made[True], GPIPE, mesh, X)
+
+
+class Platform(nnx.Module):
+  """Computes one thing on CPU and another elsewhere, plainly and inside a loop."""
+
+  def __init__(self, rngs):
+    self.inner = nnx.Linear(3, 3, rngs=rngs)
+
+  def __call__(self, x):
+    h = self.inner(x)
+    pick = lambda h: jax.lax.platform_dependent(h, cpu=jnp.tanh, default=jnp.sin)  # noqa: E731
+    looped = lax.scan(lambda c, _: (c + pick(h), None), jnp.zeros(h.shape), None, length=2)[0]
+    return pick(h) + looped
+
+
+def test_layers_that_depend_on_the_platform_are_what_they_are_under_jit():
+  layers = [Platform(nnx.Rngs(i)) for i in range(2)]
+  batch = {"x": np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)}
+  square = lambda y, batch: (y**2).sum(-1)  # noqa: E731
+  pipe = jaxpipe.pipeline(
+    square, layers, batch, mesh="stage:2,data:2", schedule="gpipe", microbatches=1
+  )
+  (value, _), grads = pipe.value_and_grad(pipe.init(jax.random.key(0), batch), batch)
+  true, true_grads = nnx.value_and_grad(
+    lambda own: square(own[1](own[0](batch["x"])), batch).mean()
+  )(nnx.List(layers))
+  np.testing.assert_allclose(value, true, rtol=1e-6)
+  found = pipe.unplace(grads)["layers"]["inner"]["kernel"]
+  for i in range(2):
+    want = true_grads[i]["inner"]["kernel"][...]
+    np.testing.assert_allclose(found[i], want, rtol=1e-5, atol=1e-5)

@@ -26,7 +26,7 @@ import jax
 
 from jaxpipe.parallel import axes
 from jaxpipe.parallel.mesh import AXES, STAGE
-from jaxpipe.pipeline.layer.interpret import run
+from jaxpipe.pipeline.layer.interpret import bodies, opened, run
 from jaxpipe.pipeline.layer.varying import axes_of, bind_varying, collectives, unvarying, vary
 
 
@@ -49,6 +49,7 @@ def trace(function: Callable[..., Any], *args: Any) -> Any:
   """
   closed, over_mesh = _trace_anywhere(function, args)
   _refuse_what_waits_for_all(closed)
+  _refuse_interpreted_kernels(opened(closed))
 
   def flat(*leaves: Any) -> list[Any]:
     if over_mesh:
@@ -140,6 +141,22 @@ def _off_mesh(function: Callable[..., Any], shapes: Sequence[Any]) -> Any:
 
   with ThreadPoolExecutor(1) as outside:
     return outside.submit(trace_outside).result()
+
+
+def _refuse_interpreted_kernels(jaxpr: Any) -> None:
+  """Raises ValueError for a Pallas kernel that is interpreted, as on CPU.
+
+  Its interpreter is a loop that JAX makes when the program is lowered, whose types know no mesh.
+  """
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "pallas_call" and equation.params.get("interpret"):
+      raise ValueError(
+        "a layer, embedding or head calls an interpreted Pallas kernel, which JAX cannot lower over"
+        " a mesh: pass interpret=False, or call the same function in jax.numpy on this platform,"
+        " for example by jax.lax.platform_dependent"
+      )
+    for inner in bodies(equation):
+      _refuse_interpreted_kernels(inner)
 
 
 def _refuse_what_waits_for_all(closed: Any) -> None:

@@ -27,7 +27,7 @@ from jaxpipe.schedules.peaks import peaks
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import simulate
-from jaxpipe.schedules.spec import limit_by_device
+from jaxpipe.schedules.spec import ROUNDING, limit_by_device
 
 Objective = Literal["makespan", "span"]
 Letter = int  # REQUIRED.index(kind) * stages + stage
@@ -165,7 +165,8 @@ def pose(
     microbatches: number of microbatches, M.
     costs: durations, each one number or one per stage.
     memory: changes of the memory that a device holds by F, I and W.
-    memory_limit: most memory that a device may hold: one number, or one per device.
+    memory_limit: most memory that a device may hold: one number, or one per device; passed by
+      `ROUNDING` of it at most.
     objective: `makespan` or `span`.
 
   Returns:
@@ -190,7 +191,8 @@ def pose(
   units, memory_scale = _integers([*(x for kind in REQUIRED for x in changes[kind]), *finite])
   # Beside finite limits, an infinite one becomes a limit that no schedule reaches.
   most = microbatches * sum(max(change, 0) for change in units[: 3 * S])
-  given = iter(units[3 * S :])
+  # As all else is whole, so is the room for rounding: none where the units are not that fine.
+  given = iter(x + int(x * ROUNDING) for x in units[3 * S :])
   return Problem(
     placement=placement,
     microbatches=microbatches,
