@@ -291,7 +291,10 @@ def pipeline(
   if isinstance(schedule, str):
     schedule = make_schedule(schedule, devices=stages, microbatches=microbatches)
   if batch is not None:
-    check_rows(batch, schedule.microbatches, row_shards(mesh))
+    shards = row_shards(mesh)
+    rows = check_rows(batch, schedule.microbatches, shards) // shards
+    for spec in stack.network.specs.values():
+      spec.check_draws(rows)
   if isinstance(partition, str):
     if batch is None:
       raise ValueError(f"partition={partition!r} needs an example batch")

@@ -214,6 +214,7 @@ class ModuleSpec:
         over = tuple(axis for axis in ROWS if axes.size(axis) > 1) or None
         inner.axis_name = over  # type: ignore[assignment]  # `lax.pmean` takes several names
     if context is not None and self.draws:
+      self.check_draws(len(context.rows))
       context.once = self.draws[0].once
     batch = None if context is None else context.batch
     args, named = self.plan.arguments(training, given, context, batch)
@@ -222,6 +223,23 @@ class ModuleSpec:
     self._refuse_new_variables(module)
     jax.tree.map_with_path(self._check_kept, self.changing, state, after)
     return out, after
+
+  def check_draws(self, rows: int) -> None:
+    """Refuses a number of rows for which two unlike draws of the module have one shape.
+
+    Args:
+      rows: of a microbatch on one device.
+
+    Raises:
+      StackError: names the module, the shape and the rows.
+    """
+    clash = self.draws[0].clash(rows) if self.draws else None
+    if clash is not None:
+      raise StackError(
+        f"{self.name} ({self.label}) draws random numbers of shape {list(clash)} for all rows at"
+        f" once, and for a device's {rows} rows of a microbatch one by one, which cannot be told"
+        " apart: give a device another number of rows (microbatches=, or the size of data)"
+      )
 
   def _fresh_streams(self, context: Context | None) -> Tree:
     """Keys and counts for the module's random streams, those of this call."""

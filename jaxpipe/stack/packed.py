@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxpipe.parallel.flat import Flat, widest
@@ -113,12 +114,15 @@ class Packed:
       return tuple(Flat.of({name: trees[name] for name in stage}) for stage in stages)
 
     state = network.state_shapes()
+    params = flats(network.param_shapes())
+    _check_widths(params, "parameters")
+    _check_widths(flats(state), "state")
     return cls(
       network=network,
       given_rules=rules,
       placement=schedule.placement,
       stages=stages,
-      params=flats(network.param_shapes()),
+      params=params,
       state=flats(state),
       changing=tuple(Flat.of(changing_leaves(network, stage, state)) for stage in stages),
     )
@@ -363,6 +367,21 @@ class Packed:
       all_read = self._shared_leaves.with_neighbours(s, name, trees)
       x, after[name] = self.network.call(name, all_read, state[name], x, training, inputs)
     return x, changing_leaves(self.network, self.stages[s], after)  # [3]
+
+
+def _check_widths(flats: Sequence[Flat], what: str) -> None:
+  """Refuses a row that slices could not address: their offsets are int32.
+
+  Raises:
+    StackError: names the stage and its elements.
+  """
+  for s, flat in enumerate(flats):
+    for dtype, width in flat.widths.items():
+      if width > np.iinfo(np.int32).max:
+        raise StackError(
+          f"stage {s} has {width:,} elements of {dtype} {what}, and a packed row holds at most"
+          f" {np.iinfo(np.int32).max:,}; give it fewer layers (partition=), or take more stages"
+        )
 
 
 def _packed_tree(rows: Tree, state: bool) -> Tree:

@@ -251,3 +251,15 @@ def test_a_filter_says_what_a_uniform_stack_creates():
   assert stack.uniform
   shapes = jax.tree.map(jnp.shape, stack.init(jax.random.key(0), ROWS))
   assert shapes["layers"] == {"scale": (2, 4)}
+
+
+def test_a_packed_row_of_more_elements_than_int32_counts_is_refused():
+  """Offsets within a row are int32, and a slice behind 2^31 elements would begin elsewhere."""
+  large = functools.partial(nnx.Linear, 2**16, 2**15 + 1, use_bias=False)
+  batch = {"x": jax.ShapeDtypeStruct((2, 2**16), jnp.float32)}
+  stack = LayerStack.from_modules(
+    [lambda x: x, large], loss=lambda y, b: y.sum(-1), batch=batch, partition=[1, 1]
+  )
+  schedule = jaxpipe.make_schedule("gpipe", devices=2, microbatches=1)
+  with pytest.raises(StackError, match=r"stage 1 has 2,147,549,184 elements of float32 parameters"):
+    stack.laid_out(schedule)

@@ -114,6 +114,13 @@ def test_a_dim_that_is_as_large_as_the_rows_by_chance_is_drawn_once():
   np.testing.assert_array_equal(six[:4], four)
 
 
+def test_a_mask_for_all_rows_beside_one_for_each_of_a_single_row_is_refused_at_once():
+  """Both have the shape [1, 6] where a device has one row, and would be drawn in the same way."""
+  with pytest.raises(StackError, match=r"shape \[1, 6\] for all rows at once.*device's 1 rows"):
+    jaxpipe.pipeline(loss, [Stored], BATCH, mesh="stage:1,data:4", microbatches=2)
+  assert masks([3], Once).shape == (1, D)  # a single row is no obstacle by itself
+
+
 REFUSED = [
   (
     lambda x, context: x + jax.random.normal(context.key, (x.size,)).reshape(x.shape),
