@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     simulate,
   )
   from jaxpipe.schedules.partition import LayerCost, Partition
+  from jaxpipe.stack.context import Whole
   from jaxpipe.stack.linen import linen
   from jaxpipe.stack.stack import LayerStack, StackError
   from jaxpipe.stack.vocabulary import Tables
@@ -54,6 +55,7 @@ _HOME = {
   "ScheduleError": "jaxpipe.schedules",
   "StackError": "jaxpipe.stack.stack",
   "Tables": "jaxpipe.stack.vocabulary",
+  "Whole": "jaxpipe.stack.context",
   "Timeline": "jaxpipe.schedules",
   "check": "jaxpipe.pipeline.check",
   "choose_schedule": "jaxpipe.training.plan.choose",

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpipe.stack.context import Context
+from jaxpipe.stack.context import Context, leaves_of_rows, rows_alone
 from jaxpipe.stack.module_spec import ModuleSpec, count_arguments
 from jaxpipe.stack.paths import merged
 from jaxpipe.stack.stack import LayerStack
@@ -64,8 +64,8 @@ def run_layers(layers: Sequence[Any], x: Tree, batch: Tree) -> Tree:
     x: the first one's input, leaves [rows, ...].
     batch: what they read by `context.batch`, leaves [rows, ...].
   """
-  rows = jnp.arange(len(jax.tree.leaves(batch)[0]))
-  context = Context(batch, training=False, key=None, rows=rows)
+  rows = jnp.arange(len(leaves_of_rows(batch)[0][1]))
+  context = Context(rows_alone(batch), training=False, key=None, rows=rows)
   for layer in layers:
     x = layer(*(x, context)[: count_arguments(type(layer))])
   return x

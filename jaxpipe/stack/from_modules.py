@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from jaxpipe.stack.context import Filled, rows_alone
+from jaxpipe.stack.context import Filled, leaves_of_rows, rows_alone
 from jaxpipe.stack.linen import linen
 from jaxpipe.stack.module_spec import Factory, ModuleSpec, StackError, called, sums
 from jaxpipe.stack.network import layer_output
@@ -135,7 +135,7 @@ def _input_shapes(select: Callable[[Tree], Tree], inputs: Any, batch: Tree) -> T
     StackError: the batch has no such entry; names those that it has.
   """
   try:
-    return jax.eval_shape(select, batch)
+    return jax.eval_shape(select, rows_alone(batch))
   except (KeyError, TypeError, IndexError) as error:
     known = ", ".join(map(repr, batch)) if isinstance(batch, dict) else type(batch).__name__
     raise StackError(
@@ -157,7 +157,7 @@ def _factory(name: str, module: Any, x: Tree, batch: Tree) -> Factory:
     StackError: a Linen class in place of a module, or nothing that could be called.
   """
   if isinstance(module, nn.Module):
-    return linen(module, x, batch=batch)
+    return linen(module, x, batch=rows_alone(batch))
   if isinstance(module, nnx.Module):
     # `init` starts from the values that the module has now.
     graph, state = nnx.split(module)
@@ -203,8 +203,8 @@ def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None
     StackError: it cannot be called so, or returns neither a loss for every row nor sums.
   """
   with called("loss(y, batch), of y which the last module returns,", y):
-    out = jax.eval_shape(loss, y, batch)
-  rows, said = jax.tree.leaves(batch)[0].shape[0], ""
+    out = jax.eval_shape(loss, y, rows_alone(batch))
+  rows, said = leaves_of_rows(batch)[0][1].shape[0], ""
   if isinstance(out, tuple):
     if len(out) != 3 or any(leaf.shape for leaf in jax.tree.leaves(out[:2])):
       said = f"a tuple of {', '.join(str(jax.tree.map(jnp.shape, one)) for one in out)}"

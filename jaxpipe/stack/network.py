@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.parallel.protocol import Cut
-from jaxpipe.stack.context import Context, LayerInputs, MicrobatchInputs
+from jaxpipe.stack.context import Context, LayerInputs, MicrobatchInputs, leaves_of_rows, rows_alone
 from jaxpipe.stack.module_spec import (
   Factory,
   ModuleSpec,
@@ -239,13 +239,13 @@ class Network:
       StackError: a module that cannot take what the one before returns, or a layer whose output is
         unlike its input although it must not be.
     """
-    x = first = self.end_output("embed", batch)
+    x = first = self.end_output("embed", rows_alone(batch))
     if alike:
       check_alike(x, layer_output(self.specs["layers/0"], x, batch))
     else:
       for i in range(self.depth):
         x = layer_output(self.specs[f"layers/{i}"], x, batch)
-    self.end_output("head", x, batch)
+    self.end_output("head", x, rows_alone(batch))
     return first
 
   def end_output(self, name: str, *args: Tree) -> Tree:
@@ -342,10 +342,8 @@ def _rows(batch: Tree) -> int:
   """Rows of a batch, which x cannot tell: it may have leaves without rows, such as a scalar loss.
 
   Raises:
-    StackError: the batch has no leaves, or its first is a scalar.
+    StackError: the batch has no leaves with rows.
   """
-  for path, leaf in jax.tree.leaves_with_path(batch):
-    if not jnp.shape(leaf):
-      raise StackError(f"batch{jax.tree_util.keystr(path)} is a scalar; every leaf is [B, ...]")
+  for _, leaf in leaves_of_rows(batch):
     return int(jnp.shape(leaf)[0])
-  raise StackError("the batch has no leaves; every leaf is [B, ...]")
+  raise StackError("no leaf of the batch has rows; give it one that is [B, ...]")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpipe.pipeline.batch import microbatch
 from jaxpipe.pipeline.device.probe import Probe
 from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.varying import vary
@@ -60,7 +61,7 @@ class DeviceContext:
 
   def microbatch(self, m: jax.Array) -> Tree:
     """A microbatch's own inputs, leaves `[rows, ...]`."""
-    return rings.get(self.batch, m)
+    return microbatch(self.batch, m)
 
   def vary(self, tree: Tree) -> Tree:
     """Marks every leaf as differing along all mesh axes."""
