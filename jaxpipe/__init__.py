@@ -32,8 +32,10 @@ if TYPE_CHECKING:
   )
   from jaxpipe.schedules.partition import LayerCost, Partition
   from jaxpipe.stack.context import Whole
+  from jaxpipe.stack.errors import StackError
   from jaxpipe.stack.linen import linen
-  from jaxpipe.stack.stack import LayerStack, StackError
+  from jaxpipe.stack.module.given import layer
+  from jaxpipe.stack.stack import LayerStack
   from jaxpipe.stack.vocabulary import Tables
   from jaxpipe.training.lm.load import load
   from jaxpipe.training.plan.choose import choose_schedule
@@ -53,12 +55,13 @@ _HOME = {
   "Rules": "jaxpipe.parallel.rules",
   "Schedule": "jaxpipe.schedules",
   "ScheduleError": "jaxpipe.schedules",
-  "StackError": "jaxpipe.stack.stack",
+  "StackError": "jaxpipe.stack.errors",
   "Tables": "jaxpipe.stack.vocabulary",
   "Whole": "jaxpipe.stack.context",
   "Timeline": "jaxpipe.schedules",
   "check": "jaxpipe.pipeline.check",
   "choose_schedule": "jaxpipe.training.plan.choose",
+  "layer": "jaxpipe.stack.module.given",
   "layer_costs": "jaxpipe.pipeline.costs.layer_costs",
   "linen": "jaxpipe.stack.linen",
   "load": "jaxpipe.training.lm.load",

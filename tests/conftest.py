@@ -7,7 +7,9 @@ start, `--grid-seed` repeats it, and `--whole-grid` runs every case.
 
 import os
 import random
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -20,6 +22,7 @@ Case = TypeVar("Case")
 
 DEVICES = 8
 SEED = "JAXPIPE_GRID_SEED"  # how the seed reaches the workers
+caches = ""  # the folder of caches that this process made, and removes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,9 +50,22 @@ def pytest_configure(config: pytest.Config) -> None:
       "--xla_backend_optimization_level=0",
     ]
   )
+  # A program that was compiled once in this run of the tests, by a worker or by a process that a
+  # test started, is not compiled again in it. The key is the program's text with the flags, so a
+  # change of the code finds nothing of what was before it. Training runs keep theirs, and their
+  # tokens, in the same folder rather than in the user's.
+  if not hasattr(config, "workerinput"):
+    global caches
+    caches = tempfile.mkdtemp(prefix="jaxpipe-tests-")
+    os.environ["XDG_CACHE_HOME"] = caches
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(caches, "jaxpipe", "programs")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
   import jax
 
+  # A conftest of a folder that was asked for may have imported it already.
+  jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   # Broadcasting over a missing dim hides transposed arguments.
   jax.config.update("jax_numpy_rank_promotion", "raise")
   # Drawn once, by the process that xdist starts its workers from, and theirs by inheritance: all
@@ -57,6 +73,11 @@ def pytest_configure(config: pytest.Config) -> None:
   if not hasattr(config, "workerinput"):
     seed = config.option.grid_seed
     os.environ[SEED] = str(random.SystemRandom().randrange(2**32) if seed is None else seed)
+
+
+def pytest_unconfigure() -> None:
+  if caches:
+    shutil.rmtree(caches, ignore_errors=True)
 
 
 def _grids(config: pytest.Config) -> str:

@@ -39,7 +39,7 @@ from jaxpipe.pipeline.table.segment import Segment
 from jaxpipe.pipeline.table.unroll import segments
 from jaxpipe.schedules import Schedule
 from jaxpipe.stack.context import leaves_of_rows
-from jaxpipe.stack.protocol import PackedStack, UniformStack
+from jaxpipe.stack.protocol import PackedStack, UniformStack, is_packed
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -238,6 +238,7 @@ class Execution:
       training=self.policy is not None,
       predicts=self.predicts,
       state=self._state_rows(state),
+      frozen=self._frozen(state),
     )
     return Device.build(
       self.stack,
@@ -250,7 +251,15 @@ class Execution:
 
   def _state_rows(self, state: Tree) -> Tree:
     """Rows of the model state of all stages that a device holds, dtype -> [V, width]."""
-    if not state:
+    if not state or not is_packed(self.stack):
       return {}
     whole = gather_fsdp(self.state_specs, state)["layers"]["state"]
     return vary(replicas.gather(whole, self.schedule.placement, self.layers), self.axes)
+
+  def _frozen(self, state: Tree) -> Tree:
+    """Frozen variables of a uniform stack, of the layers that a device holds and of the ends."""
+    if not state or is_packed(self.stack):
+      return {}
+    whole = gather_fsdp(self.state_specs, state)
+    layers = replicas.gather(whole["layers"], self.schedule.placement, self.layers)
+    return vary({**whole, "layers": layers}, self.axes)

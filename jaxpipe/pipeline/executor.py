@@ -315,6 +315,8 @@ def _next_state(execution: Execution, state: Tree, counted: Tree) -> Tree:
   Returns:
     Floats are the mean of what all microbatches and shards of rows made, whole numbers the largest.
   """
+  if not counted:
+    return state  # nothing of it changes
   others = tuple(axis for axis in execution.axes if axis != STAGE)
   times = execution.schedule.microbatches * execution.shards
   mine = replicas.reduce(counted, execution.schedule.placement, execution.layers)

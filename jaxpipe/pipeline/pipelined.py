@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import make_mesh, row_shards, stages_of
 from jaxpipe.parallel.placing import place, unplace
-from jaxpipe.pipeline.batch import check_dtypes, check_rows, filled_up
+from jaxpipe.pipeline.batch import check_dtypes, check_rows, filled_up, given_state
 from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
@@ -28,6 +28,7 @@ from jaxpipe.pipeline.partitioned import partitioned
 from jaxpipe.pipeline.predict import pipeline_predict
 from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.stack.context import leaves_of_rows
+from jaxpipe.stack.forward import given_back
 from jaxpipe.stack.from_modules import Loss
 from jaxpipe.stack.protocol import is_packed
 from jaxpipe.stack.stack import LayerStack
@@ -57,7 +58,11 @@ class Pipelined:
   example: Tree = None
 
   def __str__(self) -> str:
-    """Schedule, mesh and stages in a few lines; of a packed stack, the modules of each stage."""
+    """Schedule, mesh and stages in a few lines.
+
+    Of a packed stack, the modules of each stage, and why layers are not of one kind; of any, how
+    many norms and dropouts were found switched off.
+    """
     sizes = ",".join(f"{axis}:{n}" for axis, n in self.mesh.shape.items() if n > 1) or "one device"
     laid = self.stack.laid_out(self.schedule)
     lines = [
@@ -68,6 +73,11 @@ class Pipelined:
       specs = self.stack.network.specs
       for s, names in enumerate(laid.stages):
         lines.append(f"stage {s}: {', '.join(f'{name} {specs[name].label}' for name in names)}")
+    for i, why in self.stack.network.reasons.items():
+      lines.append(f"layers/{i} is of another kind than layers/{i - 1}: {why}")
+    off = sum(spec.switched_off for spec in self.stack.network.specs.values())
+    if off:
+      lines.append(f"{off} norms or dropouts were given in evaluation mode, and stay in it")
     return "\n".join(lines)
 
   def init(self, key: jax.Array, batch: Tree) -> Tree:
@@ -124,6 +134,24 @@ class Pipelined:
   def unplace(self, tree: Tree) -> Tree:
     """Returns the canonical tree of a placed one, with its layers in model order."""
     return unplace(tree, self.stack, self.schedule) if jax.tree.leaves(tree) else tree
+
+  def modules(self, params: Tree, state: Tree | None = None) -> list[Any]:
+    """Gives trained values back as new objects of the kinds that were given.
+
+    Args:
+      params: placed parameters.
+      state: placed model state, where the stack has any.
+
+    Returns:
+      NNX modules, for Linen modules their variables, functions as they were, for factories what
+      they build, in the given order; of a `LayerStack`, embedding, layers and head. What was shared
+      is shared.
+
+    Raises:
+      ValueError: the stack has state and none is given, or the other way round.
+    """
+    state = given_state(self.stack, state)
+    return given_back(self.stack, self.unplace(params), self.unplace(state) if state else {})
 
   def check(self, batch: Tree) -> Report:
     """Compares every gradient leaf with the unpipelined model's, for fresh parameters.
@@ -251,6 +279,9 @@ def pipeline(
     if loss is not None or stack_options:
       raise ValueError("a LayerStack has a loss and options of its own; give None, and no others")
     stack = layers
+    if batch is not None and stack.network.reasons and stack.example_batch is None:
+      # Layers whose attributes differ may compute the same, which a batch shows.
+      stack = dataclasses.replace(stack, example_batch=batch)
   else:
     if loss is None or batch is None:
       raise ValueError(

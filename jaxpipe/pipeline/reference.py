@@ -187,12 +187,15 @@ def _run_layers_alike(
     whole: whether every microbatch passes all layers, in their order; `orders` is not read then.
     keep: what the backward finds kept, within a layer.
     params: canonical.
-    state: returned as it is; a stack of layers that are alike has none.
+    state: canonical; returned as it is, for layers that are alike change none.
     inputs: of the microbatch.
   """
 
-  def layer(x: Tree, layer_params: Tree, i: jax.Array) -> Tree:
-    layer_inputs: LayerInputs = {**inputs, "layer": i}
+  frozen = state["layers"] if state else {}
+
+  def layer(x: Tree, layer_trees: Tree, i: jax.Array) -> Tree:
+    layer_params, layer_state = layer_trees
+    layer_inputs: LayerInputs = {**inputs, "layer": i, "state": layer_state}
     return stack.apply_layer(layer_params, x, True, layer_inputs)
 
   kept = _keeping(keep, layer)
@@ -200,7 +203,7 @@ def _run_layers_alike(
   def layers(x: Tree, params: Tree) -> Tree:
     # Layers in their order are looped over as they lie; other paths need a gathered copy of them.
     if whole:
-      each = (params, jnp.arange(stack.depth))
+      each = ((params, frozen), jnp.arange(stack.depth))
       return lax.scan(lambda x, args: (kept(x, *args), None), x, each)[0]
 
     # Paths shorter than the longest end in -1, where x passes unchanged.
@@ -208,14 +211,18 @@ def _run_layers_alike(
       return lax.cond(i < 0, lambda x, *_: x, kept, x, layer, i)
 
     order = orders[inputs["microbatch"]]
-    each = (jax.tree.map(lambda p: p[order], params), order)
+    each = (jax.tree.map(lambda p: p[order], (params, frozen)), order)
     return lax.scan(lambda x, args: (passed(x, *args), None), x, each)[0]
 
   # Under `full`, the backward begins with a second forward of all layers, which are one stage here.
   run = jax.checkpoint(layers) if policy.stage_input else layers
   batch = inputs["batch"]
-  y = run(stack.apply_embed(params["embed"], batch), params["layers"])
-  loss, (weight, metrics) = stack.apply_head(stack.head_params(params), y, batch)
+  ends = state or {"embed": {}, "head": {}}
+  x = stack.apply_embed(params["embed"], batch, state=ends["embed"])
+  y = run(x, params["layers"])
+  loss, (weight, metrics) = stack.apply_head(
+    stack.head_params(params), y, batch, state=ends["head"]
+  )
   return loss, (weight, metrics, state)
 
 

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
+
+from jaxpipe.stack.module.row_keys import no_key, row_key
+
+_NO_KEY = "the stack uses dropout; call the step with a key: step(params, batch, key)"
+_DRAWS_IN_EVALUATION = (
+  "a layer draws random numbers in evaluation, which has no key; give its call a parameter train or"
+  " deterministic, or read context.training"
+)
 
 
 @jax.tree_util.register_dataclass
@@ -102,9 +110,11 @@ class LayerInputs(MicrobatchInputs):
   Keys:
     All of `MicrobatchInputs`, and
     layer: int32 [], the layer's number in the model, whatever stage it lies in.
+    state: the layer's frozen variables, leaves without a layer dim; missing where it has none.
   """
 
   layer: int | jax.Array
+  state: NotRequired[Any]
 
 
 def microbatch_inputs(inputs: Mapping[str, Any]) -> MicrobatchInputs:
@@ -124,16 +134,57 @@ class Context:
   Attributes:
     batch: the microbatch's own inputs, leaves `[rows, ...]`.
     training: False in evaluation, where dropout is the identity.
-    key: PRNG key of this (step, layer, microbatch), or None where the step was given none.
+    call_key: PRNG key of this (step, layer, microbatch), or None where the step was given none.
     rows: int32 [rows], each row's number within the whole microbatch over all data shards.
+    once: shapes beginning with as many as there are rows that `key` draws once, not by rows.
     _draws: how many masks `dropout` has drawn in this call, so that each has a key of its own.
   """
 
   batch: Any
   training: bool
-  key: jax.Array | None
+  call_key: jax.Array | None
   rows: jax.Array
+  once: frozenset[tuple[int, ...]] = frozenset()
   _draws: int = 0
+
+  @property
+  def key(self) -> jax.Array | None:
+    """A PRNG key of this call that draws by rows: what has a leading dim of rows is keyed by them.
+
+    So `nnx.Dropout(...)(x, rngs=nnx.Rngs(context.key))` drops alike on every mesh. None in
+    evaluation, and where the step was given no key.
+    """
+    return None if self.call_key is None else row_key(self.call_key, self.rows, self.once)
+
+  def stream(self, number: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """The key or the count of a random stream that a module keeps, for this call.
+
+    Args:
+      number: which of the module's streams, so that each has a key of its own.
+      leaf: shape and dtype of the key, or of the count.
+
+    Returns:
+      A typed key of that shape that draws by rows, or a count of zeros. A draw without a key of the
+      step is refused when the program is compiled.
+    """
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jnp.zeros(leaf.shape, leaf.dtype)
+    key = self._drawing_key(number)
+    return jax.random.split(key, leaf.shape) if leaf.shape else key
+
+  def linen_keys(self) -> dict[str, jax.Array]:
+    """Keys of this call for a Linen module, which finds every stream that is not named in `params`.
+
+    Linen folds the path of each submodule into them.
+    """
+    return {"params": self._drawing_key(0), "dropout": self._drawing_key(1)}
+
+  def _drawing_key(self, number: int) -> jax.Array:
+    """The key of one stream of this call, or one that refuses to draw."""
+    if self.call_key is None:
+      why = _NO_KEY if self.training else _DRAWS_IN_EVALUATION
+      return no_key(self.rows.shape[0], why)
+    return row_key(jax.random.fold_in(self.call_key, number), self.rows, self.once)
 
   @classmethod
   def create(
@@ -145,12 +196,14 @@ class Context:
     layer: int | jax.Array,
     microbatch: int | jax.Array,
     rows: jax.Array,
+    state: Any = None,
   ) -> Context:
     """Makes the context of one call of a layer.
 
     Args:
       training: False in evaluation.
       batch, key, layer, microbatch, rows: see `LayerInputs`.
+      state: the layer's frozen variables, which are its module's and no part of a context.
     """
     # Never from stage or tick: a recomputation on a later tick must draw the same masks.
     if key is not None:
@@ -187,11 +240,11 @@ class Context:
       raise ValueError(f"dropout rate {rate} is not in [0, 1)")
     if not self.training or rate == 0:
       return x
-    if self.key is None:
-      raise ValueError("the stack uses dropout; call the step with a key: step(params, batch, key)")
+    if self.call_key is None:
+      raise ValueError(_NO_KEY)
     if x.shape[:1] != self.rows.shape:
       raise ValueError(f"dropout wants x [{self.rows.shape[0]} rows, ...]; got shape {x.shape}")
-    draw = jax.random.fold_in(jax.random.fold_in(self.key, self._draws), iteration)
+    draw = jax.random.fold_in(jax.random.fold_in(self.call_key, self._draws), iteration)
     # A plain number, not an array: it is counted while the layer is traced.
     self._draws += 1
 

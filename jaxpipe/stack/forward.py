@@ -16,11 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxpipe.stack.context import Context, leaves_of_rows, rows_alone
-from jaxpipe.stack.module_spec import ModuleSpec, count_arguments
-from jaxpipe.stack.paths import merged
+from jaxpipe.stack.from_modules import Loss, as_given
+from jaxpipe.stack.module.given import Given, share_again
+from jaxpipe.stack.module.modes import set_mode
+from jaxpipe.stack.module.parts import module_label
+from jaxpipe.stack.module.signature import plan_call
+from jaxpipe.stack.module_spec import ModuleSpec
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -46,6 +49,35 @@ def modules(stack: LayerStack, params: Tree, state: Tree) -> list[Any]:
   ]
 
 
+def given_back(stack: LayerStack, params: Tree, state: Tree) -> list[Any]:
+  """Gives trained values back as the objects that a stack was made from.
+
+  Args:
+    stack: whose modules they are.
+    params: the canonical tree of its parameters.
+    state: the canonical tree of its model state; `{}` or None where it has none.
+
+  Returns:
+    A new object for each module, in order: NNX modules in the mode in which they were given, for
+    Linen modules their variables, functions as they were, for factories what they build. Modules
+    that shared variables share them. Of a `LayerStack`, embedding, layers and head; of modules in a
+    row, these alone.
+  """
+  network = stack.network
+  owned, states = network.split(params), network.split(state) if state else {}
+  made: dict[str, Any] = {}
+  again: dict[int, Any] = {}  # one new object for an object that stands several times
+  for name, spec in network.specs.items():
+    key = id(spec.factory) if isinstance(spec.factory, Given) else id(name)
+    if key not in again:
+      again[key] = spec.build(network.params_of(name, owned), states.get(name, {}))
+    made[name] = again[key]
+  share_again(network.given(), made)
+  if issubclass(network.specs["head"].kind, Loss):
+    del made["embed"], made["head"]
+  return [as_given(module) for module in made.values()]
+
+
 def head_module(stack: LayerStack, params: Tree) -> Any:
   """The head of a uniform stack alone, in evaluation mode, without looking at the layers.
 
@@ -64,10 +96,13 @@ def run_layers(layers: Sequence[Any], x: Tree, batch: Tree) -> Tree:
     x: the first one's input, leaves [rows, ...].
     batch: what they read by `context.batch`, leaves [rows, ...].
   """
-  rows = jnp.arange(len(leaves_of_rows(batch)[0][1]))
-  context = Context(rows_alone(batch), training=False, key=None, rows=rows)
+  rows, batch = jnp.arange(len(leaves_of_rows(batch)[0][1])), rows_alone(batch)
+  context = Context(batch, training=False, call_key=None, rows=rows)
   for layer in layers:
-    x = layer(*(x, context)[: count_arguments(type(layer))])
+    call: Any = type(layer).__call__
+    plan = plan_call(module_label(layer), call, arguments=1, bound=False)
+    args, named = plan.arguments(False, (x,), context, batch)
+    x = layer(*args, **named)
   return x
 
 
@@ -90,7 +125,6 @@ def evaluate(
 
 def _module(spec: ModuleSpec, params: Tree, state: Tree) -> Any:
   """Rebuilds one module from its spec and values, in evaluation mode."""
-  module = nnx.merge(spec.graph, merged(params, state))
-  # NNX keeps the mode as an attribute of the module; `eval` sets it in this new one alone.
-  module.eval()
+  module = spec.build(params, state)
+  set_mode(module, training=False)
   return module

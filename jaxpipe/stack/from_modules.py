@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from jaxpipe.stack.context import Filled, leaves_of_rows, rows_alone
-from jaxpipe.stack.linen import linen
-from jaxpipe.stack.module_spec import Factory, ModuleSpec, StackError, called, sums
-from jaxpipe.stack.network import layer_output
+from jaxpipe.stack.context import Context, Filled, leaves_of_rows, rows_alone
+from jaxpipe.stack.errors import StackError, called
+from jaxpipe.stack.layer_trace import layer_output
+from jaxpipe.stack.linen import Wrapped, linen
+from jaxpipe.stack.module.captured import refuse_captured
+from jaxpipe.stack.module.given import Given, Layer
+from jaxpipe.stack.module.parts import Factory
+from jaxpipe.stack.module.signature import CallPlan, plan_call
+from jaxpipe.stack.module_spec import ModuleSpec, sums
 
 Tree = Any
 
@@ -33,47 +38,41 @@ def factories_of(
   loss: Callable[[Tree, Tree], Any],
   batch: Tree,
   inputs: str | Callable[[Tree], Tree],
-  trainable: Any,
-) -> tuple[Factory, list[Factory], Factory, dict[str, str]]:
-  """Factories of an embedding, of the layers and of a head, and ties of modules that stand twice.
+) -> tuple[Factory, list[Any], Factory]:
+  """Factories of an embedding, of the layers and of a head.
 
   Args:
-    modules: NNX modules, classes or factories, Linen modules, or functions of x.
+    modules: NNX modules, classes or factories, Linen modules, or functions of x; or a `Layer` of
+      such a one.
     loss: `loss(y, batch)`, of what the last module returns.
     batch: an example batch or its shapes, leaves [B, ...].
     inputs: which entry of the batch goes into the first module, or a function of the batch.
-    trainable: NNX filter of the variables that are parameters.
 
   Returns:
-    `embed, layers, head, tied`, arguments of `LayerStack`. The embedding and the head have no
-    parameters. `tied` maps `layers/i` to the place where the same module stood first.
+    `embed, layers, head`, arguments of `LayerStack`. The embedding and the head have no parameters.
 
   Raises:
-    StackError: a module that cannot take what the one before returns, or stands twice although it
-      has state; a loss without rows; `inputs` that is not in the batch.
+    StackError: a module that cannot take what the one before returns, or reads weights that are no
+      variables of it; a loss without rows; `inputs` that is not in the batch.
   """
   select = inputs if callable(inputs) else _entry(inputs)
   x = _input_shapes(select, inputs, batch)
-  layers: list[Factory] = []
-  # A module that is given as an object and stands twice shares its weights: id -> first place.
-  first: dict[int, int] = {}
-  tied: dict[str, str] = {}
+  layers: list[Any] = []
+  made: dict[int, Any] = {}  # one factory for a module that stands several times
   for i, module in enumerate(modules):
     name = f"layers[{i}]"
-    factory = _factory(name, module, x, batch)
-    layers.append(factory)
-    with called(f"{name} ({_label(module)})", x, "cannot be made for"):
-      spec = ModuleSpec.trace(name, factory, trainable)
+    given = module if isinstance(module, Layer) else Layer(module, {})
+    label = f"{name} ({_label(given.module)})"
+    if isinstance(given.module, nn.Module) or id(module) not in made:
+      factory = _factory(label, given, x, batch)
+      # Linen modules, functions and methods give themselves what they want of the batch.
+      made[id(module)] = factory if isinstance(factory, Layer) else Layer(factory, {})
+    layers.append(made[id(module)])
+    with called(label, x, "cannot be made for"):
+      spec = ModuleSpec.trace(name, layers[-1])
     x = layer_output(spec, x, batch)
-    if isinstance(module, nnx.Module) and first.setdefault(id(module), i) != i:
-      if spec.state:
-        raise StackError(
-          f"{name} is layers[{first[id(module)]}] again, which has state; make it one of its own"
-        )
-      if jax.tree.leaves(spec.shapes):
-        tied[f"layers/{i}"] = f"layers/{first[id(module)]}"
   _check_loss(loss, x, batch)
-  return (lambda rngs: Select(select)), layers, (lambda rngs: Loss(loss)), tied
+  return (lambda rngs: Select(select)), layers, (lambda rngs: Loss(loss))
 
 
 class Select(nnx.Module):
@@ -87,13 +86,42 @@ class Select(nnx.Module):
 
 
 class Apply(nnx.Module):
-  """A plain function of x as a module without variables."""
+  """A plain function of x as a module without variables.
 
-  def __init__(self, function: Callable[..., Tree]) -> None:
-    self._function = function
+  Attributes:
+    training: the mode, for a function that takes a mode flag.
+  """
 
-  def __call__(self, x: Tree) -> Tree:
-    return self._function(x)
+  @classmethod
+  def label_of(cls, module: Any) -> str:
+    """Name of the function, for messages."""
+    return _label(module._function)
+
+  def __init__(self, function: Callable[..., Tree], plan: CallPlan) -> None:
+    self._function, self._plan = function, plan
+    self.training = True
+
+  def __call__(self, x: Tree, context: Context) -> Tree:
+    args, named = self._plan.arguments(self.training, (x,), context, context.batch)
+    return self._function(*args, **named)
+
+
+class Method(nnx.Module):
+  """A bound method of an NNX module, as a module with the variables of the other."""
+
+  @classmethod
+  def label_of(cls, module: Any) -> str:
+    """Name of the class and of the method, for messages."""
+    return f"{type(module.module).__name__}.{module._name}"
+
+  def __init__(self, module: nnx.Module, name: str, plan: CallPlan) -> None:
+    self.module = module
+    self._name, self._plan = name, plan
+    self.training = True
+
+  def __call__(self, x: Tree, context: Context) -> Tree:
+    args, named = self._plan.arguments(self.training, (x,), context, context.batch)
+    return getattr(self.module, self._name)(*args, **named)
 
 
 class Loss(nnx.Module):
@@ -123,6 +151,21 @@ class Loss(nnx.Module):
     return jnp.sum(jnp.where(counts, out, 0), dtype=wide), weight, {}
 
 
+def as_given(module: Any) -> Any:
+  """What a user gave in place of a module: a function or a method, or Linen variables for a module.
+
+  Args:
+    module: with the values that are to be given back.
+  """
+  if isinstance(module, Wrapped):
+    return Wrapped.variables_of(module)
+  if isinstance(module, Apply):
+    return module._function
+  if isinstance(module, Method):
+    return getattr(module.module, module._name)
+  return module
+
+
 def _entry(name: str) -> Callable[[Tree], Tree]:
   """The function of a batch that picks one entry."""
   return lambda batch: batch[name]
@@ -135,7 +178,9 @@ def _input_shapes(select: Callable[[Tree], Tree], inputs: Any, batch: Tree) -> T
     StackError: the batch has no such entry; names those that it has.
   """
   try:
-    return jax.eval_shape(select, rows_alone(batch))
+    jaxpr, x = jax.make_jaxpr(select, return_shape=True)(rows_alone(batch))
+    refuse_captured("inputs", jaxpr)
+    return x
   except (KeyError, TypeError, IndexError) as error:
     known = ", ".join(map(repr, batch)) if isinstance(batch, dict) else type(batch).__name__
     raise StackError(
@@ -144,51 +189,114 @@ def _input_shapes(select: Callable[[Tree], Tree], inputs: Any, batch: Tree) -> T
     ) from error
 
 
-def _factory(name: str, module: Any, x: Tree, batch: Tree) -> Factory:
+def _factory(where: str, layer: Layer, x: Tree, batch: Tree) -> Any:
   """Wraps an NNX class or object, Linen module or function as `rngs -> module`.
 
   Args:
-    name: how messages name the module.
-    module: as `LayerStack.from_modules` takes it.
+    where: how messages name the module.
+    layer: a module as `LayerStack.from_modules` takes it, and the entries of the batch it wants.
     x: shapes of its input, which a Linen module's parameters follow from.
     batch: shapes of the batch.
 
   Raises:
     StackError: a Linen class in place of a module, or nothing that could be called.
   """
+  module, entries = layer.module, layer.entries
+  bound = _bound_apply(module)
+  if bound is not None:
+    module = bound
   if isinstance(module, nn.Module):
-    return linen(module, x, batch=rows_alone(batch))
+    return linen(module, x, batch=rows_alone(batch), entries=entries)
   if isinstance(module, nnx.Module):
-    # `init` starts from the values that the module has now.
-    graph, state = nnx.split(module)
-    return lambda rngs: nnx.merge(graph, state)
+    return _with_entries(Given(module), entries)
   if isinstance(module, type) and issubclass(module, nn.Module):
-    raise StackError(f"{name} is the Linen class {module.__name__}; give an instance of it")
+    raise StackError(f"{where} is the Linen class {module.__name__}; give an instance of it")
   if not callable(module):
-    raise StackError(f"{name} is {module!r}: no module, no factory and no function")
-  if "rngs" in _parameters(module):
-    return lambda rngs: module(rngs=rngs)
-  return lambda rngs: Apply(module)
+    raise StackError(f"{where}: {module!r} is no module, no factory and no function")
+  if _is_factory(where, module):
+    return _with_entries(lambda rngs: module(rngs=rngs), entries)
+  plan = plan_call(where, module, arguments=1, bound=True, entries=entries)
+  owner = getattr(module, "__self__", None)
+  if isinstance(owner, nnx.Module):
+    return Given(Method(owner, module.__name__, plan))
+  return lambda rngs: Apply(module, plan)
+
+
+def _with_entries(factory: Factory, entries: Mapping[str, str]) -> Any:
+  """The factory itself, or a `Layer` of it where its module is called with entries of the batch."""
+  return Layer(factory, entries) if entries else factory
+
+
+def _bound_apply(module: Any) -> nn.Module | None:
+  """The Linen module bound to its variables that `partial(model.apply, variables)` stands for."""
+  if not isinstance(module, functools.partial) or len(module.args) != 1 or module.keywords:
+    return None
+  model = getattr(module.func, "__self__", None)
+  if isinstance(model, nn.Module) and module.func == model.apply:
+    bound: nn.Module = model.bind(module.args[0])
+    return bound
+  return None
+
+
+def _is_factory(where: str, module: Any) -> bool:
+  """Whether a callable makes a module of `rngs`, and does not take x.
+
+  Raises:
+    StackError: it takes x and `rngs` as well, so that it is neither a factory nor a layer.
+  """
+  parameters = _parameters(module)
+  if "rngs" not in parameters:
+    return False
+  given = module.args if isinstance(module, functools.partial) else ()
+  others = [
+    p
+    for name, p in list(parameters.items())[len(given) :]
+    if name not in ("rngs", "self")
+    and p.default is p.empty
+    and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+  ]
+  is_class = isinstance(_innermost(module), type)
+  if others and not is_class:
+    raise StackError(
+      f"{where} takes {others[0].name} and rngs: a factory takes rngs alone, and a layer is given"
+      " keys by its context; wrap it: lambda x, context: f(x, rngs=nnx.Rngs(context.key))"
+    )
+  return True
+
+
+def _innermost(function: Any) -> Any:
+  """The function or class inside `functools.partial`s."""
+  while isinstance(function, functools.partial):
+    function = function.func
+  return function
 
 
 def _label(module: Any) -> str:
   """The name of a module's class, or of a function, for messages."""
-  while isinstance(module, functools.partial):
-    module = module.func
+  module = _innermost(module)
   return str(getattr(module, "__name__", type(module).__name__))
 
 
-def _parameters(function: Any) -> Sequence[str]:
-  """Names of a function's parameters, or of a class's constructor; none where it does not say."""
-  while isinstance(function, functools.partial):
-    function = function.func
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+  """Parameters of a function, or of a class's constructor; none where it does not say.
+
+  Of a `functools.partial`, those that it gives by name have defaults.
+  """
   try:
+    if isinstance(function, functools.partial):
+      inner = _parameters(function.func)
+      return {
+        name: p.replace(default=None) if name in function.keywords else p
+        for name, p in inner.items()
+      }
     if isinstance(function, type):
       # The metaclass of NNX classes is called with `*args, **kwargs`; `__init__` has the names.
-      function = function.__init__  # type: ignore[misc]
-    return list(inspect.signature(function).parameters)
+      found = dict(inspect.signature(function.__init__).parameters)  # type: ignore[misc]
+      found.pop("self", None)
+      return found
+    return inspect.signature(function).parameters
   except (TypeError, ValueError):  # some built-in functions have no signature
-    return []
+    return {}
 
 
 def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None:
@@ -203,7 +311,8 @@ def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None
     StackError: it cannot be called so, or returns neither a loss for every row nor sums.
   """
   with called("loss(y, batch), of y which the last module returns,", y):
-    out = jax.eval_shape(loss, y, rows_alone(batch))
+    jaxpr, out = jax.make_jaxpr(loss, return_shape=True)(y, rows_alone(batch))
+  refuse_captured("loss", jaxpr)
   rows, said = leaves_of_rows(batch)[0][1].shape[0], ""
   if isinstance(out, tuple):
     if len(out) != 3 or any(leaf.shape for leaf in jax.tree.leaves(out[:2])):

@@ -3,45 +3,49 @@
 Linen keeps parameters outside modules and creates them when it first sees an input; a stack wants a
 factory of an NNX module that holds its own. The module made here holds a Linen module as static
 data and its parameters under the names that Linen gave them; other collections, such as
-`batch_stats`, are its model state. (`flax.nnx.bridge.ToNNX` also keeps a random stream, which no
-layer of a pipeline may have.)
+`batch_stats`, are its model state. A module that is bound to variables starts from these.
 
-Linen modules learn by an argument of their call whether they train, under one of four names. It may
-also be fixed when the module is made, as in `nn.BatchNorm(use_running_average=False)`. Linen's own
-modules combine the two by `nn.merge_param`, which raises an error where both are given, so that a
-flag is passed only where the constructor left it open.
+Linen modules learn by an argument of their call whether they train, under one of the names of
+`MODE_FLAGS`. It may also be fixed when the module is made, as in
+`nn.BatchNorm(use_running_average=False)`. Linen's own modules combine the two by `nn.merge_param`,
+which raises an error where both are given, so that a flag is passed only where the constructor left
+it open.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import errors, nnx
 from flax import linen as nn
+from flax import nnx
+from flax.core import meta
 
 from jaxpipe.parallel import axes
 from jaxpipe.parallel.mesh import ROWS
 from jaxpipe.stack.context import Context
-from jaxpipe.stack.module_spec import StackError, count_arguments
+from jaxpipe.stack.errors import StackError
+from jaxpipe.stack.module.given import Given
+from jaxpipe.stack.module.modes import TRAINS
+from jaxpipe.stack.module.signature import MODE_FLAGS, CallPlan, plan_call
 
 Tree = Any
 
-# Names by which Linen modules take their mode -> the value that means training.
-_MODE_FLAGS = {
-  "train": True,
-  "training": True,
-  "deterministic": False,
-  "use_running_average": False,
-}
+# Attribute of a wrapped module that holds all but its variables. No submodule can have this name,
+# with a slash; any other a submodule may have, those of NNX's methods among them.
+_WRAPPED = "/module"
 
 
-def linen(module: nn.Module, *example_args: Tree, batch: Tree = None) -> Callable[..., nnx.Module]:
+def linen(
+  module: nn.Module,
+  *example_args: Tree,
+  batch: Tree = None,
+  entries: Mapping[str, str] | None = None,
+) -> Callable[..., nnx.Module]:
   """Returns a factory of `module`, for a `LayerStack`.
 
   ```
@@ -54,89 +58,174 @@ def linen(module: nn.Module, *example_args: Tree, batch: Tree = None) -> Callabl
 
   Args:
     module: with a `__call__` as the stack calls it: `(batch)`, `(x)` or `(x, context)`,
-      `(x, batch)`. A parameter `train` or `training`, or `deterministic` or `use_running_average`,
-      is set by whether it trains. Dropout is `context.dropout(x, rate)`.
+      `(x, batch)`. A parameter `train`, `training` or `is_training`, or `deterministic` or
+      `use_running_average`, is set by whether it trains. Where it is bound to variables, these are
+      where `init` starts.
     example_args: what its parameters' shapes follow from, arrays or `jax.ShapeDtypeStruct`s; only
       shapes and dtypes are read. A layer's context is not among them.
-    batch: an example of the batch, for a layer that reads `context.batch`.
+    batch: an example of the batch, for a layer that reads `context.batch` or entries.
+    entries: name of a parameter -> the entry of the batch that a layer is given, as by
+      `jaxpipe.layer`.
 
   Returns:
     `rngs -> nnx.Module`, whose parameters have the names and the tree of Linen's. Equal modules
     give layers of one kind.
 
   Raises:
-    StackError: when the stack is built, a module with a random stream of its own.
+    StackError: a parameter that a stack cannot give; when the stack is built, a collection that
+      the module sows and that nothing would read.
   """
-
+  values: Mapping[str, Tree] | None = None
+  if module.scope is not None:
+    module, values = module.unbind()
   module = _with_open_mode(module)
+  plan = plan_call(
+    _describe(module),
+    type(module).__call__,
+    arguments=max(1, len(example_args)),
+    bound=False,
+    entries=entries,
+    closed_flags=[name for name in MODE_FLAGS if _fixed_by_constructor(module, name)],
+    context=len(example_args) < 2,
+  )
+  record = _Record(module, plan)
+  if values is not None:
+    return Given(Wrapped(record, _kept(module, meta.unbox(dict(values)))))
 
   def factory(rngs: nnx.Rngs) -> nnx.Module:
-    args = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example_args)
-    if len(args) < count_arguments(type(module), _MODE_FLAGS):
-      rows = jnp.arange(jax.tree.leaves(args)[0].shape[0], dtype=jnp.int32)
-      args = (*args, Context(batch, False, None, rows))
-    flags: dict[str, Any] = {name: not value for name, value in _open_flags(module).items()}
-    variables = _guard(module, lambda: module.init({"params": rngs.params()}, *args, **flags))
+    args = jax.tree.map(_zeros, example_args)
+    rows = jnp.arange(jax.tree.leaves(args)[0].shape[0], dtype=jnp.int32)
+    example = jax.tree.map(_zeros, batch)
+    positional, named = plan.arguments(False, args, Context(batch, False, None, rows), example)
+    keys = {"params": rngs.params()}
+    variables = module.init(keys, *positional, **named)
     # An initializer may box its value with names of axes, as `nn.with_partitioning` does.
-    variables = nn.meta.unbox(dict(variables))
-    # What draws random numbers only in training is refused now, not at the first step.
-    jax.eval_shape(lambda: _apply(module, variables, True, args)[0])
-    return Wrapped(module, variables)
+    return Wrapped(record, _kept(module, meta.unbox(dict(variables))))
 
   return factory
 
 
+def _zeros(leaf: Any) -> jax.Array:
+  """An array like an example's, of the dtype that JAX makes of it: int32 of NumPy's int64."""
+  return jnp.zeros(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+  """A Linen module as static data of the NNX module that stands for it.
+
+  Attributes:
+    module: the Linen module, unbound.
+    plan: what its call is given.
+  """
+
+  module: nn.Module
+  plan: CallPlan
+
+
 class Scope(nnx.Module):
-  """A nested dict of variables of one type."""
+  """A nested dict of variables of one type, under any names."""
 
   def __init__(self, values: Mapping[str, Tree], kind: type[nnx.Variable[Any]]) -> None:
-    for name, value in values.items():
-      setattr(self, name, Scope(value, kind) if isinstance(value, Mapping) else kind(value))
+    _hold(self, values, kind)
 
 
-class Wrapped(Scope):
+class Wrapped(nnx.Module):
   """A Linen module and its variables, called with as many arguments as the module takes.
 
   The parameters are attributes of the module itself, under Linen's names; each other collection is
-  a `Scope` under the collection's name.
-
-  Attributes:
-    use_running_average: True in evaluation. NNX modules have this attribute under this name, and
-      `train()` and `eval()` set it in every module that does.
-    label: name of the Linen module's class, for messages.
-    _linen: the Linen module, static data.
-    _collections: names of its collections besides `params`, sorted.
+  a `Scope` under the collection's name. A layer knows by its context whether it trains; embedding
+  and head, which have none, by the attribute `TRAINS`.
   """
 
-  def __init__(self, module: nn.Module, variables: Mapping[str, Tree]) -> None:
-    super().__init__(variables.get("params", {}), nnx.Param)
-    self._linen, self.label = module, type(module).__name__
-    self._collections = tuple(sorted(set(variables) - {"params"}))
-    self.use_running_average = True
-    for name in self._collections:
-      setattr(self, name, Scope(variables[name], nnx.BatchStat))
+  def __init__(self, record: _Record, variables: Mapping[str, Tree]) -> None:
+    setattr(self, _WRAPPED, record)
+    setattr(self, TRAINS, True)
+    _hold(self, variables.get("params", {}), nnx.Param)
+    for name in sorted(set(variables) - {"params"}):
+      _hold(self, {name: variables[name]}, nnx.BatchStat)
+
+  @classmethod
+  def label_of(cls, wrapped: Wrapped) -> str:
+    """Name of the Linen module's class, for messages."""
+    return type(getattr(wrapped, _WRAPPED).module).__name__
+
+  @classmethod
+  def variables_of(cls, wrapped: Wrapped) -> dict[str, Tree]:
+    """The variables in Linen's form: collection -> nested dict of arrays."""
+    params, others = nnx.state(wrapped, nnx.Param, ...)
+    return {"params": nnx.to_pure_dict(params), **nnx.to_pure_dict(others)}
 
   def __call__(self, x: Any, context: Any = None) -> Any:
-    variables = {name: _pure(getattr(self, name)) for name in self._collections}
-    variables["params"] = _pure(self, nnx.Param)
-    args = (x, context)[: count_arguments(type(self._linen), _MODE_FLAGS)]
-    out, changed = _apply(self._linen, variables, not self.use_running_average, args)
+    record = vars(self)[_WRAPPED]
+    trains = vars(self)[TRAINS]
+    layer = isinstance(context, Context)
+    # The second argument of a head is the batch.
+    given = (x,) if layer or context is None else (x, context)
+    batch = context.batch if layer else None
+    args, flags = record.plan.arguments(trains, given, context, batch)
+    variables = Wrapped.variables_of(self)
+    mutable = [name for name in variables if name != "params"] if trains else []
+    call = functools.partial(
+      record.module.apply,
+      variables,
+      *args,
+      mutable=mutable or False,
+      rngs=context.linen_keys() if layer else None,
+      **flags,
+    )
+    with nn.intercept_methods(_normalize_over_all_rows):
+      out = call()
+    if not mutable:
+      return out
+    # Linen returns a pair where anything is mutable, and the output alone where nothing is.
+    out, changed = out
     for name, collection in changed.items():
-      nnx.update(getattr(self, name), collection)
+      nnx.update(vars(self)[name], collection)
     return out
 
 
-def _apply(
-  module: nn.Module, variables: Mapping[str, Tree], trains: bool, args: Sequence[Any]
-) -> tuple[Any, Mapping[str, Tree]]:
-  """Calls the module; returns its output, and its collections as training has left them."""
-  flags: dict[str, Any] = {name: trains is value for name, value in _open_flags(module).items()}
-  mutable = [name for name in variables if name != "params"] if trains else []
-  call = functools.partial(module.apply, variables, *args, mutable=mutable or False, **flags)
-  with nn.intercept_methods(_normalize_over_all_rows):
-    out = _guard(module, call)
-  # Linen returns a pair where anything is mutable, and the output alone where nothing is.
-  return out if mutable else (out, {})
+def _hold(module: nnx.Module, values: Mapping[str, Tree], kind: type[nnx.Variable[Any]]) -> None:
+  """Gives a module the variables of a nested dict as attributes, beside those that it has.
+
+  Raises:
+    StackError: two collections have a variable of one name at the same place.
+  """
+  for name, value in values.items():
+    held = vars(module).get(name)
+    if isinstance(value, Mapping) and held is None:
+      setattr(module, name, Scope(value, kind))
+    elif isinstance(value, Mapping) and isinstance(held, Scope):
+      _hold(held, value, kind)
+    elif held is None:
+      setattr(module, name, kind(value))
+    else:
+      raise StackError(f"two collections of a Linen module have a variable {name}; rename one")
+
+
+def _kept(module: nn.Module, variables: Mapping[str, Tree]) -> dict[str, Tree]:
+  """The collections that are variables; what a module sows to be looked at is dropped.
+
+  Raises:
+    StackError: the module sows another collection, such as auxiliary losses, which nothing in a
+      pipeline would add to the loss.
+  """
+  kept = {}
+  for name, collection in variables.items():
+    # `sow` appends to tuples; a variable is an array.
+    if not any(isinstance(leaf, tuple) for leaf in jax.tree.leaves(collection, is_leaf=_is_tuple)):
+      kept[name] = collection
+    elif name != "intermediates":
+      raise StackError(
+        f"{_describe(module)} sows into the collection {name!r}, which nothing in a pipeline would"
+        " read: return it as part of x, so that the loss can add it; only intermediates, which are"
+        " for looking, are dropped"
+      )
+  return kept
+
+
+def _is_tuple(value: Any) -> bool:
+  return isinstance(value, tuple)
 
 
 def _normalize_over_all_rows(call: Any, args: Any, kwargs: Any, where: Any) -> Any:
@@ -150,25 +239,6 @@ def _normalize_over_all_rows(call: Any, args: Any, kwargs: Any, where: Any) -> A
     # The module is bound to this call alone; as a dataclass it is frozen.
     object.__setattr__(where.module, "axis_name", over)
   return call(*args, **kwargs)
-
-
-def _pure(module: nnx.Module, kept: Any = ...) -> Tree:
-  """Values of the variables that a filter keeps, as a nested dict of arrays."""
-  return nnx.to_pure_dict(nnx.state(module, kept))
-
-
-def _open_flags(module: nn.Module) -> dict[str, bool]:
-  """The mode flags that the module's call takes and its constructor left open.
-
-  Returns:
-    Name of the flag -> the value that means training.
-  """
-  parameters = inspect.signature(type(module).__call__).parameters
-  return {
-    name: value
-    for name, value in _MODE_FLAGS.items()
-    if name in parameters and not _fixed_by_constructor(module, name)
-  }
 
 
 def _fixed_by_constructor(module: nn.Module, name: str) -> bool:
@@ -188,21 +258,10 @@ def _with_open_mode(module: nn.Module) -> nn.Module:
   """
   reopened: dict[str, Any] = {
     name: None
-    for name, value in _MODE_FLAGS.items()
+    for name, value in MODE_FLAGS.items()
     if _fixed_by_constructor(module, name) and getattr(module, name) is value
   }
   return module.clone(**reopened) if reopened else module
-
-
-def _guard(module: nn.Module, call: Callable[[], Any]) -> Any:
-  """Returns `call()`; says what to do where the module asks for a random stream."""
-  try:
-    return call()
-  except errors.InvalidRngError as error:
-    raise StackError(
-      f"{_describe(module)} draws random numbers of its own: call context.dropout(x, rate) in place"
-      " of nn.Dropout, or make it deterministic"
-    ) from error
 
 
 def _describe(module: nn.Module) -> str:

@@ -30,7 +30,7 @@ from jaxpipe.parallel.flat import Flat
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.parallel.protocol import PlacementLike
 from jaxpipe.parallel.replicas import owned
-from jaxpipe.stack.module_spec import StackError
+from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.network import Network
 
 Tree = Any

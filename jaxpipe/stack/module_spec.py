@@ -8,38 +8,42 @@ and put together again inside every call:
     graph + parameters + state --run--> output, state   inside a traced function
 
 *Parameters* are what is trained. All other variables are *model state*: running statistics, which a
-forward in training changes, and weights that are frozen, which nothing changes.
+forward in training changes, and weights that are frozen, which nothing changes. Random streams are
+neither: every call is given keys of its own step, layer, microbatch and rows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import inspect
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import nnx
-from flax.errors import FlaxError
 
 from jaxpipe.parallel import axes
 from jaxpipe.parallel.mesh import ROWS
-from jaxpipe.stack.paths import merged
+from jaxpipe.stack.context import Context
+from jaxpipe.stack.errors import StackError
+from jaxpipe.stack.module.given import Given, Layer
+from jaxpipe.stack.module.modes import count_switched_off, set_mode
+from jaxpipe.stack.module.parts import (
+  Factory,
+  built,
+  kept_flags,
+  module_label,
+  place_of,
+  refuse_arrays,
+  split_module,
+)
+from jaxpipe.stack.module.row_keys import Draws
+from jaxpipe.stack.module.signature import CallPlan, plan_call
+from jaxpipe.stack.module.trainable import Predicate, at_place
+from jaxpipe.stack.paths import get_path, merged
 
 Tree = Any
-_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-
-# Builds a module, fresh values included.
-Factory = Callable[[nnx.Rngs], nnx.Module]
-
-
-class StackError(ValueError):
-  """The modules do not form a stack that can be pipelined, or not as they are asked to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,66 +53,75 @@ class ModuleSpec:
   Attributes:
     name: how messages name it by its place, `embed`, `layers[3]` or `head`.
     factory: builds the module from `nnx.Rngs`.
-    trainable: NNX filter of the variables that are parameters.
+    trainable: which variables are parameters, a predicate of paths within the module.
     graph: the static half of `nnx.split`: all of the module but the values of its variables.
     shapes: the parameters, a nested dict of `jax.ShapeDtypeStruct`s.
-    state: all other variables, a nested dict of `jax.ShapeDtypeStruct`s.
+    state: the model state, a nested dict of `jax.ShapeDtypeStruct`s: all other variables but keys.
     changing: a dict of the structure of `state`, True for what a forward in training may change:
       variables of type `nnx.BatchStat`, or of one derived from it.
+    streams: keys and counts of random streams that the module keeps, such as a dropout's, a nested
+      dict of `jax.ShapeDtypeStruct`s; every call is given fresh ones.
     kind: the module's class.
     label: how messages name the class: its own `label` where it has one, as a wrapped Linen module
       does, else the name of its class.
+    plan: what the module is called with.
+    draws: the shapes of what it draws from its keys, once a trace has shown them; see `watch`.
+    switched_off: number of inner norms and dropouts that were found in evaluation mode.
   """
 
   name: str
   factory: Factory
-  trainable: Any
+  trainable: Predicate
   graph: Any
   shapes: Tree
   state: Tree
   changing: Tree
+  streams: Tree
   kind: type
   label: str
+  plan: CallPlan
+  draws: list[Draws]
+  switched_off: int
 
   @classmethod
-  def trace(cls, name: str, factory: Factory, trainable: Any = nnx.Param) -> ModuleSpec:
+  def trace(
+    cls, name: str, factory: Factory | Layer, trainable: Any = nnx.Param, like: Any = None
+  ) -> ModuleSpec:
     """Builds the module abstractly, without arrays, and refuses what cannot be pipelined.
 
     Args:
       name: how messages name the module.
-      factory: builds it.
-      trainable: NNX filter of the variables that are parameters.
+      factory: builds it, or a `Layer` of such a factory.
+      trainable: NNX filter of the variables that are parameters, of paths in the whole stack.
+      like: another spec of the same factory, whose graph is then taken.
 
     Raises:
-      StackError: an unwrapped Linen module, an array outside variables, a random stream of the
-        module's own, or a parameter that has no gradient.
+      StackError: an unwrapped Linen module, an array outside variables, a parameter that has no
+        gradient, or a call with a parameter that a stack cannot give.
     """
+    entries: Mapping[str, str] = {}
+    draws: list[Draws] = [] if like is None else like.draws
+    if isinstance(factory, Layer):
+      entries, draws = factory.entries, factory.draws
+      factory = factory.module
     if _is_linen(factory):
       raise StackError(
         f"{name} is a Linen module; wrap it: jaxpipe.linen(Module(), example inputs ...)"
       )
-    module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
-    _refuse_flags(name, type(module))
-    for path, value in nnx.iter_graph(module):
-      if not isinstance(value, nnx.Variable) and isinstance(value, _ARRAYS):
-        raise StackError(
-          f"{name} holds the array {'/'.join(map(str, path))} outside any nnx.Param: compute it in"
-          " __call__, or make it a module-level constant"
-        )
-    graph, params, state = split_module(module, trainable)
-    for path, variable in nnx.to_flat_state(state):
-      if issubclass(variable.type, nnx.RngState):
-        raise StackError(
-          f"{name} holds mutable state {'/'.join(map(str, path))} ({variable.type.__name__}), a"
-          " random stream of its own, which no schedule could repeat: call"
-          " context.dropout(x, rate) in place of nnx.Dropout, and keep no rngs in modules"
-        )
+    if isinstance(factory, nnx.Module):
+      factory = Given(factory)
+    factory, module = built(factory)
+    label = module_label(module)
+    where = f"{name} ({label})"
+    refuse_arrays(where, module)
+    chosen = at_place(place_of(name), trainable)
+    graph, streams, params, state = split_module(module, chosen)
     shapes = nnx.to_pure_dict(params)
     # A whole number that is trained would have a gradient of JAX's dtype float0.
     for at, leaf in jax.tree.leaves_with_path(shapes):
       if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise StackError(
-          f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
+          f"{where}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
           " make it a float, or compute it in __call__"
         )
       if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or leaf.dtype.itemsize < 2:
@@ -120,46 +133,79 @@ class ModuleSpec:
     changing = nnx.to_pure_dict(state)
     for path, variable in nnx.to_flat_state(state):
       _set(changing, path, issubclass(variable.type, nnx.BatchStat))
+    kind = type(module)
+    is_layer = name.startswith("layers")
+    if jax.tree.leaves(nnx.to_pure_dict(streams)) and not is_layer:
+      raise StackError(
+        f"{where} keeps a random stream, and only layers are given keys: make it a layer of its own"
+      )
+    plan = plan_call(
+      where,
+      kind.__call__,
+      arguments=2 if name == "head" else 1,
+      bound=False,
+      entries=entries,
+      closed_flags=kept_flags(module),
+      context=is_layer,
+    )
     return cls(
       name=name,
       factory=factory,
-      trainable=trainable,
-      graph=graph,
+      trainable=chosen,
+      graph=graph if like is None else like.graph,
       shapes=shapes,
       state=nnx.to_pure_dict(state),
       changing=changing,
-      kind=type(module),
-      label=str(getattr(module, "label", type(module).__name__)),
+      streams=nnx.to_pure_dict(streams),
+      kind=kind,
+      label=label,
+      plan=plan,
+      draws=draws,
+      switched_off=count_switched_off(module),
     )
 
   def init(self, key: jax.Array) -> tuple[Tree, Tree]:
     """Returns fresh parameters, tied leaves included, and fresh state: nested dicts of arrays."""
-    _, params, state = split_module(self.factory(nnx.Rngs(key)), self.trainable)
+    return self.values(self.factory(nnx.Rngs(key)))
+
+  def values(self, module: nnx.Module) -> tuple[Tree, Tree]:
+    """Returns the parameters and the state of a module of this spec: nested dicts of arrays."""
+    _, _, params, state = split_module(module, self.trainable)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
-  @functools.cached_property
-  def argument_count(self) -> int:
-    """How many arguments the module is called with: a layer may do without its context."""
-    return count_arguments(self.kind)
+  def build(self, params: Tree, state: Tree) -> Any:
+    """Puts a new module together, in the mode in which it was found.
 
-  def run(self, params: Tree, state: Tree, training: bool, *args: Any) -> tuple[Any, Tree]:
+    Args:
+      params: all of its parameters, a nested dict of the structure of `shapes`.
+      state: its state, of the structure of `state`.
+    """
+    return nnx.merge(self.graph, merged(merged(params, state), self._fresh_streams(None)))
+
+  def run(
+    self,
+    params: Tree,
+    state: Tree,
+    training: bool,
+    *given: Any,
+    context: Context | None = None,
+  ) -> tuple[Any, Tree]:
     """Calls the module; returns its output and its state after the call.
 
     Args:
       params: all of its parameters, a nested dict of arrays of the structure of `shapes`.
       state: its state, of the structure of `state`.
       training: the mode of its norms and of whatever else has one.
-      args: what it is called with; those beyond `argument_count` are left out.
+      given: what the stack passes in a row: `(batch,)`, `(x,)` or `(x, batch)`.
+      context: a layer's; its keys are those of the module's random streams.
 
     Raises:
-      StackError: the call changes a variable that is no `nnx.BatchStat`.
+      StackError: the call changes a variable that is no `nnx.BatchStat`, or makes one.
     """
     # A new module for every call: what the call changes in it is seen in what is returned, or lost.
-    module = nnx.merge(self.graph, merged(params, state))
-    if training:
-      module.train()
-    else:
-      module.eval()
+    streams = self._fresh_streams(context)
+    module = nnx.merge(self.graph, merged(merged(params, state), streams))
+    set_mode(module, training)
     # Each device holds some rows of the microbatch. With statistics of these alone, outputs and
     # gradients would depend on the mesh.
     for _, inner in nnx.iter_graph(module):
@@ -167,10 +213,47 @@ class ModuleSpec:
         # Asked for here alone: a module without norms may be traced off the mesh.
         over = tuple(axis for axis in ROWS if axes.size(axis) > 1) or None
         inner.axis_name = over  # type: ignore[assignment]  # `lax.pmean` takes several names
-    out = module(*args[: self.argument_count])
-    after = nnx.to_pure_dict(nnx.state(module, nnx.Not(self.trainable)))
+    if context is not None and self.draws:
+      context.once = self.draws[0].once
+    batch = None if context is None else context.batch
+    args, named = self.plan.arguments(training, given, context, batch)
+    out = module(*args, **named)
+    after = _select(nnx.to_pure_dict(nnx.state(module)), self.state)
+    self._refuse_new_variables(module)
     jax.tree.map_with_path(self._check_kept, self.changing, state, after)
     return out, after
+
+  def _fresh_streams(self, context: Context | None) -> Tree:
+    """Keys and counts for the module's random streams, those of this call."""
+    if not self.streams:
+      return {}
+    if context is None:
+      # Outside a pipeline's step a module is put together to be looked at, or to evaluate.
+      return jax.tree.map(_blank, self.streams)
+    number = iter(range(len(jax.tree.leaves(self.streams))))
+    return jax.tree.map(lambda leaf: context.stream(next(number), leaf), self.streams)
+
+  def _refuse_new_variables(self, module: nnx.Module) -> None:
+    """Refuses variables that a call has made; what `sow` keeps to be looked at is dropped.
+
+    Raises:
+      StackError: names the variable and its type.
+    """
+    known = len(jax.tree.leaves((self.shapes, self.state, self.streams)))
+    flat = nnx.to_flat_state(nnx.state(module))
+    if len(flat) == known:
+      return
+    for path, variable in flat:
+      at = "/".join(map(str, path))
+      if issubclass(variable.type, nnx.Intermediate) or any(
+        get_path(tree, at) is not None for tree in (self.shapes, self.state, self.streams)
+      ):
+        continue
+      raise StackError(
+        f"{self.name} ({self.label}) makes the variable {at} ({variable.type.__name__}) in its"
+        " call, which nothing in a pipeline would read: make it in __init__, return it as part of"
+        " x, or sow it as an nnx.Intermediate, which is dropped"
+      )
 
   def _check_kept(self, path: Any, changes: bool, before: Any, after: Any) -> None:
     """Refuses a change of a variable that is no statistic: only these are averaged over a step.
@@ -185,7 +268,7 @@ class ModuleSpec:
 
   def call(self, method: str, params: Tree, *args: Any) -> Any:
     """Calls another method of the module than `__call__`, with its parameters and no state."""
-    return getattr(nnx.merge(self.graph, params), method)(*args)
+    return getattr(self.build(params, {}), method)(*args)
 
   def require(self, *methods: str) -> None:
     """Raises StackError where the module lacks a method that a cut vocabulary calls."""
@@ -197,68 +280,17 @@ class ModuleSpec:
         )
 
   def same_kind(self, other: ModuleSpec) -> bool:
-    """Whether both have the same static graph, and parameters and state of the same shapes."""
-    own, others = (self.shapes, self.state), (other.shapes, other.state)
-    return self.graph == other.graph and same_shapes(own, others)
+    """Whether both have the same static graph and call, and variables of the same shapes."""
+    return (
+      self.graph == other.graph
+      and self.plan.kinds == other.plan.kinds
+      and self.same_variables(other)
+    )
 
-
-# Errors of a module that is called with arguments it cannot take; any other is let through.
-_MISTAKES = (TypeError, ValueError, LookupError, AttributeError, AssertionError, FlaxError)
-
-
-@contextlib.contextmanager
-def called(name: str, x: Tree, cannot: str = "cannot be called with") -> Iterator[None]:
-  """Turns errors of shapes and types in a call into a StackError that says whose call it was.
-
-  Args:
-    name: of the module, as messages name it.
-    x: what it was called with, arrays or shapes; the message gives their dtypes and shapes.
-    cannot: what it cannot, for the message.
-  """
-  try:
-    yield
-  except StackError:
-    raise
-  except _MISTAKES as error:
-    given = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
-    # Messages of JAX and Flax have many lines, of which the first say what is wrong.
-    said = " ".join(str(error).split())
-    kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
-    raise StackError(f"{name} {cannot} {given}: {kind}{said[:300]}") from error
-
-
-def count_arguments(kind: type, given_by_name: Container[str] = ()) -> int:
-  """How many positional arguments a module is called with.
-
-  It counts the parameters of its call that have no default, and those named `context` or `batch`,
-  which the stack gives whether or not they have one; but at least one, x, also to `*args`.
-
-  Args:
-    kind: the module's class.
-    given_by_name: names of parameters that are passed by name, and do not count.
-  """
-  call: Any = kind.__call__
-  # Of the class's function, whose first parameter is `self`.
-  parameters = list(inspect.signature(call).parameters.values())[1:]
-  kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-  positional = [p for p in parameters if p.kind in kinds and p.name not in given_by_name]
-  return max(1, sum(p.default is p.empty or p.name in ("context", "batch") for p in positional))
-
-
-def _refuse_flags(name: str, kind: type) -> None:
-  """Refuses a module whose call takes a training flag: it would be given its context in that place.
-
-  Raises:
-    StackError: names the module and the flag.
-  """
-  call: Any = kind.__call__
-  # The first two are `self` and x.
-  for parameter in list(inspect.signature(call).parameters.values())[2:]:
-    if parameter.default is parameter.empty and parameter.name in ("train", "training"):
-      raise StackError(
-        f"{name} ({kind.__name__}) must be told {parameter.name}, and an NNX module is not: its"
-        f" norms know by themselves, and context.training says it; take x and context"
-      )
+  def same_variables(self, other: ModuleSpec) -> bool:
+    """Whether both have parameters, state and streams of the same shapes."""
+    own = (self.shapes, self.state, self.streams)
+    return same_shapes(own, (other.shapes, other.state, other.streams))
 
 
 def _is_linen(factory: Any) -> bool:
@@ -268,10 +300,18 @@ def _is_linen(factory: Any) -> bool:
   )
 
 
-def split_module(module: nnx.Module, trainable: Any) -> tuple[Any, Any, Any]:
-  """The module's static half, its parameters and all its other variables."""
-  graph, params, *others = nnx.split(module, trainable, ...)
-  return graph, params, others[0]
+def _blank(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  """A key or a count for a module from which nothing is drawn."""
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jax.random.split(jax.random.key(0), leaf.shape)
+  return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _select(tree: Tree, like: Tree) -> Tree:
+  """The leaves of a nested dict at the paths of another."""
+  if not isinstance(like, Mapping):
+    return tree
+  return {name: _select(tree[name], inner) for name, inner in like.items()}
 
 
 def sums(out: Any) -> tuple[jax.Array, tuple[jax.Array, Tree]]:

@@ -18,22 +18,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from jaxpipe.parallel.protocol import Cut
-from jaxpipe.stack.context import Context, LayerInputs, MicrobatchInputs, leaves_of_rows, rows_alone
-from jaxpipe.stack.module_spec import (
-  Factory,
-  ModuleSpec,
-  StackError,
-  called,
-  same_structure,
-  sums,
-)
+from jaxpipe.stack.context import Context, LayerInputs, MicrobatchInputs, rows_alone
+from jaxpipe.stack.errors import StackError, called
+from jaxpipe.stack.kinds import runs_of, same_computation
+from jaxpipe.stack.layer_trace import layer_output
+from jaxpipe.stack.module.given import Given, shared
+from jaxpipe.stack.module.parts import Factory
+from jaxpipe.stack.module.trainable import refuse_unmatched
+from jaxpipe.stack.module_spec import ModuleSpec, same_structure, sums
 from jaxpipe.stack.paths import set_path, without
 from jaxpipe.stack.ties import below, get_owned, ties_of_leaves
 
@@ -49,11 +50,14 @@ class Network:
     ties: path of a tied leaf -> path of the leaf at its owner, both beginning with the name of a
       module, such as `head/table` -> `embed/table`. No owner is tied itself.
     runs: numbers of the layers of each run, first to last; together all layers.
+    reasons: number of the first layer of a run, but the first run -> how it differs from the layer
+      before.
   """
 
   specs: Mapping[str, ModuleSpec]
   ties: Mapping[str, str]
   runs: tuple[range, ...]
+  reasons: Mapping[int, str]
 
   @classmethod
   def trace(
@@ -63,8 +67,9 @@ class Network:
     head: Factory,
     tied: Mapping[str, str],
     trainable: Any,
+    example: Tree = None,
   ) -> Network:
-    """Traces the modules without allocating anything, and each factory once.
+    """Traces the modules without allocating anything.
 
     Args:
       embed: factory of the embedding.
@@ -72,20 +77,25 @@ class Network:
       head: factory of the head.
       tied: path of a leaf or of a whole subtree -> the owner's path, as `LayerStack.tied`.
       trainable: NNX filter of the variables that are parameters.
+      example: a batch or its shapes, by which layers are compared by what they compute; without
+        one, layers whose attributes differ are of several kinds.
 
     Raises:
-      StackError: a module that cannot be pipelined, or ties that do not fit.
+      StackError: a module that cannot be pipelined, ties that do not fit, a filter that matches
+        nothing, or a statistic that several modules share.
     """
     traced: dict[int, ModuleSpec] = {}
     specs = {"embed": ModuleSpec.trace("embed", embed, trainable)}
     for i, factory in enumerate(layers):
-      if id(factory) not in traced:
-        traced[id(factory)] = ModuleSpec.trace(f"layers[{i}]", factory, trainable)
-      # Layers of one factory differ in their names alone, and share the graph that was traced.
-      specs[f"layers/{i}"] = dataclasses.replace(traced[id(factory)], name=f"layers[{i}]")
+      # Layers of one factory share the graph that was traced first.
+      like = traced.get(id(factory))
+      specs[f"layers/{i}"] = spec = ModuleSpec.trace(f"layers[{i}]", factory, trainable, like)
+      traced.setdefault(id(factory), spec)
     specs["head"] = ModuleSpec.trace("head", head, trainable)
-    ties = ties_of_leaves(specs, tied)
-    return cls(specs, ties, _runs(specs, ties))
+    refuse_unmatched(trainable, _variables(specs))
+    ties = ties_of_leaves(specs, {**_shared(specs), **tied})
+    same = {} if example is None else same_computation(specs, example)
+    return cls(specs, ties, *runs_of(specs, ties, same))
 
   @property
   def depth(self) -> int:
@@ -96,6 +106,10 @@ class Network:
   def has_state(self) -> bool:
     """Whether any module has model state, that is variables which are not trained."""
     return any(spec.state for spec in self.specs.values())
+
+  def given(self) -> dict[str, nnx.Module]:
+    """Place -> the object that was given there, of modules that existed already."""
+    return _given(self.specs)
 
   # Who owns what
 
@@ -155,6 +169,29 @@ class Network:
       self.join({name: state for name, (_, state) in made.items()}),
     )
 
+  def init_from_given(self, key: jax.Array) -> tuple[Tree, Tree]:
+    """Parameters and model state where some modules have values already; two canonical trees.
+
+    Their values never are constants of a program: they are copied on the host. Fresh ones are made
+    on the default device.
+
+    Args:
+      key: PRNG key of the modules that are made.
+    """
+    make = jax.jit(self.init_module, static_argnums=0)
+    given = self.given()
+    made = {}
+    for name, spec in self.specs.items():
+      if name not in given:
+        made[name] = make(name, key)
+        continue
+      trees = jax.tree.map(np.array, spec.values(given[name]))
+      made[name] = self.own(name, trees[0]), trees[1]
+    return (
+      self.join({name: params for name, (params, _) in made.items()}),
+      self.join({name: state for name, (_, state) in made.items()}),
+    )
+
   def init_module(self, name: str, key: jax.Array) -> tuple[Tree, Tree]:
     """Fresh parameters that a module owns, and its fresh state, of the stack's key."""
     params, state = self.specs[name].init(jax.random.fold_in(key, self._key_number(name)))
@@ -165,13 +202,16 @@ class Network:
     ends = {"embed": 0, "head": 1}
     return ends[name] if name in ends else 2 + layer_number(name)
 
-  def init_layers(self, key: jax.Array, layers: jax.Array, cut: Cut) -> Tree:
+  def init_layers(
+    self, key: jax.Array, layers: jax.Array, cut: Cut, *, state: bool = False
+  ) -> Tree:
     """Fresh parameters of some layers, of a network whose layers are all of one kind.
 
     Args:
       key: the stack's.
       layers: int32 [n], numbers of the layers, which may be known only as the program runs.
       cut: what of a layer to keep, applied as soon as it is made.
+      state: makes the model state in place of the parameters.
 
     Returns:
       A layer's tree, leaves [n, ...].
@@ -179,7 +219,7 @@ class Network:
     specs = [self.specs[f"layers/{i}"] for i in range(self.depth)]
 
     def make(spec: ModuleSpec, key: jax.Array) -> Tree:
-      return spec.init(key)[0]
+      return spec.init(key)[state]
 
     # A branch for each factory, not for each layer: most stacks have one factory.
     makers = {id(spec.factory): functools.partial(make, spec) for spec in specs}
@@ -222,7 +262,8 @@ class Network:
     # Dropout is keyed by the layer's number in the model: its masks are then the same in whatever
     # stage the layer lies.
     layer_inputs: LayerInputs = {**inputs, "layer": layer_number(name)}
-    return spec.run(params, state, training, x, Context.create(training, **layer_inputs))
+    context = Context.create(training, **layer_inputs)
+    return spec.run(params, state, training, x, context=context)
 
   def check_shapes(self, batch: Tree, alike: bool) -> Tree:
     """Traces all modules on a batch, without computing anything.
@@ -264,30 +305,6 @@ class Network:
       return jax.eval_shape(call, spec.shapes, spec.state, *args)
 
 
-def layer_output(spec: ModuleSpec, x: Tree, batch: Tree) -> Tree:
-  """Shapes of what a layer returns for x.
-
-  Args:
-    spec: the layer.
-    x: arrays or shapes, leaves [rows, ...].
-    batch: likewise, leaves [B, ...].
-
-  Raises:
-    StackError: it raises an error of shapes or types; names the layer and what it was given.
-  """
-  rows = _rows(batch)
-
-  def call(params: Tree, state: Tree, x: Tree, batch: Tree) -> Tree:
-    key, number = jax.random.key(0), jnp.int32(0)
-    inputs = LayerInputs(
-      batch=batch, key=key, layer=number, microbatch=number, rows=jnp.arange(rows)
-    )
-    return spec.run(params, state, True, x, Context.create(True, **inputs))[0]
-
-  with called(f"{spec.name} ({spec.label})", x):
-    return jax.eval_shape(call, spec.shapes, spec.state, x, batch)
-
-
 def check_alike(x: Tree, y: Tree) -> None:
   """Raises StackError where y, a layer's output for x, has other shapes, dtypes or structure."""
   remedy = "; a layer must return what it takes, or give LayerStack(partition=[...])"
@@ -313,18 +330,41 @@ def layer_number(name: str) -> int:
   return int(name.partition("/")[2])
 
 
-def _runs(specs: Mapping[str, ModuleSpec], ties: Mapping[str, str]) -> tuple[range, ...]:
-  """Numbers of the layers of each run: neighbours of one kind that own the same leaves."""
-  starts = [0]
-  depth = len(specs) - 2
-  for i in range(1, depth):
-    spec, before = specs[f"layers/{i}"], specs[f"layers/{i - 1}"]
-    # Layers of one factory share its graph, which saves comparing the graphs.
-    alike = spec.graph is before.graph or spec.same_kind(before)
-    # A tied leaf is missing from its layer's tree, and only equal trees can be stacked.
-    if not alike or below(f"layers/{i}", ties) != below(f"layers/{i - 1}", ties):
-      starts.append(i)
-  return tuple(range(a, b) for a, b in zip(starts, [*starts[1:], depth], strict=True))
+def _variables(specs: Mapping[str, ModuleSpec]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+  """Path and variable of every module's variables, random streams left out."""
+  for place, spec in specs.items():
+    module = nnx.eval_shape(functools.partial(_made, spec.factory))
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.RngState))):
+      yield (place, *path), variable
+
+
+def _made(factory: Factory) -> nnx.Module:
+  """A module of the factory, for its variables alone."""
+  return factory(nnx.Rngs(0))
+
+
+def _given(specs: Mapping[str, ModuleSpec]) -> dict[str, nnx.Module]:
+  """Place -> the object that was given there, of modules that existed already."""
+  return {
+    place: spec.factory.module for place, spec in specs.items() if isinstance(spec.factory, Given)
+  }
+
+
+def _shared(specs: Mapping[str, ModuleSpec]) -> dict[str, str]:
+  """Ties of the variables that several given modules hold: path -> owner's path.
+
+  Raises:
+    StackError: they share a statistic, of which each would keep its own.
+  """
+  statistics, others = shared(_given(specs))
+  for theirs, ours in statistics.items():
+    raise StackError(
+      f"{theirs} and {ours} are one nnx.BatchStat, which both modules would change; give each a"
+      " norm of its own, or switch it off (use_running_average=True) and freeze it"
+    )
+  # Frozen variables never change, and copies of them stay alike.
+  shapes = {place: spec.shapes for place, spec in specs.items()}
+  return {theirs: ours for theirs, ours in others.items() if get_owned(shapes, theirs) is not None}
 
 
 def _stacked(trees: Sequence[Tree]) -> Tree:
@@ -333,17 +373,7 @@ def _stacked(trees: Sequence[Tree]) -> Tree:
   def stack(*leaves: Any) -> Any:
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
       return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    return jnp.stack(leaves)
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    return np.stack(leaves) if on_host else jnp.stack(leaves)
 
   return jax.tree.map(stack, *trees)
-
-
-def _rows(batch: Tree) -> int:
-  """Rows of a batch, which x cannot tell: it may have leaves without rows, such as a scalar loss.
-
-  Raises:
-    StackError: the batch has no leaves with rows.
-  """
-  for _, leaf in leaves_of_rows(batch):
-    return int(jnp.shape(leaf)[0])
-  raise StackError("no leaf of the batch has rows; give it one that is [B, ...]")

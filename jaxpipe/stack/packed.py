@@ -36,8 +36,9 @@ from jaxpipe.parallel.mesh import EXPERT, SEQUENCE, TENSOR
 from jaxpipe.parallel.protocol import Cut, PlacementLike, ScheduleLike
 from jaxpipe.parallel.rules import NONE, Rules
 from jaxpipe.stack.context import MicrobatchInputs
+from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.model_state import StateRows, changing_leaves, refuse_counters, stack_rows
-from jaxpipe.stack.module_spec import StackError, same_structure
+from jaxpipe.stack.module_spec import same_structure
 from jaxpipe.stack.network import Network, keep_whole
 from jaxpipe.stack.partition import modules_of_stages, stage_sizes
 from jaxpipe.stack.paths import set_path

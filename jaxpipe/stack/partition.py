@@ -12,7 +12,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 
-from jaxpipe.stack.module_spec import StackError
+from jaxpipe.stack.errors import StackError
 
 Sizes = tuple[int, ...]
 

@@ -83,13 +83,16 @@ class LaidOutStack(PlaceableStack, Protocol):
 class UniformStack(LaidOutStack, Protocol):
   """A stack of layers of one kind that return what they take, as functions of its three parts."""
 
-  def apply_embed(self, params: Tree, batch: Tree, training: bool = True) -> Tree:
+  def apply_embed(
+    self, params: Tree, batch: Tree, training: bool = True, state: Tree | None = None
+  ) -> Tree:
     """Embeds a microbatch.
 
     Args:
       params: the embedding's own, the part `embed`.
       batch: the microbatch's own inputs, leaves [rows, ...].
       training: False in evaluation.
+      state: its frozen variables; None where it has none.
 
     Returns:
       x, the first layer's input: any pytree, leaves [rows, ...].
@@ -102,13 +105,16 @@ class UniformStack(LaidOutStack, Protocol):
       params: one layer's, leaves without a layer dim.
       x: its input, leaves [rows, ...].
       training: False in evaluation, where dropout is the identity.
-      inputs: the microbatch's own inputs, its and the layer's number, the step's key.
+      inputs: the microbatch's own inputs, its and the layer's number, the step's key, the layer's
+        frozen variables.
 
     Returns:
       A tree of the structure, shapes and dtypes of x.
     """
 
-  def apply_head(self, params: Tree, x: Tree, batch: Tree, training: bool = True) -> HeadSums:
+  def apply_head(
+    self, params: Tree, x: Tree, batch: Tree, training: bool = True, state: Tree | None = None
+  ) -> HeadSums:
     """Runs the head on what the last layer returned.
 
     Args:
@@ -116,6 +122,7 @@ class UniformStack(LaidOutStack, Protocol):
       x: leaves [rows, ...].
       batch: the microbatch's own inputs, leaves [rows, ...].
       training: False in evaluation.
+      state: its frozen variables; None where it has none.
     """
 
   @property

@@ -25,12 +25,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpipe.parallel.placing import Tree, init_placed
+from jaxpipe.parallel.placing import Tree, init_placed, place
 from jaxpipe.parallel.protocol import Cut, ScheduleLike
 from jaxpipe.parallel.rules import NONE, Rules
 from jaxpipe.stack.context import Context, LayerInputs, check_key, check_leaves
+from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.from_modules import factories_of
-from jaxpipe.stack.module_spec import Factory, ModuleSpec, StackError, sums
+from jaxpipe.stack.module.parts import Factory
+from jaxpipe.stack.module_spec import ModuleSpec, sums
 from jaxpipe.stack.network import Network, keep_whole
 from jaxpipe.stack.packed import Packed
 from jaxpipe.stack.partition import checked_partition
@@ -58,7 +60,10 @@ class LayerStack:
       their work; by default over none. `fsdp` needs no rules.
     partition: how many layers each stage has, first to last; by default as even as can be. The
       embedding stands before the first stage's layers, the head behind the last's.
-    trainable: NNX filter of the variables that are parameters; all others are model state.
+    trainable: NNX filter of the variables that are parameters; all others are model state. The
+      first element of the paths it sees is the module's place: `("layers/3", "inner", "kernel")`.
+    example_batch: a batch or its shapes, by which layers are compared by what they compute: those
+      that differ only in attributes, such as a number of their own, are then of one kind.
     network: the modules as data, and their parameters' canonical tree; made of the above.
 
   Raises:
@@ -74,6 +79,7 @@ class LayerStack:
   rules: Rules = NONE
   partition: Sequence[int] | None = None
   trainable: Any = nnx.Param
+  example_batch: Tree = dataclasses.field(default=None, repr=False)
   network: Network = dataclasses.field(init=False, repr=False, compare=False)
 
   def __post_init__(self) -> None:
@@ -81,7 +87,9 @@ class LayerStack:
     if not self.layers:
       raise StackError("a stack needs at least one layer; got layers=[]")
     # Tracing refuses modules that cannot be pipelined, while the stack is built.
-    network = Network.trace(self.embed, self.layers, self.head, self.tied, self.trainable)
+    network = Network.trace(
+      self.embed, self.layers, self.head, self.tied, self.trainable, self.example_batch
+    )
     object.__setattr__(self, "network", network)
     if self.partition is not None:
       object.__setattr__(self, "partition", checked_partition(self.partition, self.depth))
@@ -104,9 +112,10 @@ class LayerStack:
     Args:
       modules: each a layer: an NNX class or factory with a parameter `rngs`, such as
         `functools.partial(nnx.Linear, 8, 16)`; an NNX module, whose values are where `init` starts,
-        and which shares its weights where it stands twice;
-        a Linen module, whose shapes are inferred; or a function of x. A module that has a parameter
-        `context` is given the layer's `Context`.
+        and whose variables are tied where several modules hold them; a Linen module, whose shapes
+        are inferred, or which is bound to its values; a function of x; or a `jaxpipe.layer` of any
+        of these. A module that has a parameter `context` is given the layer's `Context`, and one
+        with a mode flag, such as `train` or `deterministic`, is told whether it trains.
       loss: `loss(y, batch)`, where y is what the last module returns: a loss for every row (or for
         every token of every row), or `(loss_sum, weight, metrics)`.
       batch: an example batch or its shapes, leaves `[B, ...]`.
@@ -132,9 +141,8 @@ class LayerStack:
     """
     if not modules:
       raise StackError("a stack needs at least one layer; got modules=[]")
-    embed, layers, head, shared = factories_of(modules, loss, batch, inputs, trainable)
-    tied = {**shared, **options.pop("tied", {})}
-    return cls(embed, layers, head, tied=tied, trainable=trainable, **options)
+    embed, layers, head = factories_of(modules, loss, batch, inputs)
+    return cls(embed, layers, head, trainable=trainable, example_batch=batch, **options)
 
   # How it lies on devices
 
@@ -147,12 +155,15 @@ class LayerStack:
   def uniform(self) -> bool:
     """Whether the layers are of one kind and lie stacked, so that stages can loop over them.
 
-    A stack with a partition lies packed even if its layers are alike, and so does one with model
-    state or with ties between layers: a loop over stacked layers knows neither.
+    A stack with a partition lies packed even if its layers are alike, and so does one with ties
+    between layers, or with variables that a forward changes: a loop over stacked layers knows
+    neither. Frozen variables are stacked as parameters are.
     """
+    if self.has_state and any(jax.tree.leaves(self.changing())):
+      return False
     ties_of_ends_only = len(self._head_ties) == len(self.network.ties)
     one_kind = len(self.network.runs) == 1
-    return one_kind and ties_of_ends_only and self.partition is None and not self.has_state
+    return one_kind and ties_of_ends_only and self.partition is None
 
   @property
   def has_state(self) -> bool:
@@ -210,7 +221,8 @@ class LayerStack:
     """Returns fresh parameters: the canonical tree, or the same values placed over a mesh.
 
     Args:
-      key: PRNG key; layer i's values depend on it and on i alone.
+      key: PRNG key; layer i's values depend on it and on i alone. Modules that were given as
+        objects start from their own values.
       example_batch: a batch, or its `jax.ShapeDtypeStruct`s; only shapes are read, to check that
         every layer returns what it takes.
       schedule: with `mesh`, says which device holds which layers. Each device then creates its own
@@ -227,6 +239,8 @@ class LayerStack:
       raise StackError("init takes a schedule and a mesh, or neither; only one was given")
     check_key(key)
     self.check_shapes(example_batch)
+    if self.network.given():
+      return self._placed(self.network.init_from_given(key)[0], schedule, mesh)
     if schedule is not None and mesh is not None:
       return init_placed(self.laid_out(schedule), key, schedule, mesh)
     # A loop compiles one layer for all. Without it each layer has code of its own, which layers
@@ -258,10 +272,18 @@ class LayerStack:
       raise StackError("init_state takes a schedule and a mesh, or neither; only one was given")
     check_key(key)
     self.check_shapes(example_batch)
+    if self.network.given() and self.has_state:
+      return self._placed(self.network.init_from_given(key)[1], schedule, mesh)
     if schedule is not None and mesh is not None:
       laid = self.laid_out(schedule)
       return init_placed(laid, key, schedule, mesh, state=True) if self.has_state else {}
     return jax.jit(lambda key: self.network.init(key)[1])(key)
+
+  def _placed(self, tree: Tree, schedule: ScheduleLike | None, mesh: Mesh | None) -> Tree:
+    """A canonical tree of values on the host as arrays of JAX, placed where a mesh is given."""
+    if schedule is None or mesh is None:
+      return jax.tree.map(jnp.asarray, tree)
+    return place(tree, self, schedule, mesh)
 
   def init_layers_and_ends(
     self, key: jax.Array, layers: jax.Array, cut: Cut = keep_whole, *, state: bool = False
@@ -273,17 +295,15 @@ class LayerStack:
       layers: int32 [n], numbers of the layers.
       cut: what of a layer (leaves without a layer dim) or of an end this device keeps; applied as
         soon as it is made.
-      state: makes the model state, of which a uniform stack has none.
+      state: makes the model state in place of the parameters.
 
     Returns:
       `{"embed": ..., "layers": ..., "head": ...}`, leaves of `layers` [n, ...].
     """
-    if state:
-      return {"embed": {}, "layers": {}, "head": {}}
     return {
-      "embed": cut("embed", self.network.init_module("embed", key)[0]),
-      "layers": self.network.init_layers(key, layers, cut),
-      "head": cut("head", self.network.init_module("head", key)[0]),
+      "embed": cut("embed", self.network.init_module("embed", key)[state]),
+      "layers": self.network.init_layers(key, layers, cut, state=state),
+      "head": cut("head", self.network.init_module("head", key)[state]),
     }
 
   def check_shapes(self, batch: Tree) -> Tree:
@@ -298,15 +318,18 @@ class LayerStack:
 
   # The functions of a uniform stack
 
-  def apply_embed(self, params: Tree, batch: Tree, training: bool = True) -> Tree:
+  def apply_embed(
+    self, params: Tree, batch: Tree, training: bool = True, state: Tree | None = None
+  ) -> Tree:
     """Embeds a batch: `embed(batch) -> x`.
 
     Args:
       params: the embedding's own, the part `embed`.
       batch: leaves [rows, ...].
       training: False in evaluation.
+      state: its frozen variables; None where it has none.
     """
-    return self.network.specs["embed"].run(params, {}, training, batch)[0]
+    return self.network.specs["embed"].run(params, state or {}, training, batch)[0]
 
   def apply_layer(self, params: Tree, x: Tree, training: bool, inputs: LayerInputs) -> Tree:
     """Runs one layer: `layer(x, context) -> x`.
@@ -317,10 +340,13 @@ class LayerStack:
       training: False in evaluation, where dropout is the identity.
       inputs: of this layer and microbatch.
     """
+    state = inputs.get("state") or {}
     context = Context.create(training, **inputs)
-    return self._layer.run(params, {}, training, x, context)[0]
+    return self._layer.run(params, state, training, x, context=context)[0]
 
-  def apply_head(self, params: Tree, x: Tree, batch: Tree, training: bool = True) -> HeadSums:
+  def apply_head(
+    self, params: Tree, x: Tree, batch: Tree, training: bool = True, state: Tree | None = None
+  ) -> HeadSums:
     """Runs the head; returns its sums as `value_and_grad(has_aux=True)` wants them.
 
     Args:
@@ -328,8 +354,9 @@ class LayerStack:
       x: output of the last layer, leaves [rows, ...].
       batch: the microbatch's own inputs, leaves [rows, ...].
       training: False in evaluation.
+      state: its frozen variables; None where it has none.
     """
-    return sums(self.network.specs["head"].run(params, {}, training, x, batch)[0])
+    return sums(self.network.specs["head"].run(params, state or {}, training, x, batch)[0])
 
   @property
   def _layer(self) -> ModuleSpec:
@@ -370,7 +397,7 @@ class LayerStack:
   def renewed(
     self, rows: Tree, counted: Mapping[str, jax.Array], vary: Callable[[Tree], Tree]
   ) -> Tree:
-    """Rows of the model state after a step: as they were, for a uniform stack has no state."""
+    """The model state after a step: as it was, for a uniform stack changes none."""
     return rows
 
   # Where a schedule cuts the vocabulary
@@ -389,6 +416,12 @@ class LayerStack:
         " and T"
       )
     specs = self.network.specs
+    for end in "embed", "head":
+      if specs[end].state:
+        raise StackError(
+          f"the schedule cuts the vocabulary over the stages, and {end} has variables that are not"
+          " trained, which it cannot cut; train them, or take a schedule without S and T"
+        )
     return VocabularyEnds(self.vocabulary, specs["embed"], specs["head"], self._head_ties)
 
   def tables(self, devices: int) -> frozenset[str]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxpipe.stack.module_spec import ModuleSpec, StackError, same_shapes
+from jaxpipe.stack.errors import StackError
+from jaxpipe.stack.module_spec import ModuleSpec, same_shapes
 from jaxpipe.stack.paths import get_path, leaf_paths
 
 Tree = Any

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 
 import jax
 
-from jaxpipe.stack.module_spec import ModuleSpec, StackError, Tree, sums
+from jaxpipe.stack.errors import StackError
+from jaxpipe.stack.module_spec import ModuleSpec, Tree, sums
 from jaxpipe.stack.paths import get_path
 
 

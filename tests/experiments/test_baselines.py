@@ -5,6 +5,7 @@ they compute the same.
 import jax
 import pytest
 from networks import lm
+from networks.drawn import drawn, placed_shapes
 
 import jaxpipe
 from experiments.baselines import scan_gpipe_value_and_grad, vmap_roll_value_and_grad
@@ -14,10 +15,10 @@ BASELINES = (vmap_roll_value_and_grad, scan_gpipe_value_and_grad)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize(("P", "M", "residuals"), [(2, 3, "names:attention"), (4, 4, "full")])
+@pytest.mark.sampled("P, M, residuals", [(2, 3, "names:attention"), (4, 4, "full")], 1)
 def test_gradients_are_the_reference_s(baseline, P, M, residuals, float64):
   stack, batch, key = lm.stack(), lm.batch(2 * M), jax.random.key(7)
-  params = stack.init(jax.random.key(1), batch)
+  params = drawn(stack)
   (loss, metrics), grads = jaxpipe.reference_value_and_grad(stack, M)(params, batch, key)
   mesh = jaxpipe.make_mesh(f"stage:{P}")
   schedule = jaxpipe.make_schedule("gpipe", devices=P, microbatches=M)
@@ -37,7 +38,7 @@ def test_no_device_holds_another_s_layers(baseline):
   stack, batch = lm.stack(dtype="float32", param_dtype="float32"), lm.batch(8)
   mesh = jaxpipe.make_mesh("stage:4")
   schedule = jaxpipe.make_schedule("gpipe", devices=4, microbatches=4)
-  params = stack.init(jax.random.key(1), batch, schedule, mesh)
+  params = placed_shapes(stack, schedule, mesh)
   step = baseline(stack, 4, 4, mesh)
   text = step.lower(params, batch, jax.random.key(0)).compile().as_text()
   assert "collective-permute" in text
@@ -61,10 +62,10 @@ def test_what_cannot_run_is_refused(baseline):
 
 def test_vmap_keeps_the_matmuls_unless_it_is_asked_not_to():
   """`vmap` gives every matmul a batch dim, which hides it from the usual policy."""
-  stack, batch = lm.stack(dtype="float32", param_dtype="float32"), lm.batch(16)
+  stack, batch = lm.stack(2, dtype="float32", param_dtype="float32"), lm.batch(16)
   mesh = jaxpipe.make_mesh("stage:2")
   schedule = jaxpipe.make_schedule("gpipe", devices=2, microbatches=8)
-  params = stack.init(jax.random.key(1), batch, schedule, mesh)
+  params = placed_shapes(stack, schedule, mesh)
 
   def temporary(baseline, **options):
     lowered = baseline(stack, 2, 8, mesh, **options).lower(params, batch, jax.random.key(0))

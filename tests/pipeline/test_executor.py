@@ -1,5 +1,7 @@
 """What the executor refuses, and that NaN in whatever no action has written reaches no result."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,8 +158,9 @@ class PairHead(nnx.Module):
     return jnp.sum(jnp.sin(x["signal"]) @ self.weight[...]), 1.0 * len(batch["signal"]), {}
 
 
-@pytest.mark.parametrize("backward", ["fused", "split"])
-@pytest.mark.parametrize("residuals", ["full", "dots", "all"])
+@pytest.mark.sampled(
+  "backward, residuals", list(itertools.product(("fused", "split"), ("full", "dots", "all"))), 2
+)
 def test_integer_leaves_travel_between_stages(backward, residuals):
   stack = jaxpipe.LayerStack(embed=PairEmbed, layers=[Pair] * 4, head=PairHead)
   rng = np.random.default_rng(0)
@@ -229,7 +232,7 @@ class Flags(nnx.Module):
     return loss, 1.0 * len(x["h"]), metrics
 
 
-@pytest.mark.parametrize("backward", ["fused", "split"])
+@pytest.mark.sampled("backward", ["fused", "split"], 1)
 def test_constant_leaves_and_narrow_metrics(backward):
   stack = jaxpipe.LayerStack(embed=Constants, layers=[Reset] * 2, head=Flags)
   schedule = jaxpipe.make_schedule("gpipe", devices=2, microbatches=4, backward=backward)
@@ -237,7 +240,7 @@ def test_constant_leaves_and_narrow_metrics(backward):
   report = jaxpipe.check(stack, schedule, mesh, PAIRS, unroll="none")
   assert report.ok, str(report)
   params = stack.init(jax.random.key(0), PAIRS, schedule, mesh)
-  (_, metrics), _ = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll="none")(
-    params, PAIRS
-  )
+  # The program that the check compiled.
+  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll="none", poison=True)
+  (_, metrics), _ = step(params, PAIRS, jax.random.key(0))
   assert int(metrics["count"]) == 400 and 0 <= int(metrics["flag"]) <= 4

@@ -118,17 +118,6 @@ def test_a_linen_module_without_state_is_told_that_it_trains(uniform):
   assert trained > 2 * evaluated
 
 
-def test_linen_dropout_under_a_train_flag_is_refused():
-  class Dropped(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False):
-      return nn.Dropout(0.5)(nn.Dense(6)(x), deterministic=not train)
-
-  batch = {"x": np.ones((4, 6), np.float32), "label": np.zeros(4, np.int32)}
-  with pytest.raises(jaxpipe.StackError, match="draws random numbers of its own"):
-    jaxpipe.pipeline(loss, [Dropped()], batch)
-
-
 def test_a_bare_linen_norm_trains_over_all_rows_of_the_microbatch():
   """It was given its context as a flag, and each device the statistics of its own rows."""
   rng = np.random.default_rng(0)
@@ -154,7 +143,6 @@ class Scaled(nn.Module):
 
 MISFITS = [
   ([nn.Dense(4), Scaled()], loss, r"layers\[1\] \(Scaled\) cannot be made for float32\[8, 4\]"),
-  ([nn.Dense(4), nn.Dropout(0.5, deterministic=False)], loss, "draws random numbers of its own"),
   ([lambda x: {"h": x}], lambda y, b: y - b["x"], r"loss\(y, batch\).* with {'h': 'float32\[8, 6"),
   ([nn.Dense(4)], lambda y, b: (y.sum(-1), {}), r"loss returns a tuple of \(8,\), {} for 8 rows"),
   ([nn.Dense(4)], lambda y, b: y.mean(), r"loss returns an array of shape \(\) for 8 rows"),
@@ -258,20 +246,6 @@ def test_alike_layers_that_are_best_cut_evenly_stay_a_loop():
   modules, options = [nn.Dense(6)] * 4, dict(mesh="stage:2", microbatches=2)
   assert jaxpipe.pipeline(loss, modules, batch, partition="uniform", **options).stack.uniform
   assert not jaxpipe.pipeline(loss, modules, batch, partition=[1, 3], **options).stack.uniform
-
-
-def test_an_nnx_module_that_must_be_told_that_it_trains_is_refused():
-  """It took its context for the flag, which is true in evaluation as well."""
-
-  class Must(nnx.Module):
-    def __init__(self, rngs):
-      pass
-
-    def __call__(self, x, train):
-      return x if train else 2 * x
-
-  with pytest.raises(jaxpipe.StackError, match=r"layers\[0\] \(Must\) must be told train"):
-    jaxpipe.pipeline(loss, [Must, jnp.tanh], data(), mesh="stage:2", microbatches=4)
 
 
 def test_parameters_go_on_on_another_mesh_and_no_state_is_no_state():

@@ -1,6 +1,5 @@
 """Every registered schedule against every invariant: a new row is tested by existing."""
 
-import functools
 import itertools
 import json
 
@@ -61,12 +60,6 @@ def test_the_sizes_that_a_family_has(name, fitting):
   assert sizes == fitting
 
 
-# Several tests look at the same cells, and some families search.
-@functools.lru_cache(maxsize=1000)
-def _make(name, P, M, V, backward=None):
-  return make_schedule(name, devices=P, microbatches=M, chunks=V, backward=backward, costs=COSTS)
-
-
 def _parts(schedule):
   """Every pass through a stage, as (device, kind, stage, microbatch), fused ones as both halves."""
   for d, row in enumerate(schedule.order):
@@ -77,19 +70,24 @@ def _parts(schedule):
             yield d, kind, action.stage, action.microbatch
 
 
-@pytest.mark.sampled("name, P, M, V", GRID, 160)
+@pytest.mark.sampled("name, P, M, V", GRID, 60)
 def test_every_size_is_legal_complete_and_drawn(name, P, M, V):
-  """What must hold everywhere, in one test, so that the whole grid builds everything once."""
-  schedule = _make(name, P, M, V)
+  """What must hold everywhere, in one test: some families search for as long as all of it takes."""
+  schedule = make_schedule(name, devices=P, microbatches=M, chunks=V, costs=COSTS)
   _check_legal(schedule, name, P, M)
   timeline = simulate(schedule, COSTS)
+  _check_possible(timeline)
+  _check_figures(timeline)
   _check_peaks(timeline)
   _check_drawing(timeline)
+  _check_round_trips(schedule)
+  _check_forward_only(schedule)
 
 
-@pytest.mark.sampled("name, P, M, V, backward", WAYS, 60)
+@pytest.mark.sampled("name, P, M, V, backward", WAYS, 20)
 def test_legal_however_the_backward_is_cut(name, P, M, V, backward):
-  schedule = _make(name, P, M, V, backward)
+  sizes = dict(devices=P, microbatches=M, chunks=V)
+  schedule = make_schedule(name, **sizes, backward=backward, costs=COSTS)
   _check_legal(schedule, name, P, M)
   assert not any(a.kind is Kind.B for row in schedule.order for step in row for a in step.parts)
 
@@ -108,11 +106,9 @@ def _check_legal(schedule, name, P, M):
     assert homes.setdefault((stage, m), d) == d
 
 
-@pytest.mark.sampled("name, P, M, V", GRID, 120)
-def test_timeline_is_possible(name, P, M, V):
+def _check_possible(timeline):
   """Nobody does two things at once, nothing starts before what it needs, nobody dawdles."""
-  schedule = _make(name, P, M, V)
-  timeline = simulate(schedule, COSTS)
+  schedule = timeline.schedule
   ends = {
     (kind, action.stage, action.microbatch): (d, end)
     for d, row in enumerate(schedule.order)
@@ -143,10 +139,8 @@ def _needs(path, action):
   return [("F", action.stage, m)] + ([("I", way[i + 1], m)] if i + 1 < len(way) else [])
 
 
-@pytest.mark.sampled("name, P, M, V", GRID, 120)
-def test_figures_agree_with_the_timeline(name, P, M, V):
-  schedule = _make(name, P, M, V)
-  timeline = simulate(schedule, COSTS)
+def _check_figures(timeline):
+  schedule, P = timeline.schedule, timeline.schedule.devices
   makespan = max(max(row) for row in timeline.end)
   work = [sum(TOOK[kind] for d, kind, _, _ in _parts(schedule) if d == e) for e in range(P)]
   assert list(timeline.busy) == work
@@ -177,9 +171,8 @@ def _check_peaks(timeline):
   assert timeline.peak_memory == timeline.peak_activations
 
 
-@pytest.mark.sampled("name, P, M, V", GRID, 80)
-def test_round_trips(name, P, M, V):
-  schedule = _make(name, P, M, V)
+def _check_round_trips(schedule):
+  name, M = schedule.name, schedule.microbatches
   again = {"name": name, "paths": schedule.paths}
   assert Schedule.from_tokens(schedule.tokens(), schedule.placement, **again) == schedule
   assert from_json(to_json(simulate(schedule))) == schedule
@@ -210,9 +203,8 @@ def _check_drawing(timeline):
   assert len(slices) == sum(len(step.parts) for row in schedule.order for step in row)
 
 
-@pytest.mark.sampled("name, P, M, V", GRID, 40)
-def test_forward_only(name, P, M, V):
-  schedule = _make(name, P, M, V)
+def _check_forward_only(schedule):
+  P, M = schedule.devices, schedule.microbatches
   forward = schedule.forward_only()
   assert [
     [str(a) for step in row for a in step.parts if a.kind is Kind.F] for row in schedule.order
@@ -255,7 +247,7 @@ def test_messages_come_in_the_order_of_need(name):
 def test_what_does_not_apply_is_refused_with_a_remedy(name, P, V):
   if not FAMILIES[name].fits(P, V):
     with pytest.raises(ValueError, match=r"use (devices|chunks|waves)="):
-      _make(name, P, 4, V)
+      make_schedule(name, devices=P, microbatches=4, chunks=V)
 
 
 @pytest.mark.parametrize("name", schedule_names())

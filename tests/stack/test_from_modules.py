@@ -60,7 +60,6 @@ def test_modules_of_one_kind_are_uniform():
     ([3], {}, "no module, no factory and no function"),
     ([pooled], {"inputs": "image"}, "inputs='image' is not in the batch, which has 'x', 'label'"),
     ([pooled], {"loss": lambda y, batch: jnp.mean(y)}, r"shape \(\) for 4 rows"),
-    ([nnx.Dropout(0.5, rngs=nnx.Rngs(0))], {}, "random stream of its own"),
   ],
 )
 def test_what_does_not_fit_is_named(modules, options, message):

@@ -1,10 +1,13 @@
 """Linen modules as modules of a stack."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import jaxpipe
 from jaxpipe.stack.linen import linen
@@ -101,21 +104,60 @@ def test_equal_modules_are_layers_of_one_kind():
   assert not stack(linen(Block(), X), linen(Block(sizes=(3,)), X)).uniform
 
 
-class Dropped(nn.Module):
+class Sown(nn.Module):
+  """Keeps its output to be looked at, or a loss that somebody should add."""
+
+  collection: str
+
   @nn.compact
   def __call__(self, x):
-    return nn.Dropout(0.5, deterministic=False)(nn.Dense(5)(x))
+    y = nn.Dense(5)(x)
+    self.sow(self.collection, "kept", jnp.sum(y))
+    return y
 
 
-@pytest.mark.parametrize(
-  "module, message",
-  [
-    (Dropped(), r"the Linen module Dropped draws random numbers of its own: call context.dropout"),
-  ],
-)
-def test_what_is_refused(module, message):
-  with pytest.raises(StackError, match=message):
-    stack(linen(module, X))
+def test_what_is_sown_to_be_looked_at_is_dropped_and_a_loss_is_refused():
+  """The collection became model state, whose structure the step then changed."""
+  sown = stack(linen(Sown("intermediates"), X))
+  assert sown.uniform
+  first = jax.tree.map(lambda p: p[0], sown.init(jax.random.key(0), BATCH)["layers"])
+  x = jnp.arange(20.0).reshape(4, 5)
+  got = sown.apply_layer(first, x, True, inputs(None))
+  np.testing.assert_array_equal(got, Sown("other").apply({"params": first}, x))
+  with pytest.raises(StackError, match="module Sown sows into the collection 'losses', which"):
+    stack(linen(Sown("losses"), X))
+
+
+class SownNnx(nnx.Module):
+  def __init__(self, kind, rngs):
+    self.inner, self.kind = nnx.Linear(5, 5, rngs=rngs), kind
+
+  def __call__(self, x):
+    y = self.inner(x)
+    self.sow(self.kind, "kept", y)
+    return y
+
+
+class Losses(nnx.Variable):
+  pass
+
+
+@pytest.mark.filterwarnings("ignore:.*sow:DeprecationWarning")
+def test_what_an_nnx_module_sows_is_dropped_or_refused_by_its_type():
+  module = SownNnx(nnx.Intermediate, nnx.Rngs(0))
+  x = jnp.arange(20.0).reshape(4, 5)
+  want = module(x)  # which leaves in it what it has sown
+  rows = {"x": x}
+  make = functools.partial(LayerStack.from_modules, loss=lambda y, b: y.sum(-1), batch=rows)
+  network = make([module]).network
+  spec = network.specs["layers/0"]
+  assert spec.state == {} and hasattr(module, "kept")
+  got, _ = network.call("layers/0", *spec.init(jax.random.key(0)), x, True, inputs(None))
+  np.testing.assert_array_equal(got, want)
+  with pytest.raises(
+    StackError, match=r"layers\[0\] \(SownNnx\) makes the variable kept \(Losses\)"
+  ):
+    make([functools.partial(SownNnx, Losses)])
 
 
 def test_partitioned_parameters_are_unboxed():

@@ -161,17 +161,24 @@ def counted_costs(
   numbers = jnp.arange(rows, dtype=jnp.int32)
   key, number = jax.random.key(0), jnp.int32(0)
   inputs = LayerInputs(batch=microbatch, key=key, layer=number, microbatch=number, rows=numbers)
+  state = stack.network.state_shapes()
+  inputs["state"] = state["layers/0"]
   layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), shapes["layers"])
 
   def apply(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Tree]:
     return stack.apply_layer(params, x, True, inputs), ()
 
   one = policy.traced(lambda keep: split(apply, layer, inputs, x, keep))
-  head = jax.value_and_grad(stack.apply_head, argnums=(0, 1), has_aux=True, allow_int=True)
+
+  def heading(params: Tree, x: Tree, batch: Tree, state: Tree) -> Any:
+    return stack.apply_head(params, x, batch, state=state)
+
+  head = jax.value_and_grad(heading, argnums=(0, 1), has_aux=True, allow_int=True)
   forward = _flops(one.forward) or 1.0
   again = 1.0 if policy.stage_input else 0.0
   # The head runs on one device, beside that device's P-th part of the layers.
-  top = _flops_of(head, stack.head_params(shapes), x, microbatch) * devices / stack.depth
+  top = _flops_of(head, stack.head_params(shapes), x, microbatch, state["head"])
+  top *= devices / stack.depth
   return Costs(
     1.0,
     again + _flops(one.input_grad) / forward,

@@ -100,7 +100,16 @@ def _looped(
   """The parts for layers of one kind; arguments as of `build_parts`."""
   batch = context.microbatch(jnp.int32(0))
   # `x` must be known before the layer is split: the split traces the layer on it.
-  embed, structure = trace_tree(stack.apply_embed, context.params["embed"], batch)
+
+  def embedding(params: Tree, state: Tree, batch: Tree) -> Tree:
+    return stack.apply_embed(params, batch, state=state)
+
+  def heading(params: Tree, state: Tree, x: Tree, batch: Tree) -> Tree:
+    return stack.apply_head(params, x, batch, state=state)
+
+  embed, structure = trace_tree(
+    embedding, context.params["embed"], context.frozen_of("embed"), batch
+  )
   x = jax.tree.unflatten(structure, [v.aval for v in opened(embed).outvars])
   context = dataclasses.replace(context, x=context.zeros(x))
   layer = jax.eval_shape(lambda: rings.get(gather_fsdp(specs, pieces), 0))
@@ -108,7 +117,10 @@ def _looped(
     stack,
     context,
     layer,
-    _layer_inputs(context),
+    {
+      **_layer_inputs(context),
+      **({"state": rings.get(context.frozen["layers"], 0)} if context.frozen else {}),
+    },
     layers,
     policy,
     recompute=Kind.R in context.program.kinds,
@@ -122,7 +134,9 @@ def _looped(
   if context.predicts:
     ends = ShardedEnds(context, stack.vocabulary_ends) if vocabulary else WholeEnds(context, stack)
     return Parts(context, stage, ends, weights, _zeros(context, _NOTHING))
-  closed, structure = trace_tree(stack.apply_head, context.params["head"], context.x, batch)
+  closed, structure = trace_tree(
+    heading, context.params["head"], context.frozen_of("head"), context.x, batch
+  )
   head = Slice.of(closed)
   loss, aux = jax.tree.unflatten(structure, [v.aval for v in head.outputs])
   parts = opened(embed).eqns, stage.split.backward.equations, head.equations

@@ -38,6 +38,8 @@ class DeviceContext:
     training: False where only forwards run.
     predicts: whether the last layer's outputs are wanted, and the head does not run.
     state: model state of a packed stack, dtype -> [V, width]; empty where there is none.
+    frozen: frozen variables of a uniform stack, by its parts `embed`, `layers`, `head`, leaves of
+      `layers` [V * layers, ...]; empty where there are none.
     loss_scale: float32 [], a power of two by which `loss_sum` is multiplied before it is
       differentiated, where anything computes in float16; None elsewhere. See `layer/weight.py`.
     x: stands for the activation that travels between stages; only its type is ever used, and it is
@@ -55,9 +57,14 @@ class DeviceContext:
   rows: jax.Array
   training: bool
   state: Tree
+  frozen: Tree
   predicts: bool = False
   loss_scale: jax.Array | None = None
   x: Tree = None
+
+  def frozen_of(self, end: str) -> Tree:
+    """Frozen variables of `embed` or `head`; empty where there are none."""
+    return self.frozen[end] if self.frozen else {}
 
   def microbatch(self, m: jax.Array) -> Tree:
     """A microbatch's own inputs, leaves `[rows, ...]`."""

@@ -397,9 +397,12 @@ class Device:
       # The layer's number in the model, never in the stage or on the device: dropout is keyed by
       # it, and must be the same under every schedule. (Of a packed stack it is the stage's number,
       # which only the switch reads: its modules know their own.)
-      return dict(
+      given = dict(
         batch=batch, key=context.key, layer=first + i, microbatch=now.microbatch, rows=context.rows
       )
+      if context.frozen:
+        given["state"] = rings.get(context.frozen["layers"], held + i)
+      return given
 
     read = self.weights.reader(carry.weights, now.weights, held)
     return ActionArguments(read, held, inputs, self.weights.layers)

@@ -10,7 +10,6 @@ nothing of its first run is kept.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +52,8 @@ class WholeEnds:
     context = self.context
     batch = context.microbatch(jnp.int32(0))
     value_and_grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
-    args = context.params["head"], float_leaves(context.x), context.x, batch
+    frozen = context.frozen_of("head")
+    args = context.params["head"], float_leaves(context.x), context.x, batch, frozen
     return trace(value_and_grad, *args).jaxpr
 
   def enter(self, carry: Carry, now: Now) -> Carry:
@@ -69,8 +69,8 @@ class WholeEnds:
 
     def embed(ring: Tree) -> Leaves:
       batch = self.context.microbatch(now.microbatch)
-      embed = functools.partial(self.stack.apply_embed, training=self.context.training)
-      x = lenient(embed)(self.context.params["embed"], batch)
+      frozen = self.context.frozen_of("embed")
+      x = lenient(self.embed)(self.context.params["embed"], frozen, batch)
       return jax.tree.leaves(self.context.vary(x))
 
     return embedded_or_arrived(embed, carry, now)
@@ -81,7 +81,7 @@ class WholeEnds:
     # Whatever varies over the mesh is an argument and not closed over: see `lenient`.
     x = jax.tree.unflatten(jax.tree.structure(context.x), y)
     batch = context.microbatch(now.microbatch)
-    args = context.params["head"], float_leaves(y), x, batch
+    args = context.params["head"], float_leaves(y), x, batch, context.frozen_of("head")
     if not context.training:
 
       def evaluate(totals: Totals) -> Totals:
@@ -108,10 +108,10 @@ class WholeEnds:
   def back_at_input(self, carry: Carry, now: Now, dx: Leaves) -> Carry:
     """After B or I: the embedding's gradient, where dx is that of the first stage's input."""
 
-    def gradient(params: Tree, batch: Tree, dx: Leaves) -> Tree:
+    def gradient(params: Tree, frozen: Tree, batch: Tree, dx: Leaves) -> Tree:
       def outputs(params: Tree) -> Leaves:
         # A leaf that does not depend on the parameters has a cotangent like every other.
-        x = float_leaves(self.stack.apply_embed(params, batch))
+        x = float_leaves(self.stack.apply_embed(params, batch, state=frozen))
         leaves: Leaves = vary(x, axes_of(dx))
         return leaves
 
@@ -119,7 +119,8 @@ class WholeEnds:
 
     def run(grads: Tree) -> Tree:
       batch = self.context.microbatch(now.microbatch)
-      return accumulate(grads, lenient(gradient)(self.context.params["embed"], batch, dx))
+      params, frozen = self.context.params["embed"], self.context.frozen_of("embed")
+      return accumulate(grads, lenient(gradient)(params, frozen, batch, dx))
 
     # Differentiated inside the conditional, never through it: see `device.py`.
     kinds = (Kind.B, Kind.I)
@@ -127,20 +128,31 @@ class WholeEnds:
     return carry._replace(grads={**carry.grads, "embed": grads})
 
   def value_and_grad(
-    self, params: Tree, floats: Leaves, x: Tree, batch: Tree, scale: jax.Array | None
+    self,
+    params: Tree,
+    floats: Leaves,
+    x: Tree,
+    batch: Tree,
+    frozen: Tree,
+    scale: jax.Array | None,
   ) -> Any:
     """The head's sums as `loss` returns them, and the gradients of `loss_sum` times the scale."""
     if scale is None:
-      return jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)(params, floats, x, batch)
+      value_and_grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
+      return value_and_grad(params, floats, x, batch, frozen)
 
     def loss(params: Tree, floats: Leaves) -> Any:
-      return self.loss(params, floats, x, batch)
+      return self.loss(params, floats, x, batch, frozen)
 
     value, back, aux = jax.vjp(loss, params, floats, has_aux=True)
     one = vary(scale.astype(value.dtype), axes_of([value]))
     return (value, aux), back(one)
 
-  def loss(self, params: Tree, floats: Leaves, x: Tree, batch: Tree) -> Any:
+  def embed(self, params: Tree, frozen: Tree, batch: Tree) -> Tree:
+    """The embedding's x; all that varies over the mesh is an argument, as `lenient` wants it."""
+    return self.stack.apply_embed(params, batch, self.context.training, frozen)
+
+  def loss(self, params: Tree, floats: Leaves, x: Tree, batch: Tree, frozen: Tree) -> Any:
     """The head's `loss_sum, (weight, metrics)`.
 
     Args:
@@ -148,9 +160,10 @@ class WholeEnds:
       floats: float leaves of the last stage's output, by which the loss is differentiated.
       x: the last stage's output, of which only the other leaves are read.
       batch: the microbatch's own inputs.
+      frozen: the head's frozen variables.
     """
     x = with_float_leaves(x, floats)
-    return self.stack.apply_head(params, x, batch, self.context.training)
+    return self.stack.apply_head(params, x, batch, self.context.training, frozen)
 
 
 def embedded_or_arrived(embed: Callable[[Tree], Leaves], carry: Carry, now: Now) -> Leaves:

@@ -99,22 +99,26 @@ def compare(c, ulysses, N, K, segments, tensor=1, T=None):
   assert_exact(program(T, c, ulysses, segments, tensor)(q, k, v, by, ids), (*grads, out))
 
 
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.sampled("c, ulysses, N, K", CASES, 5)
+@pytest.mark.sampled(
+  "c, ulysses, N, K, segments", [(*case, s) for case in CASES for s in (False, True)], 5
+)
 def test_cut_rows_are_exact(float64, c, ulysses, N, K, segments):
   compare(c, ulysses, N, K, segments)
 
 
+# c, K, whether there are documents
+OVER_TENSOR = ((2, 2, True), (4, 4, False))
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("ulysses", [1, 2, 4])
+@pytest.mark.sampled("ulysses", [1, 2, 4], 2)
 def test_four_devices_are_exact(float64, ulysses):
   compare(4, ulysses, 8, 2, segments=True)
 
 
-@pytest.mark.parametrize("ulysses", [1, 2])
-def test_heads_may_be_cut_over_tensor_as_well(float64, ulysses):
-  compare(2, ulysses, 8, 2, segments=True, tensor=2)
-  compare(4, ulysses, 8, 4, segments=False, tensor=2)
+@pytest.mark.sampled("ulysses, c, K, segments", [(u, *x) for u in (1, 2) for x in OVER_TENSOR], 2)
+def test_heads_may_be_cut_over_tensor_as_well(float64, ulysses, c, K, segments):
+  compare(c, ulysses, 8, K, segments, tensor=2)
 
 
 def test_one_device_with_documents_takes_any_length(float64):
@@ -135,7 +139,8 @@ def test_documents_of_one_position_give_numbers(float64):
 def test_scores_too_large_for_exp_are_exact(float64):
   q, k, v, by, _ = inputs(24, 4, 2)
   q = 500 * q
-  grads, out = grad(loss, functools.partial(dense, ids=None), q, k, v, by)
+  attention = functools.partial(dense, ids=None)
+  grads, out = jax.jit(functools.partial(grad, loss, attention))(q, k, v, by)
   *got, same = program(24, 4, 1, segments=False)(q, k, v, by, np.zeros((2, 24), np.int32))
   assert_exact((*got, same), (*grads, out))
 
@@ -144,7 +149,8 @@ def test_bfloat16_softmaxes_in_float32():
   q, k, v, by, ids = (jnp.asarray(x) for x in inputs(64, 4, 2))
   low = [x.astype(jnp.bfloat16) for x in (q, k, v, by)]
   got = program(64, 4, 1, segments=True)(*low, ids)
-  grads, out = grad(loss, functools.partial(dense, ids=ids), *(x.astype(jnp.float32) for x in low))
+  want = jax.jit(functools.partial(grad, loss, functools.partial(dense, ids=ids)))
+  grads, out = want(*(x.astype(jnp.float32) for x in low))
   for a, b in zip(got, (*grads, out), strict=True):
     assert a.dtype == jnp.bfloat16
     assert float(jnp.max(jnp.abs(a.astype(jnp.float32) - b))) < 2e-2 * float(jnp.max(jnp.abs(b)))
@@ -249,7 +255,7 @@ def test_the_backward_pass_is_left_no_scores():
   assert sorted(s for s in shapes if np.prod(s) > 1) == sorted([whole] * 4 + [rows] * 2)
 
 
-@pytest.mark.parametrize("ulysses", [1, 2])
+@pytest.mark.sampled("ulysses", [1, 2], 1)
 def test_other_stages_need_not_take_part(ulysses):
   """Stage 0 attends, forward and backward, in a branch that stage 1 does not take."""
   T = 16
@@ -276,7 +282,8 @@ def test_other_stages_need_not_take_part(ulysses):
   )
   got = jax.jit(everywhere)(q, k, v, by)
   back = np.argsort(sequence.order(T, 4))
-  want, _ = grad(loss, functools.partial(dense, ids=None), q, k, v, by)
+  attention = functools.partial(dense, ids=None)
+  want, _ = jax.jit(functools.partial(grad, loss, attention))(q, k, v, by)
   for a, b in zip(got, want, strict=True):
     assert np.allclose(a[0][:, back], b, atol=1e-4 * float(jnp.max(jnp.abs(b))))
     assert not np.any(a[1])

@@ -96,6 +96,7 @@ def moved(layers, base):
   batch, optimizer = lm.batch(8), make_optimizer(config)
   params = stack.init(jax.random.key(0), batch)
 
+  @jax.jit
   def hidden(params):
     def layer(x, at):
       inputs = dict(batch=batch, key=None, layer=at[1], microbatch=0, rows=jnp.arange(8))

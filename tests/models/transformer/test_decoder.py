@@ -1,10 +1,13 @@
 """The shipped transformer: shapes, positions, causality, and what its configuration refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import lm
+from networks.drawn import drawn
 
 from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
 from jaxpipe.models.transformer.decoder import transformer
@@ -32,6 +35,7 @@ def test_impossible_configurations(changes, message):
     TransformerConfig(**{**SHAPE, **changes})
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(stack, params, tokens):
   batch = {"tokens": tokens}
   x = stack.apply_embed(params["embed"], batch)
@@ -46,8 +50,7 @@ def logits(stack, params, tokens):
 def test_a_token_sees_only_those_before_it(changes):
   stack = transformer(TransformerConfig(**{**SHAPE, **changes}))
   batch = lm.batch(2, length=6)
-  params = stack.init(jax.random.key(0), batch)
-  params = jax.tree.map(lambda p: p * 5, params)  # far from zero, so that influence shows
+  params = drawn(stack)  # far from zero, so that influence shows
   changed = batch["tokens"].copy()
   changed[:, 4] = (changed[:, 4] + 1) % 16
   a, b = logits(stack, params, batch["tokens"]), logits(stack, params, changed)
@@ -58,7 +61,7 @@ def test_a_token_sees_only_those_before_it(changes):
 def test_the_loss_is_the_cross_entropy_of_the_logits():
   stack = transformer(TransformerConfig(**SHAPE))
   batch = lm.batch(2)
-  params = stack.init(jax.random.key(0), batch)
+  params = drawn(stack)
   out = logits(stack, params, batch["tokens"])
   picked = np.take_along_axis(np.asarray(jax.nn.log_softmax(out)), batch["targets"][..., None], -1)
   want = -(picked[..., 0] * batch["weights"]).sum()

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from networks import lm
+from networks.drawn import placed_shapes
 
 import jaxpipe
 from jaxpipe.parallel import axes
@@ -349,7 +350,7 @@ def talking(say, mesh, name="zb-h1", layers=4, microbatches=4, **options):
 
 
 def compiled(stack, schedule, mesh, batch, **options):
-  params = stack.init(jax.random.key(0), batch, schedule, mesh)
+  params = placed_shapes(stack, schedule, mesh)
   step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, **options)
   return jax.jit(step).lower(params, batch, jax.random.key(1)).compile().as_text()
 

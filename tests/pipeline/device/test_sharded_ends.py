@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from networks import lm
+from networks.drawn import drawn
 
 import jaxpipe
 from jaxpipe.models.transformer.decoder import Embed, Head, Layer, TransformerConfig
@@ -42,7 +43,7 @@ def sharded(name, P, M):
   return jaxpipe.make_schedule(name, devices=P, microbatches=M, head="sharded")
 
 
-@pytest.mark.sampled("name, P, M, tied, data, slack, unroll, residuals", GRID, 6)
+@pytest.mark.sampled("name, P, M, tied, data, slack, unroll, residuals", GRID, 3)
 def test_gradients_are_those_of_the_whole_head(
   float64, name, P, M, tied, data, slack, unroll, residuals
 ):
@@ -51,7 +52,7 @@ def test_gradients_are_those_of_the_whole_head(
     unroll = "none"  # straight lines of many ticks take long to compile
   stack, batch = lm.stack(schedule.stages, tied=tied), lm.batch(M * data)
   mesh, key = jaxpipe.make_mesh(f"stage:{P},data:{data}"), jax.random.key(7)
-  params = stack.init(jax.random.key(1), batch)
+  params = drawn(stack)
   step = jaxpipe.pipeline_value_and_grad(
     stack, schedule, mesh, residuals=residuals, slack=slack, unroll=unroll, poison=True
   )
@@ -65,12 +66,17 @@ def test_gradients_are_those_of_the_whole_head(
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.sampled("tied", [True, False], 1)
 def test_zero_bubble_with_a_sharded_vocabulary(float64, tied):
   schedule = sharded("zb-h1", 2, 3)
-  stack = lm.stack(tied=tied)
+  stack = lm.stack(2, tied=tied)
   report = jaxpipe.check(
-    stack, schedule, jaxpipe.make_mesh("stage:2,data:2"), lm.batch(6), unroll="none"
+    stack,
+    schedule,
+    jaxpipe.make_mesh("stage:2,data:2"),
+    lm.batch(6),
+    params=drawn(stack),
+    unroll="none",
   )
   assert report.ok, str(report)
 
@@ -79,16 +85,15 @@ def test_recompute_beside_the_vocabulary_passes(float64):
   sizes = dict(devices=2, microbatches=4)
   schedule = jaxpipe.make_schedule("1f1b", **sizes, recompute=True, head="sharded")
   assert {a.kind for row in schedule.order for a in row} == set(map(Kind, "FRBST"))
-  report = jaxpipe.check(
-    lm.stack(), schedule, jaxpipe.make_mesh("stage:2"), lm.batch(4), unroll="none"
-  )
+  stack, mesh = lm.stack(2), jaxpipe.make_mesh("stage:2")
+  report = jaxpipe.check(stack, schedule, mesh, lm.batch(4), params=drawn(stack), unroll="none")
   assert report.ok, str(report)
 
 
 def test_evaluation_with_a_sharded_vocabulary(float64):
-  schedule, mesh = sharded("1f1b", 4, 3), jaxpipe.make_mesh("stage:4,data:2")
-  stack, batch = lm.stack(dropout=0.0), lm.batch(6)
-  params = stack.init(jax.random.key(1), batch)
+  schedule, mesh = sharded("1f1b", 2, 3), jaxpipe.make_mesh("stage:2,data:2")
+  stack, batch = lm.stack(2, dropout=0.0), lm.batch(6)
+  params = drawn(stack)
   (loss, metrics), _ = jaxpipe.reference_value_and_grad(stack, microbatches=3)(params, batch)
   evaluate = jaxpipe.pipeline_forward(stack, schedule, mesh, poison=True)
   got, got_metrics = evaluate(jaxpipe.place(params, stack, schedule, mesh), batch)
@@ -96,8 +101,7 @@ def test_evaluation_with_a_sharded_vocabulary(float64):
   assert got_metrics == metrics
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("P", [2, 4])
+@pytest.mark.sampled("P, tied", list(itertools.product((2, 4), (True, False))), 2)
 def test_every_device_stores_equally_much_and_the_tables_once(P, tied):
   stack, schedule = lm.stack(tied=tied, dtype="float32", param_dtype="float32"), None
   schedule, mesh = sharded("1f1b", P, 4), jaxpipe.make_mesh(f"stage:{P}")
@@ -115,10 +119,10 @@ def test_every_device_stores_equally_much_and_the_tables_once(P, tied):
 def test_large_logits_do_not_overflow_bfloat16_arithmetic():
   """Max and sum are float32: exp(90) is not a bfloat16 problem, but a sum of many is."""
   stack = lm.stack(
-    dtype="bfloat16", param_dtype="float32", attention=jax.nn.dot_product_attention, dropout=0.0
+    2, dtype="bfloat16", param_dtype="float32", attention=jax.nn.dot_product_attention, dropout=0.0
   )
   schedule, mesh, batch = sharded("1f1b", 2, 2), jaxpipe.make_mesh("stage:2"), lm.batch(4)
-  params = stack.init(jax.random.key(0), batch)
+  params = drawn(stack)
   table = params["embed"]["table"] * 2000
   params = {**params, "embed": {**params["embed"], "table": table}}
   placed = jaxpipe.place(params, stack, schedule, mesh)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from networks import unlike
+from networks.drawn import drawn, drawn_state
 
 import jaxpipe
 from jaxpipe.schedules.registry import FAMILIES
@@ -23,49 +24,61 @@ STACKS = {
 }
 # P=1 has every stage on one device; 8 stages of 5 layers leave some of them empty.
 MESHES = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1))
-# Policies and slack are dealt in turn to the cases of the grid.
+# Policies, slack and program shape are dealt in turn to the cases of the grid.
 GRID = [
-  (stack, name, P, data, i // 3 % 2, ("full", "dots", "all")[i % 3])
+  (
+    stack,
+    name,
+    P,
+    data,
+    i // 3 % 2,
+    ("full", "dots", "all")[i % 3],
+    "auto" if i % 5 == 4 else "none",
+  )
   for i, (stack, (P, data), name) in enumerate(itertools.product(STACKS, MESHES, FAMILIES))
   if name != "skippipe" and not (name in ("chimera", "bitpipe", "dualpipe") and P == 1)
 ]
 
 
-@pytest.mark.sampled("stack, name, P, data, slack, residuals", GRID, 5)
+def check(stack, *where, **options):
+  """`jaxpipe.check` from drawn values, which need not be compiled, in one loop by default."""
+  values = dict(params=drawn(stack), state=drawn_state(stack))
+  return jaxpipe.check(stack, *where, **{**values, "unroll": "none", **options})
+
+
+@pytest.mark.sampled("stack, name, P, data, slack, residuals, unroll", GRID, 4)
 def test_gradients_and_state_are_those_of_the_unpipelined_model(
-  float64, stack, name, P, data, slack, residuals
+  float64, stack, name, P, data, slack, residuals, unroll
 ):
   make, batch = STACKS[stack]
   M = max(4, P)
   schedule = jaxpipe.make_schedule(name, devices=P, microbatches=M)
   mesh = jaxpipe.make_mesh(f"stage:{P},data:{data}")
-  options = dict(residuals=residuals, slack=slack)
-  report = jaxpipe.check(make(), schedule, mesh, batch(2 * M), **options)
+  options = dict(residuals=residuals, slack=slack, unroll=unroll)
+  report = check(make(), schedule, mesh, batch(2 * M), **options)
   assert report.ok, report
   assert len(report.state_errors) == (8 if stack == "convolutions" else 0)
 
 
-@pytest.mark.parametrize("partition", [(5, 0), (0, 5), (1, 4), (3, 2)])
+@pytest.mark.sampled("partition", [(5, 0), (0, 5), (1, 4), (3, 2)], 2)
 def test_any_partition_gives_the_same(float64, partition):
   schedule = jaxpipe.make_schedule("zb-h1", devices=2, microbatches=2)
   stack, mesh = unlike.language(partition=partition), jaxpipe.make_mesh("stage:2")
-  assert jaxpipe.check(stack, schedule, mesh, unlike.text(4)).ok
+  assert check(stack, schedule, mesh, unlike.text(4)).ok
 
 
-@pytest.mark.parametrize("residuals", ["full", "dots"])
+@pytest.mark.sampled("residuals", ["full", "dots"], 1)
 def test_recomputation_as_an_action_of_its_own(float64, residuals):
   options = dict(devices=2, microbatches=4, recompute=True)
   schedule, mesh = jaxpipe.make_schedule("zb-h1", **options), jaxpipe.make_mesh("stage:2")
-  report = jaxpipe.check(
-    unlike.convolutions(), schedule, mesh, unlike.images(8), residuals=residuals
-  )
+  report = check(unlike.convolutions(), schedule, mesh, unlike.images(8), residuals=residuals)
   assert report.ok, report
 
 
-@pytest.mark.parametrize("mesh", ["stage:2,fsdp:2", "stage:2,expert:2"])
+@pytest.mark.sampled("mesh", ["stage:2,fsdp:2", "stage:2,expert:2"], 1)
 def test_rows_are_cut_over_any_axis_that_rows_lie_over(float64, mesh):
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=2)
-  report = jaxpipe.check(unlike.convolutions(), schedule, jaxpipe.make_mesh(mesh), unlike.images(8))
+  report = check(unlike.convolutions(), schedule, jaxpipe.make_mesh(mesh), unlike.images(8))
   assert report.ok, report
 
 
@@ -74,11 +87,13 @@ def test_frozen_weights_cost_no_gradient_and_stay(float64):
   stack, batch = unlike.language(trainable=frozen, tied={}), unlike.text(4)
   schedule, mesh = jaxpipe.make_schedule("zb-h1", devices=2, microbatches=2), "stage:2"
   mesh = jaxpipe.make_mesh(mesh)
-  report = jaxpipe.check(stack, schedule, mesh, batch)
+  report = check(stack, schedule, mesh, batch)
   assert report.ok and not any("base" in path for path in report.errors), report
   key = jax.random.key(3)
-  params, state = (init(key, batch, schedule, mesh) for init in (stack.init, stack.init_state))
-  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+  trees = (drawn(stack), drawn_state(stack))
+  params, state = (jaxpipe.place(tree, stack, schedule, mesh) for tree in trees)
+  # The program that the check compiled.
+  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll="none", poison=True)
   (_, _, after), grads = step(params, batch, key, state)
   jax.tree.map(np.testing.assert_array_equal, state, after)
   shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
@@ -107,8 +122,8 @@ def test_a_moving_average_is_moved_once_a_step_by_the_mean_of_the_microbatches(f
     jaxpipe.make_mesh("stage:2"),
   )
   key = jax.random.key(0)
-  params, state = stack.init(key, batch), stack.init_state(key, batch)
-  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh)
+  params, state = drawn(stack), stack.init_state(key, batch)
+  step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll="none")
   place = lambda tree: jaxpipe.place(tree, stack, schedule, mesh)  # noqa: E731
   (_, _, after), _ = step(place(params), batch, key, place(state))
   first = jax.tree.map(lambda leaf: leaf[0], params["layers"][0]["inner"])
@@ -155,13 +170,13 @@ def test_evaluation_uses_the_moving_averages(float64):
     jaxpipe.make_schedule("1f1b", devices=2, microbatches=2),
     jaxpipe.make_mesh("stage:2"),
   )
-  key = jax.random.key(0)
-  params, state = (init(key, batch, schedule, mesh) for init in (stack.init, stack.init_state))
+  trees = params, state = drawn(stack), drawn_state(stack)
+  placed = (jaxpipe.place(tree, stack, schedule, mesh) for tree in trees)
   evaluate = jaxpipe.pipeline_forward(stack, schedule, mesh, poison=True)
-  loss, metrics = evaluate(params, batch, state)
+  placed_params, placed_state = placed
+  loss, metrics = evaluate(placed_params, batch, placed_state)
   x = batch["image"]
-  owned = stack.network.split(stack.init(key, batch))
-  states = stack.network.split(stack.init_state(key, batch))
+  owned, states = stack.network.split(params), stack.network.split(state)
   for module in stack.network.specs:
     inputs = dict(batch=batch, key=None, layer=0, microbatch=0, rows=jnp.arange(8))
     x, _ = stack.network.call(module, owned[module], states[module], x, False, inputs)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import lm
+from networks.drawn import drawn, placed_shapes
 
 import jaxpipe
 from jaxpipe.pipeline.table.lower import lower
@@ -123,10 +124,10 @@ def test_another_shape_is_refused():
 
 def lowered(M, unroll):
   """The program that XLA is given."""
-  stack, batch = lm.stack(), lm.batch(M)
+  stack, batch = lm.stack(2), lm.batch(M)
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=M)
   mesh = jaxpipe.make_mesh("stage:2")
-  params = stack.init(jax.random.key(0), batch, schedule, mesh)
+  params = placed_shapes(stack, schedule, mesh)
   step = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll=unroll)
   return jax.jit(step).lower(params, batch, jax.random.key(0)).as_text()
 
@@ -145,10 +146,10 @@ def test_the_program_does_not_grow_with_the_number_of_microbatches(float64, unro
 
 def test_shapes_agree_to_the_last_bit(float64):
   """The same sums in the same order: nothing but the program's size may differ."""
-  stack, batch = lm.stack(), lm.batch(3)
+  stack, batch = lm.stack(2), lm.batch(3)
   schedule = jaxpipe.make_schedule("1f1b", devices=2, microbatches=3)
   mesh = jaxpipe.make_mesh("stage:2")
-  params = stack.init(jax.random.key(0), batch, schedule, mesh)
+  params = jaxpipe.place(drawn(stack), stack, schedule, mesh)
   results = [
     jax.device_get(
       jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll=unroll, poison=True)(

@@ -92,7 +92,8 @@ def test_one_stage_gives_the_same_losses(
   tmp_path: Path, uninterrupted: Path, make_config: MakeConfig
 ) -> None:
   # In a program of another shape, too.
-  train(build_run(make_config(tmp_path, **RUN, mesh="stage:1", unroll="auto")).begin())
+  options = {**RUN, "validate_every": 0, "mesh": "stage:1", "unroll": "auto"}
+  train(build_run(make_config(tmp_path, **options)).begin())
   np.testing.assert_allclose(numbers(tmp_path), numbers(uninterrupted), rtol=1e-5)
 
 
@@ -143,12 +144,13 @@ def wait_for(process: subprocess.Popen[str], beginning: str) -> bool:
   return any(line.startswith(beginning) for line in process.stdout)
 
 
-@pytest.mark.parametrize(
-  ("number", "changes"),
+@pytest.mark.sampled(
+  "number, changes",
   [
     (signal.SIGINT, {"mesh": "stage:2", "schedule": "gpipe"}),
     (signal.SIGTERM, {"mesh": "stage:2,data:2", "microbatches": 2, "backward": "split"}),
   ],
+  1,
 )
 def test_interrupted_runs_save_and_may_move(
   tmp_path: Path,
@@ -187,7 +189,8 @@ def test_a_run_with_experts_moves_between_meshes_that_cut_everything(
   tmp_path: Path, make_config: MakeConfig, interrupt_after: Callable[[int, int], None]
 ) -> None:
   """Parameters, moments and masks are those of the run on one device."""
-  run = dict(steps=6, dropout=0.1, validate_every=3, experts=4, kv_heads=2, batch_size=8)
+  run = dict(steps=6, dropout=0.1, validate_every=0, experts=4, kv_heads=2, batch_size=8)
+  run |= {"layers": 2, "chunks": 1}
   alone, moved = tmp_path / "alone", tmp_path / "moved"
   for folder in (alone, moved):
     folder.mkdir()
@@ -199,7 +202,3 @@ def test_a_run_with_experts_moves_between_meshes_that_cut_everything(
   assert train(build_run(second).begin()) == 0
   for name in ("loss", "grad_norm"):
     np.testing.assert_allclose(numbers(moved, name), numbers(alone, name), rtol=1e-5)
-  validated = [
-    [r["validation_loss"] for r in read(f) if r["validation_loss"]] for f in (alone, moved)
-  ]
-  np.testing.assert_allclose(validated[1], validated[0], rtol=1e-5)

@@ -418,7 +418,7 @@ def test_only_process_0_shows_what_all_have(capsys: pytest.CaptureFixture[str]) 
 # Whole runs
 
 
-def command(config: Config, count: int, devices: int = 8) -> list[str]:
+def command(config: Config, count: int, devices: int = 4) -> list[str]:
   flags = [show_flag(name, value) for name, value in config.to_dict().items() if name != "prompt"]
   launcher = [str(ROOT / "launch" / "local.sh"), f"--devices={devices}", f"--processes={count}"]
   return [*launcher, str(ROOT / "experiments" / "lm.py"), *flags]
@@ -436,9 +436,13 @@ def run(config: Config, *processes: int) -> subprocess.CompletedProcess[str]:
 
 
 # The last batch of a validation is padded, in rows that another process has.
+# Each half of the devices has half of the rows; chunks change the order of a checkpoint's layers.
 RUN: dict[str, Any] = {
   "steps": 6,
-  "mesh": "stage:4,data:2",
+  "mesh": "data:2,stage:2",
+  "schedule": "interleaved-1f1b",
+  "chunks": 2,
+  "microbatches": 2,
   "batch_size": 8,
   "unroll": "none",
   "layers": 4,
@@ -456,64 +460,41 @@ def numbers(folder: Path) -> list[tuple[float, ...]]:
   return [tuple(record[name] for name in names) for record in records]
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig) -> Callable[..., Path]:
-  """`ran(count, devices, **changes)`: the folder of a run by so many processes, made once."""
-  done: dict[str, Path] = {}
-
-  def get(count: int, devices: int = 8, **changes: Any) -> Path:
-    key = f"{count} {devices} {changes}"
-    if key not in done:
-      folder = tmp_path_factory.mktemp("ran")
-      finished = run(make_config(folder, **{**RUN, **changes}), count, devices)
-      assert finished.returncode == 0, finished.stderr
-      assert finished.stdout.count("step 5  loss") == 1
-      done[key] = folder
-    return done[key]
-
-  return get
-
-
 @pytest.mark.slow
 @pytest.mark.sampled("count", [2, 4], 1)
-def test_any_number_of_processes_gives_the_same_curve_bit_for_bit(
-  ran: Callable[..., Path], count: int
+def test_any_number_of_processes_gives_the_same_curve_and_resumes_on_one(
+  tmp_path: Path, make_config: MakeConfig, count: int
 ) -> None:
-  assert len(numbers(ran(1))) == 6
-  assert numbers(ran(count)) == numbers(ran(1))
-
-
-@pytest.mark.slow
-def test_rows_that_processes_share_out_give_the_same_curve(ran: Callable[..., Path]) -> None:
-  # Each process has half of the rows; chunks change the order of a checkpoint's layers.
-  other = {"mesh": "stage:2,data:2", "schedule": "interleaved-1f1b", "chunks": 2, "microbatches": 2}
-  assert numbers(ran(4, 4, **other)) == numbers(ran(1, 4, **other))
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_two_processes_resumes_on_one(
-  tmp_path: Path, ran: Callable[..., Path], make_config: MakeConfig
-) -> None:
-  shutil.copytree(ran(2), tmp_path, dirs_exist_ok=True)
-  shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-  finished = run(make_config(tmp_path, **RUN), 1)
+  """Bit for bit; with four, pairs of processes have the same rows."""
+  alone, several = tmp_path / "alone", tmp_path / "several"
+  for folder, processes_of_it in ((alone, 1), (several, count)):
+    folder.mkdir()
+    finished = run(make_config(folder, **RUN), processes_of_it)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("step 5  loss") == 1
+  want = numbers(alone)
+  assert len(want) == 6 and numbers(several) == want
+  # The checkpoint of all of them, read by one that holds every stage.
+  shutil.rmtree(several / "run" / "checkpoints" / "6")
+  finished = run(make_config(several, **RUN), 1)
   assert finished.returncode == 0, finished.stderr
   assert "after 3 steps" in finished.stdout
-  assert numbers(tmp_path) == numbers(ran(1))
+  assert numbers(several) == want
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_ends_all_after_the_same_step(
   tmp_path: Path, make_config: MakeConfig
 ) -> None:
-  flags = dict(RUN, steps=2000, checkpoint_every=0, validate_every=0)
+  flags = dict(RUN, steps=2000, checkpoint_every=0, validate_every=0, mesh="stage:2")
+  flags |= {"schedule": "1f1b", "chunks": 0, "layers": 2}
   config = make_config(tmp_path, **flags)
   where = f"--coordinator={HERE}:{free_port()}"
   script = command(config, 1)[3:]
   started = [
     subprocess.Popen(
       [sys.executable, "-u", *script, where, f"--process_id={i}", "--num_processes=2"],
-      env=environment(4),
+      env=environment(1),
       text=True,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -533,13 +514,14 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(
   assert (tmp_path / "run" / "checkpoints" / done / "params").is_dir()
 
 
-@pytest.mark.parametrize(
-  ("flags", "words"),
+@pytest.mark.sampled(
+  "flags, words",
   [
     (["--stpes=3"], "did you mean --steps?"),
     (["--steps=0"], "--steps=0 is not a count"),
     (["--sample"], "--sample is for one process"),
   ],
+  1,
 )
 @pytest.mark.slow
 def test_what_is_wrong_in_all_processes_is_said_once(

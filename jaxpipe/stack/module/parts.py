@@ -1,0 +1,88 @@
+"""Builds a module abstractly, refuses what no pipeline could keep, and takes the module apart."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxpipe.stack.errors import StackError
+from jaxpipe.stack.module.given import Given, existing
+from jaxpipe.stack.module.modes import flags_set_when_made
+from jaxpipe.stack.module.trainable import Predicate
+
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+# Builds a module, fresh values included.
+Factory = Callable[[nnx.Rngs], nnx.Module]
+
+
+def split_module(module: nnx.Module, trainable: Predicate) -> tuple[Any, Any, Any, Any]:
+  """The module's static half, its random streams, its parameters and all its other variables.
+
+  What `sow` has left in the module by an earlier call is dropped.
+  """
+  if any(isinstance(v, nnx.Intermediate) for _, v in nnx.iter_graph(module)):
+    module = nnx.clone(module)
+    nnx.pop(module, nnx.Intermediate)
+  graph, streams, *others = nnx.split(module, nnx.RngState, trainable, ...)
+  return graph, streams, others[0], others[1]
+
+
+def place_of(name: str) -> str:
+  """The place of a module as paths write it, `layers/3`, out of its name `layers[3]`."""
+  return name.replace("[", "/").removesuffix("]")
+
+
+def module_label(module: Any) -> str:
+  """The name of a module's class for messages; of a wrapped Linen module, that of Linen's."""
+  label = getattr(type(module), "label_of", None)
+  return str(label(module)) if label else type(module).__name__
+
+
+def built(factory: Any) -> tuple[Factory, nnx.Module]:
+  """Builds a module abstractly; a factory that returns a module it closes over becomes `Given`."""
+  older: list[nnx.Module] = []
+
+  def build() -> nnx.Module:
+    module: nnx.Module = factory(nnx.Rngs(0))
+    if not isinstance(factory, Given) and existing(factory, module):
+      older.append(module)
+      return Given(module)(nnx.Rngs(0))
+    return module
+
+  module = nnx.eval_shape(build)
+  return (Given(older[0]) if older else factory), module
+
+
+def refuse_arrays(where: str, module: nnx.Module) -> None:
+  """Refuses arrays that a module holds outside variables.
+
+  Raises:
+    StackError: names the module and the attribute.
+  """
+  for path, value in nnx.iter_graph(module):
+    if not isinstance(value, nnx.Variable) and isinstance(value, _ARRAYS):
+      raise StackError(
+        f"{where} holds the array {'/'.join(map(str, path))} outside any nnx.Param: make it an"
+        " nnx.Param where it is trained, else compute it in __call__, or make it a NumPy array"
+        " outside the module"
+      )
+
+
+def kept_flags(module: nnx.Module) -> frozenset[str]:
+  """Mode flags that the module keeps as attributes and takes by a parameter that defaults to None.
+
+  Such a parameter overrides the attribute, which the stack sets.
+  """
+  call: Any = type(module).__call__
+  parameters = inspect.signature(call).parameters
+  return frozenset(
+    name
+    for name in flags_set_when_made(module)
+    if name in parameters and parameters[name].default is None
+  )
