@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.pipeline.batch import microbatch
 from jaxpipe.pipeline.device.probe import Probe
 from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.varying import vary
 from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.rings import Tree
 from jaxpipe.pipeline.table.program import Program
+from jaxpipe.stack.context import map_entries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class DeviceContext:
 
   def microbatch(self, m: jax.Array) -> Tree:
     """A microbatch's own inputs, leaves `[rows, ...]`."""
-    return microbatch(self.batch, m)
+    return map_entries(lambda leaf: rings.get(leaf, m), lambda entry: entry.value, self.batch)
 
   def vary(self, tree: Tree) -> Tree:
     """Marks every leaf as differing along all mesh axes."""
