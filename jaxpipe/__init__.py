@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     simulate,
   )
   from jaxpipe.schedules.partition import LayerCost, Partition
+  from jaxpipe.stack.context import Whole
   from jaxpipe.stack.errors import StackError
   from jaxpipe.stack.linen import linen
   from jaxpipe.stack.module.given import layer
@@ -56,6 +57,7 @@ _HOME = {
   "ScheduleError": "jaxpipe.schedules",
   "StackError": "jaxpipe.stack.errors",
   "Tables": "jaxpipe.stack.vocabulary",
+  "Whole": "jaxpipe.stack.context",
   "Timeline": "jaxpipe.schedules",
   "check": "jaxpipe.pipeline.check",
   "choose_schedule": "jaxpipe.training.plan.choose",

@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.mesh import ROWS
-from jaxpipe.stack.context import Filled, check_leaves
+from jaxpipe.pipeline.storage import rings
+from jaxpipe.stack.context import Filled, Whole, check_leaves, leaves_of_rows, map_entries
 from jaxpipe.stack.protocol import LaidOutStack
 
 Tree = Any
@@ -60,17 +61,18 @@ def check_rows(batch: Tree, M: int, shards: int = 1) -> int:
     shards: number of data shards, each of which holds an equal slice of every microbatch.
 
   Raises:
-    ValueError: an empty batch, a scalar leaf, leaves with different numbers of rows, or a B that
+    ValueError: a batch without rows, leaves with different numbers of rows, or a B that
       `M * shards` does not divide.
   """
   check_leaves(batch)
   rows = {}  # number of rows -> a leaf that has so many, as the message names it
-  for path, leaf in jax.tree.leaves_with_path(batch):
-    if not jnp.shape(leaf):
-      raise ValueError(f"batch{jax.tree_util.keystr(path)} is a scalar; every leaf is [B, ...]")
+  for path, leaf in leaves_of_rows(batch):
     rows[leaf.shape[0]] = f"batch{jax.tree_util.keystr(path)} has {leaf.shape[0]}"
   if len(rows) != 1:
-    raise ValueError(f"{' rows but '.join(rows.values()) or 'an empty batch'}; use one B for all")
+    raise ValueError(
+      f"{' rows but '.join(rows.values()) or 'no leaf of the batch has rows'}; use one B for"
+      " all that have rows, and jaxpipe.Whole(array) for an entry that has none"
+    )
   (B,) = rows
   if B == 0 or B % (M * shards):
     raise ValueError(
@@ -94,7 +96,23 @@ def microbatches(batch: Tree, M: int, shards: int) -> Tree:
   if isinstance(batch, Microbatches):
     return _check_cut(batch.leaves, M, shards)
   rows = check_rows(batch, M, shards)
-  return jax.tree.map(lambda leaf: leaf.reshape(M, rows, *leaf.shape[1:]), batch)
+  return map_entries(lambda leaf: leaf.reshape(M, rows, *leaf.shape[1:]), _wrapped, batch)
+
+
+def _wrapped(entry: Any) -> Whole:
+  """An entry without rows, which is no part of any microbatch alone."""
+  return entry if isinstance(entry, Whole) else Whole(jnp.asarray(entry))
+
+
+def microbatch(divided: Tree, m: Any) -> Tree:
+  """Returns one microbatch's own inputs, leaves `[B/M, ...]`, of what `microbatches` returns."""
+  return map_entries(lambda leaf: rings.get(leaf, m), lambda entry: entry.value, divided)
+
+
+def batch_specs(divided: Tree, mesh: Mesh) -> Tree:
+  """Returns the partition specs of what `microbatches` returns; what is whole is not cut."""
+  rows = rows_spec(mesh)
+  return map_entries(lambda leaf: rows, lambda entry: Whole(Spec()), divided)
 
 
 def filled_up(batch: Tree, M: int, shards: int) -> Tree:
@@ -109,10 +127,9 @@ def filled_up(batch: Tree, M: int, shards: int) -> Tree:
     The batch itself where it needs nothing; else `Filled`, with leaves of the next multiple of
     `M * shards` rows.
   """
-  leaves = jax.tree.leaves(batch)
-  shapes = {jnp.shape(leaf)[:1] for leaf in leaves}
+  shapes = {jnp.shape(leaf)[:1] for _, leaf in leaves_of_rows(batch)}
   # What is no batch of B rows `check_rows` refuses, by name.
-  if isinstance(batch, Microbatches) or len(shapes) != 1 or shapes & {(), (0,)}:
+  if isinstance(batch, Microbatches) or len(shapes) != 1 or (0,) in shapes:
     return batch
   ((B,),) = shapes
   more = -B % (M * shards)
@@ -125,7 +142,7 @@ def filled_up(batch: Tree, M: int, shards: int) -> Tree:
     arrays: Any = jnp if isinstance(leaf, jax.Array) else np
     return arrays.concatenate([leaf, arrays.repeat(leaf[-1:], more, axis=0)])
 
-  return Filled(jax.tree.map(fill, batch), np.arange(B + more) < B)
+  return Filled(map_entries(fill, lambda entry: entry, batch), np.arange(B + more) < B)
 
 
 def check_dtypes(batch: Tree, example: Tree) -> None:
@@ -178,7 +195,7 @@ def given_state(stack: LaidOutStack, state: Tree | None) -> Tree:
 
 def _check_cut(leaves: Tree, M: int, shards: int) -> Tree:
   """Returns the leaves of `Microbatches`, if they are M microbatches of equally many rows."""
-  for path, leaf in jax.tree.leaves_with_path(leaves):
+  for path, leaf in leaves_of_rows(leaves):
     if leaf.ndim < 2 or leaf.shape[0] != M:
       raise ValueError(
         f"microbatches{jax.tree_util.keystr(path)} is {leaf.shape}; the schedule has M={M}, and"
@@ -186,6 +203,10 @@ def _check_cut(leaves: Tree, M: int, shards: int) -> Tree:
       )
   # Without the leading dim, each microbatch is a batch that is divided over the data shards alone.
   check_rows(
-    jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), leaves), 1, shards
+    map_entries(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), lambda entry: entry, leaves
+    ),
+    1,
+    shards,
   )
-  return leaves
+  return map_entries(lambda leaf: leaf, _wrapped, leaves)

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as Spec
 from jaxpipe.parallel import axes, replicas
 from jaxpipe.parallel.mesh import FSDP, ROWS, row_shards
 from jaxpipe.parallel.placing import check_mesh, gather_fsdp, layers_per_stage, param_specs
-from jaxpipe.pipeline.batch import microbatches, rows_spec
+from jaxpipe.pipeline.batch import batch_specs, microbatches
 from jaxpipe.pipeline.device.context import DeviceContext
 from jaxpipe.pipeline.device.device import Device
 from jaxpipe.pipeline.device.order import blocks
@@ -38,6 +38,7 @@ from jaxpipe.pipeline.table.program import Program
 from jaxpipe.pipeline.table.segment import Segment
 from jaxpipe.pipeline.table.unroll import segments
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.context import leaves_of_rows
 from jaxpipe.stack.protocol import PackedStack, UniformStack, is_packed
 from jaxpipe.stack.stack import LayerStack
 
@@ -183,17 +184,16 @@ class Execution:
     Returns:
       A function of placed `params` and `state`, of a `batch` with leaves `[B, ...]`, and `key`.
     """
-    sharded = jax.shard_map(
-      local,
-      mesh=self.mesh,
-      in_specs=(self.specs, self.state_specs, rows_spec(self.mesh), Spec()),
-      out_specs=out_specs,
-    )
 
     def run(params: Tree, state: Tree, batch: Tree, key: jax.Array | None) -> Any:
-      return sharded(
-        params, state, microbatches(batch, self.schedule.microbatches, self.shards), key
+      divided = microbatches(batch, self.schedule.microbatches, self.shards)
+      sharded = jax.shard_map(
+        local,
+        mesh=self.mesh,
+        in_specs=(self.specs, self.state_specs, batch_specs(divided, self.mesh), Spec()),
+        out_specs=out_specs,
       )
+      return sharded(params, state, divided, key)
 
     return run
 
@@ -222,7 +222,7 @@ class Execution:
     layers = vary(layers, self.axes)
     ends = {part: gather_fsdp(self.specs[part], params[part]) for part in ("embed", "head")}
     ends = vary({**ends, "head": self.stack.head_params(ends)}, self.axes)
-    rows = jnp.arange(jax.tree.leaves(batch)[0].shape[1], dtype=jnp.int32)
+    rows = jnp.arange(leaves_of_rows(batch)[0][1].shape[1], dtype=jnp.int32)
     rows += axes.index(ROWS) * len(rows)
     batch, key, rows = vary((batch, key, rows), self.axes)
     context = DeviceContext(

@@ -18,6 +18,7 @@ from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.schedules import Schedule
 from jaxpipe.schedules.partition import Partition, best, cut
+from jaxpipe.stack.context import map_entries
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -65,7 +66,7 @@ def partitioned(
   def rows_of_device(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((leaf.shape[0] // slices, *leaf.shape[1:]), leaf.dtype)
 
-  microbatch = jax.tree.map(rows_of_device, example_batch)
+  microbatch = map_entries(rows_of_device, lambda entry: entry, example_batch)
   costs = layer_costs(stack, microbatch, measured=measured, residuals=residuals)
   if sizes:
     found = Partition(layers=tuple(costs), sizes=sizes)

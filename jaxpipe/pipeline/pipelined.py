@@ -27,7 +27,7 @@ from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.partitioned import partitioned
 from jaxpipe.pipeline.predict import pipeline_predict
 from jaxpipe.schedules import Schedule, make_schedule
-from jaxpipe.stack.context import check_leaves
+from jaxpipe.stack.context import leaves_of_rows
 from jaxpipe.stack.forward import given_back
 from jaxpipe.stack.from_modules import Loss
 from jaxpipe.stack.protocol import is_packed
@@ -224,7 +224,7 @@ def _filling(
   def filling(params: Tree, batch: Tree, *args: Any, **named: Any) -> Any:
     filled = filled_up(batch, M, shards)
     if filled is not batch and trains and statistics:
-      rows = len(jax.tree.leaves(batch)[0])
+      rows = len(leaves_of_rows(batch)[0][1])
       raise ValueError(
         f"a batch of {rows} rows cannot be filled up to a multiple of {M * shards}, for"
         f" {', '.join(statistics)} would count the rows that fill up in their statistics; use a"
@@ -273,7 +273,8 @@ def pipeline(
       with the numbers that differ; rows that the microbatches do not divide.
   """
   mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-  check_leaves(batch)
+  if batch is not None:
+    check_rows(batch, 1)  # before modules are traced on it
   if isinstance(layers, LayerStack):
     if loss is not None or stack_options:
       raise ValueError("a LayerStack has a loss and options of its own; give None, and no others")

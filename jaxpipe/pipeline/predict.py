@@ -26,7 +26,7 @@ from jaxpipe.pipeline.batch import check_rows, filled_up, given_state, rows_spec
 from jaxpipe.pipeline.execution import Execution
 from jaxpipe.pipeline.executor import walk
 from jaxpipe.schedules import Schedule
-from jaxpipe.stack.context import rows_alone
+from jaxpipe.stack.context import Filled, leaves_of_rows
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -68,9 +68,10 @@ def pipeline_predict(stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Calla
     state = given_state(execution.stack, state)
     check_placed(params, execution.stack, all_stages, mesh, state)
     B = check_rows(batch, 1)
-    first = jax.tree.leaves(batch)[0]
+    _, first = leaves_of_rows(batch)[0]
     arrays = jax.tree.map(functools.partial(_on_mesh, mesh), batch)
-    filled = rows_alone(filled_up(arrays, all_stages.microbatches, execution.shards))
+    filled = filled_up(arrays, all_stages.microbatches, execution.shards)
+    filled = filled.batch if isinstance(filled, Filled) else filled
     if isinstance(first, jax.core.Tracer):  # inside the caller's own jit, which places the result
       return jax.tree.map(lambda leaf: leaf[:B], run(params, state, filled))
     place = _place_of_rows(first, mesh)

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.pipeline.batch import check_rows, given_state
+from jaxpipe.pipeline.batch import given_state, microbatch
+from jaxpipe.pipeline.batch import microbatches as divide
 from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.interpret import opened
 from jaxpipe.pipeline.layer.residuals import Policy, Residuals, residual_policy
 from jaxpipe.pipeline.layer.weight import divisor, scale_of, uses_float16
 from jaxpipe.pipeline.storage.rings import wide
-from jaxpipe.stack.context import LayerInputs, MicrobatchInputs, check_key
+from jaxpipe.stack.context import LayerInputs, MicrobatchInputs, check_key, leaves_of_rows
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -66,11 +67,11 @@ def reference_value_and_grad(
   else:
     forward = functools.partial(_run_modules, stack, policy)
 
-  def value_and_grad(keep: Policy | None) -> Callable[..., Any]:
+  def value_and_grad(keep: Policy | None, rows: int) -> Callable[..., Any]:
     def loss_sum(
       params: Tree, state: Tree, batch: Tree, m: jax.Array, key: Any, scale: jax.Array | None = None
     ) -> Any:
-      loss, aux = forward(keep, params, state, _inputs(batch, m, key))
+      loss, aux = forward(keep, params, state, _inputs(batch, m, key, rows))
       return loss if scale is None else loss * scale.astype(loss.dtype), (loss, aux)
 
     def run(*args: Any) -> Any:
@@ -85,38 +86,38 @@ def reference_value_and_grad(
   ) -> Any:
     old = given_state(stack, state)
     check_key(key)
-    rows = check_rows(batch, microbatches)
-    divided = jax.tree.map(lambda leaf: leaf.reshape(microbatches, rows, *leaf.shape[1:]), batch)
-    first = jax.tree.map(lambda leaf: leaf[0], divided)
+    divided = divide(batch, microbatches, 1)
+    first, rows = microbatch(divided, 0), leaves_of_rows(divided)[0][1].shape[1]
     # Traced once for its shapes alone; on the way, the policy refuses checkpoint names to keep that
     # no layer has.
     closed, shapes = policy.traced(
-      lambda keep: jax.make_jaxpr(value_and_grad(keep), return_shape=True)(
+      lambda keep: jax.make_jaxpr(value_and_grad(keep, rows), return_shape=True)(
         params, old, first, jnp.int32(0), key
       )
     )
     scale = None
     if uses_float16(opened(closed).eqns):
 
-      def weigh(at: Any) -> jax.Array:
-        return forward(policy.layer, params, old, _inputs(at[1], at[0], key))[1][0]
+      def weigh(m: jax.Array) -> jax.Array:
+        return forward(policy.layer, params, old, _inputs(microbatch(divided, m), m, key, rows))[1][
+          0
+        ]
 
-      scale = scale_of(lax.map(weigh, (jnp.arange(microbatches), divided)).sum())
+      scale = scale_of(lax.map(weigh, jnp.arange(microbatches)).sum())
     # Sums are at least as precise as float32, whatever the precision of what is added.
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
     (loss, (weight, metrics, states)), grads = start
     start = ((loss, (weight, metrics, jax.tree.map(_least, states))), grads)
 
-    def one(sums: Tree, at: Any) -> tuple[Tree, None]:
-      m, batch = at
-      ((loss, (weight, metrics, new)), grads) = value_and_grad(policy.layer)(
-        params, old, batch, m, key, scale
+    def one(sums: Tree, m: jax.Array) -> tuple[Tree, None]:
+      ((loss, (weight, metrics, new)), grads) = value_and_grad(policy.layer, rows)(
+        params, old, microbatch(divided, m), m, key, scale
       )
       ((losses, (weights, all_metrics, states)), all_grads) = sums
       aux = (_add(weights, weight), _add(all_metrics, metrics), jax.tree.map(_count, states, new))
       return ((_add(losses, loss), aux), _add(all_grads, grads)), None
 
-    sums, _ = lax.scan(one, start, (jnp.arange(microbatches), divided))
+    sums, _ = lax.scan(one, start, jnp.arange(microbatches))
     (loss, (weight, metrics, counted)), grads = sums
     # Divided once, after the sum: the weights of later microbatches are unknown to earlier ones.
     by = weight if scale is None else weight * scale
@@ -156,10 +157,10 @@ def _mean(sums: jax.Array, old: jax.Array, microbatches: int) -> jax.Array:
   return (sums / microbatches if is_float(old) else sums).astype(old.dtype)
 
 
-def _inputs(batch: Tree, m: jax.Array, key: jax.Array | None) -> MicrobatchInputs:
+def _inputs(batch: Tree, m: jax.Array, key: jax.Array | None, rows: int) -> MicrobatchInputs:
   """What all modules are given of microbatch `m`, whose rows are all on this device."""
-  rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
-  return MicrobatchInputs(batch=batch, key=key, microbatch=m, rows=rows)
+  numbers = jnp.arange(rows, dtype=jnp.int32)
+  return MicrobatchInputs(batch=batch, key=key, microbatch=m, rows=numbers)
 
 
 def _keeping(keep: Policy | None, run: Callable[..., Any]) -> Callable[..., Any]:

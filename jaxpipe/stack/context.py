@@ -8,7 +8,7 @@ keys that are made of the layer's, the microbatch's and the row's number.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NotRequired, TypedDict
 
 import jax
@@ -39,9 +39,53 @@ class Filled:
   counts: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Whole:
+  """An entry of a batch without rows, such as a table, that every microbatch is given whole.
+
+  Without this word an array is `[B, ...]` and divided, whatever its first dim is; a scalar, which
+  has nothing to divide, is passed whole by itself. Modules and the loss are given the value.
+
+  Attributes:
+    value: an array, or a tree of arrays.
+  """
+
+  value: Any
+
+
+def is_whole(entry: Any) -> bool:
+  """Whether an entry of a batch has no rows: a scalar, or what is wrapped in `Whole`."""
+  return isinstance(entry, Whole) or (jax.tree_util.all_leaves([entry]) and jnp.shape(entry) == ())
+
+
+def map_entries(
+  rows: Callable[[Any], Any], whole: Callable[[Any], Any], batch: Any, *rest: Any
+) -> Any:
+  """Maps a batch's leaves that have rows by one function, and what is whole by another."""
+  return jax.tree.map(
+    lambda entry, *more: (whole if is_whole(entry) else rows)(entry, *more),
+    batch,
+    *rest,
+    is_leaf=lambda entry: isinstance(entry, Whole),
+  )
+
+
+def leaves_of_rows(batch: Any) -> list[tuple[Any, Any]]:
+  """Path and leaf of every leaf of a batch that has rows."""
+  entries = jax.tree.leaves_with_path(batch, is_leaf=lambda entry: isinstance(entry, Whole))
+  return [(path, leaf) for path, leaf in entries if not is_whole(leaf)]
+
+
 def rows_alone(batch: Any) -> Any:
-  """The batch itself, as modules see it, whether or not it is filled up."""
-  return batch.batch if isinstance(batch, Filled) else batch
+  """The batch as modules see it: not filled up, and with what is whole in place of its wrapper."""
+  batch = batch.batch if isinstance(batch, Filled) else batch
+  return map_entries(lambda leaf: leaf, _value, batch)
+
+
+def _value(entry: Any) -> Any:
+  """What an entry without rows holds."""
+  return entry.value if isinstance(entry, Whole) else entry
 
 
 class MicrobatchInputs(TypedDict):

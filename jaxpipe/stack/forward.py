@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.stack.context import Context
+from jaxpipe.stack.context import Context, leaves_of_rows, rows_alone
 from jaxpipe.stack.from_modules import Loss, as_given
 from jaxpipe.stack.module.given import Given, share_again
 from jaxpipe.stack.module.modes import set_mode
@@ -96,7 +96,7 @@ def run_layers(layers: Sequence[Any], x: Tree, batch: Tree) -> Tree:
     x: the first one's input, leaves [rows, ...].
     batch: what they read by `context.batch`, leaves [rows, ...].
   """
-  rows = jnp.arange(len(jax.tree.leaves(batch)[0]))
+  rows, batch = jnp.arange(len(leaves_of_rows(batch)[0][1])), rows_alone(batch)
   context = Context(batch, training=False, call_key=None, rows=rows)
   for layer in layers:
     call: Any = type(layer).__call__

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from jaxpipe.stack.context import Context, Filled, rows_alone
+from jaxpipe.stack.context import Context, Filled, leaves_of_rows, rows_alone
 from jaxpipe.stack.errors import StackError, called
 from jaxpipe.stack.layer_trace import layer_output
 from jaxpipe.stack.linen import Wrapped, linen
@@ -178,7 +178,7 @@ def _input_shapes(select: Callable[[Tree], Tree], inputs: Any, batch: Tree) -> T
     StackError: the batch has no such entry; names those that it has.
   """
   try:
-    jaxpr, x = jax.make_jaxpr(select, return_shape=True)(batch)
+    jaxpr, x = jax.make_jaxpr(select, return_shape=True)(rows_alone(batch))
     refuse_captured("inputs", jaxpr)
     return x
   except (KeyError, TypeError, IndexError) as error:
@@ -206,7 +206,7 @@ def _factory(where: str, layer: Layer, x: Tree, batch: Tree) -> Any:
   if bound is not None:
     module = bound
   if isinstance(module, nn.Module):
-    return linen(module, x, batch=batch, entries=entries)
+    return linen(module, x, batch=rows_alone(batch), entries=entries)
   if isinstance(module, nnx.Module):
     return _with_entries(Given(module), entries)
   if isinstance(module, type) and issubclass(module, nn.Module):
@@ -311,9 +311,9 @@ def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None
     StackError: it cannot be called so, or returns neither a loss for every row nor sums.
   """
   with called("loss(y, batch), of y which the last module returns,", y):
-    jaxpr, out = jax.make_jaxpr(loss, return_shape=True)(y, batch)
+    jaxpr, out = jax.make_jaxpr(loss, return_shape=True)(y, rows_alone(batch))
   refuse_captured("loss", jaxpr)
-  rows, said = jax.tree.leaves(batch)[0].shape[0], ""
+  rows, said = leaves_of_rows(batch)[0][1].shape[0], ""
   if isinstance(out, tuple):
     if len(out) != 3 or any(leaf.shape for leaf in jax.tree.leaves(out[:2])):
       said = f"a tuple of {', '.join(str(jax.tree.map(jnp.shape, one)) for one in out)}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxpipe.stack.context import rows_alone
 from jaxpipe.stack.errors import called
 from jaxpipe.stack.layer_trace import layer_call, layer_output, rows_of
 from jaxpipe.stack.module.computation import difference, traced
@@ -60,7 +61,7 @@ def same_computation(specs: Mapping[str, ModuleSpec], batch: Tree) -> dict[int, 
 
 def _embedded(embed: ModuleSpec, params: Tree, state: Tree, batch: Tree) -> Tree:
   """What the embedding returns in training."""
-  return embed.run(params, state, True, batch)[0]
+  return embed.run(params, state, True, rows_alone(batch))[0]
 
 
 def runs_of(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.stack.context import Context, LayerInputs
+from jaxpipe.stack.context import Context, LayerInputs, leaves_of_rows, map_entries
 from jaxpipe.stack.errors import StackError, called
 from jaxpipe.stack.module.captured import refuse_captured
 from jaxpipe.stack.module.row_keys import Draws, draws_any, draws_of
@@ -65,17 +65,15 @@ def _with_rows(tree: Tree, rows: int, others: int) -> Tree:
     shape = leaf.shape
     return jax.ShapeDtypeStruct((others, *shape[1:]) if shape[:1] == (rows,) else shape, leaf.dtype)
 
-  return jax.tree.map(resized, tree)
+  return map_entries(resized, lambda entry: entry, tree)
 
 
 def rows_of(batch: Tree) -> int:
   """Rows of a batch, which x cannot tell: it may have leaves without rows, such as a scalar loss.
 
   Raises:
-    StackError: the batch has no leaves, or its first is a scalar.
+    StackError: the batch has no leaves with rows.
   """
-  for path, leaf in jax.tree.leaves_with_path(batch):
-    if not jnp.shape(leaf):
-      raise StackError(f"batch{jax.tree_util.keystr(path)} is a scalar; every leaf is [B, ...]")
+  for _, leaf in leaves_of_rows(batch):
     return int(jnp.shape(leaf)[0])
-  raise StackError("the batch has no leaves; every leaf is [B, ...]")
+  raise StackError("no leaf of the batch has rows; give it one that is [B, ...]")

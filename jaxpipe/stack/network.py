@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpipe.parallel.protocol import Cut
-from jaxpipe.stack.context import Context, LayerInputs, MicrobatchInputs
+from jaxpipe.stack.context import Context, LayerInputs, MicrobatchInputs, rows_alone
 from jaxpipe.stack.errors import StackError, called
 from jaxpipe.stack.kinds import runs_of, same_computation
 from jaxpipe.stack.layer_trace import layer_output
@@ -280,13 +280,13 @@ class Network:
       StackError: a module that cannot take what the one before returns, or a layer whose output is
         unlike its input although it must not be.
     """
-    x = first = self.end_output("embed", batch)
+    x = first = self.end_output("embed", rows_alone(batch))
     if alike:
       check_alike(x, layer_output(self.specs["layers/0"], x, batch))
     else:
       for i in range(self.depth):
         x = layer_output(self.specs[f"layers/{i}"], x, batch)
-    self.end_output("head", x, batch)
+    self.end_output("head", x, rows_alone(batch))
     return first
 
   def end_output(self, name: str, *args: Tree) -> Tree:

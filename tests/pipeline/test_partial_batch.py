@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -136,3 +137,60 @@ def test_statistics_of_rows_that_fill_up_are_refused_in_training_alone():
   value, _ = pipe.evaluate(params, batch, state)
   y = pipe.predict(params, batch, state)
   np.testing.assert_allclose(value, each_row(y, batch).mean(), rtol=1e-5)
+
+
+class Tabled(nnx.Module):
+  """Reads a table and a scalar of the batch beside its x."""
+
+  def __init__(self, rngs):
+    self.inner = nnx.Linear(6, 6, rngs=rngs)
+
+  def __call__(self, x, context):
+    return self.inner(x) * context.batch["heat"] @ context.batch["a_table"]
+
+
+def heated(y, batch):
+  return (y[:, 0] - batch["y"]) ** 2 * batch["heat"] + batch["a_table"].sum()
+
+
+@pytest.mark.parametrize("kind", ["alike", "unlike"])
+def test_entries_without_rows_are_passed_whole(kind):
+  """A scalar, and a table that says so; its name comes first, and it has as many rows as B."""
+  table = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
+  tables = {**rows(6), "heat": np.float32(0.5), "a_table": jaxpipe.Whole(table)}
+  layers = [Tabled(nnx.Rngs(i)) for i in range(2)] + ([] if kind == "alike" else [nnx.relu])
+  mesh = "stage:2" if kind == "alike" else "stage:2,data:3"
+  pipe = jaxpipe.pipeline(
+    heated, layers, tables, mesh=mesh, schedule="1f1b", microbatches=2, partition="uniform"
+  )
+  pipe = dataclasses.replace(pipe, options={**pipe.options, "unroll": "none"})
+  params = pipe.init(jax.random.key(0), tables)
+  for B in (6, 4):
+    batch = {**rows(B), "heat": np.float32(0.25 * B), "a_table": table}
+
+    def mean(layers, batch=batch):
+      x, context = batch["x"], SimpleNamespace(batch=batch)
+      for layer in layers:
+        x = layer(x, context)
+      return heated(x if kind == "alike" else nnx.relu(x), batch).mean()
+
+    true, true_grads = nnx.value_and_grad(mean)(nnx.List(layers[:2]))
+    given = {**batch, "a_table": jaxpipe.Whole(table)}
+    (value, _), grads = pipe.value_and_grad(params, given)
+    np.testing.assert_allclose(value, true, rtol=1e-5)
+    np.testing.assert_allclose(pipe.evaluate(params, given)[0], true, rtol=1e-5)
+    assert pipe.predict(params, given).shape == (B, 6)
+    found = pipe.stack.network.split(pipe.unplace(grads))
+    for i in range(2):
+      mine, theirs = found[f"layers/{i}"]["inner"]["kernel"], true_grads[i]["inner"]["kernel"]
+      np.testing.assert_allclose(mine, theirs[...], rtol=1e-4, atol=1e-5)
+  assert pipe.check(tables).ok
+
+
+def test_entries_of_another_number_of_rows_are_refused_with_the_word_for_them():
+  table = {**rows(8), "table": np.ones((5, 2), np.float32)}
+  with pytest.raises(ValueError, match=r"batch\['table'\] has 5.*; use .*jaxpipe\.Whole\(array\)"):
+    jaxpipe.pipeline(each_row, modules("alike"), table, mesh="stage:2", microbatches=2)
+  nothing = {"x": np.float32(1), "y": np.float32(2)}
+  with pytest.raises(ValueError, match="has rows"):
+    jaxpipe.pipeline(each_row, modules("alike"), nothing, mesh="stage:2", microbatches=2)

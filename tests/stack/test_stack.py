@@ -219,17 +219,14 @@ def test_the_first_leaf_of_x_may_be_a_scalar():
   assert report.ok, str(report)
 
 
-@pytest.mark.parametrize(
-  "batch, message",
-  [({"scale": np.float32(1), **ROWS}, r"batch\['scale'\] is a scalar"), ({}, "no leaves")],
-)
-def test_a_batch_without_rows(batch, message):
+@pytest.mark.parametrize("batch", [{"scale": np.float32(1)}, {}])
+def test_a_batch_without_rows(batch):
   class Constant(Embed):
     def __call__(self, batch):
       return jnp.zeros((2, 3, 4))
 
   stack = LayerStack(embed=Constant, layers=[Layer], head=Head)
-  with pytest.raises(StackError, match=message):
+  with pytest.raises(StackError, match="no leaf of the batch has rows"):
     stack.init(jax.random.key(0), batch)
 
 

@@ -28,7 +28,7 @@ from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.pipeline.storage.rings import wide
 from jaxpipe.schedules import Costs
 from jaxpipe.schedules.partition.layer import LayerCost
-from jaxpipe.stack.context import LayerInputs, microbatch_inputs
+from jaxpipe.stack.context import LayerInputs, leaves_of_rows, microbatch_inputs, rows_alone
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -62,7 +62,7 @@ def layer_costs(
   """
   policy = residual_policy(residuals, mode_of(stack).auto_residuals)
   price: Price = _seconds if measured else _flops
-  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), microbatch)
+  shapes = jax.eval_shape(lambda batch: batch, microbatch)
   seen: list[tuple[Any, Any, tuple[float, float, float]]] = []
   x, found = None, []
   for module, spec in stack.network.specs.items():
@@ -126,7 +126,8 @@ def _split(
     x: shapes of what the module before returned; None for the embedding.
     keep: the residual policy of a layer; None keeps everything.
   """
-  spec, rows = stack.network.specs[module], jax.tree.leaves(batch)[0].shape[0]
+  spec, rows = stack.network.specs[module], leaves_of_rows(batch)[0][1].shape[0]
+  batch = rows_alone(batch)
   numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
   number, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(jax.random.key, 0)
   inputs = dict(batch=batch, key=key, microbatch=number, rows=numbers, state=spec.state)
@@ -155,7 +156,8 @@ def counted_costs(
     residuals: as for `pipeline_value_and_grad`.
   """
   policy, shapes = residual_policy(residuals), stack.param_shapes()
-  x, rows = stack.check_shapes(microbatch), jax.tree.leaves(microbatch)[0].shape[0]
+  x, rows = stack.check_shapes(microbatch), leaves_of_rows(microbatch)[0][1].shape[0]
+  microbatch = rows_alone(microbatch)
   numbers = jnp.arange(rows, dtype=jnp.int32)
   key, number = jax.random.key(0), jnp.int32(0)
   inputs = LayerInputs(batch=microbatch, key=key, layer=number, microbatch=number, rows=numbers)

@@ -98,7 +98,7 @@ def _looped(
   policy: Residuals | None,
 ) -> Parts:
   """The parts for layers of one kind; arguments as of `build_parts`."""
-  batch = rings.get(context.batch, 0)
+  batch = context.microbatch(jnp.int32(0))
   # `x` must be known before the layer is split: the split traces the layer on it.
 
   def embedding(params: Tree, state: Tree, batch: Tree) -> Tree:
@@ -239,7 +239,7 @@ def _scaled(
 
 def _layer_inputs(context: DeviceContext) -> Tree:
   """Stand-ins of a layer's further inputs, `LayerInputs`; only their types are read."""
-  batch, rows = rings.get(context.batch, 0), context.rows
+  batch, rows = context.microbatch(jnp.int32(0)), context.rows
   return dict(batch=batch, key=context.key, layer=rows[0], microbatch=rows[0], rows=rows)
 
 

@@ -15,6 +15,7 @@ from jaxpipe.pipeline.layer.varying import vary
 from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.rings import Tree
 from jaxpipe.pipeline.table.program import Program
+from jaxpipe.stack.context import map_entries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class DeviceContext:
 
   def microbatch(self, m: jax.Array) -> Tree:
     """A microbatch's own inputs, leaves `[rows, ...]`."""
-    return rings.get(self.batch, m)
+    return map_entries(lambda leaf: rings.get(leaf, m), lambda entry: entry.value, self.batch)
 
   def vary(self, tree: Tree) -> Tree:
     """Marks every leaf as differing along all mesh axes."""

@@ -27,6 +27,7 @@ from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.pipeline.table.tick_times import estimated_time
 from jaxpipe.schedules import Costs, Schedule, make_schedule
 from jaxpipe.schedules.command.compare import compare, scale_costs
+from jaxpipe.stack.context import map_entries
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -153,8 +154,10 @@ def choose_schedule(
 def _costs(stack: LayerStack, mesh: Mesh, batch: Tree, microbatches: int, residuals: Any) -> Costs:
   """Counts the FLOPs of the stack's F, I and W on one data shard's share of a microbatch."""
   each = microbatches * row_shards(mesh)
-  shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // each, *leaf.shape[1:]), leaf.dtype), batch
+  shapes = map_entries(
+    lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // each, *leaf.shape[1:]), leaf.dtype),
+    lambda entry: entry,
+    batch,
   )
   return counted_costs(stack, shapes, stages_of(mesh), residuals)
 
