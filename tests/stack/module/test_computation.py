@@ -69,6 +69,7 @@ ALIKE = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("modules", ALIKE.values(), ids=ALIKE)
 def test_layers_that_compute_the_same_are_one_kind(modules):
   assert len(kinds(modules).network.runs) == 1
@@ -173,6 +174,7 @@ CAPTURED = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("module", CAPTURED.values(), ids=CAPTURED)
 def test_weights_that_nothing_would_train_are_refused(module):
   with pytest.raises(StackError, match=r"layers\[1\] .* reads an array float32\[4, 4\] that is no"):

@@ -88,6 +88,7 @@ class Once(nnx.Module):
     return self.drop(x)
 
 
+@pytest.mark.smoke
 def test_rows_draw_by_their_number_and_at_the_rate_that_was_given():
   whole = masks(range(8), Once)
   np.testing.assert_array_equal(masks([5, 6, 7], Once), whole[5:])
