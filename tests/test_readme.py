@@ -8,8 +8,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize(
+  "page", [pytest.param("README.md", marks=pytest.mark.smoke), "docs/guide.md"]
+)
 def test_the_first_example_runs(capsys, page):
   example = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[0]
   assert len(example.splitlines()) < 35

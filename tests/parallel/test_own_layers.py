@@ -46,7 +46,7 @@ MLP = (("layers/up/kernel", (None, "mlp")), ("layers/down/kernel", ("mlp", None)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("mesh", ["stage:2,tensor:2,fsdp:2", "stage:2,tensor:4"])
+@pytest.mark.sampled("mesh", ["stage:2,tensor:2,fsdp:2", "stage:2,tensor:4"], 1)
 def test_a_sum_over_tensor_is_all_that_a_layer_needs(float64, mesh):
   rng = np.random.default_rng(0)
   batch = {"x": rng.normal(size=(16, 8)), "y": rng.normal(size=16)}

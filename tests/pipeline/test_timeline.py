@@ -25,7 +25,7 @@ F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32, attention=jax.nn.dot_prod
 # stage; I and W, and transfers that take a tick; a V, and pairs that become two actions.
 CASES = {
   "1f1b": (",data:2", {"residuals": "full", "unroll": "ends"}),
-  "zb-h1": ("", {"slack": 1}),
+  "zb-h1": ("", {"slack": 1, "unroll": "none"}),
   "dualpipe-v": ("", {"unroll": "none"}),
 }
 

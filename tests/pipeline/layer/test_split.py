@@ -1,5 +1,7 @@
 """A layer cut in three against `jax.vjp` of the whole layer."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,9 +93,14 @@ def reads(cut, slice_):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
-@pytest.mark.parametrize("policy", POLICY)
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.sampled(
+  "layer, policy, recompute",
+  [
+    pytest.param(layer, policy, recompute, id=f"{layer.__name__}-{policy}-{recompute}")
+    for layer, policy, recompute in itertools.product(LAYERS, POLICY, (False, True))
+  ],
+  20,
+)
 def test_the_parts_give_what_vjp_gives(float64, layer, policy, recompute):
   params, inputs, x, dy = example()
   y, back = jax.vjp(lambda params, x: layer(params, inputs, x), params, x)

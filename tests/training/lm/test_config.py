@@ -315,8 +315,8 @@ def test_two_processes_never_train_in_one_folder(tiny: Callable[..., Config]) ->
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(
-  "word", ["--layers=6", "--sed=1", "--batch_size=7", "--compilation_cache=/dev/null/x"]
+@pytest.mark.sampled(
+  "word", ["--layers=6", "--sed=1", "--batch_size=7", "--compilation_cache=/dev/null/x"], 2
 )
 def test_the_command_exits_2_with_one_line(tmp_path: Path, word: str) -> None:
   command = [sys.executable, str(ROOT / "experiments" / "lm.py"), word, f"--run_dir={tmp_path}/run"]

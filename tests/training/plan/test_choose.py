@@ -44,7 +44,6 @@ def where(**options):
   return lm.stack(4, **options), jaxpipe.make_mesh("stage:2"), lm.batch(8)
 
 
-@pytest.mark.smoke
 def test_a_limit_costs_time_and_is_kept():
   stack, mesh, batch = where(**F32)
   ask = lambda limit: choose_schedule(  # noqa: E731
