@@ -22,7 +22,7 @@ from flax import nnx
 
 from jaxpipe.stack.context import Context, Filled, leaves_of_rows, rows_alone
 from jaxpipe.stack.errors import StackError, called
-from jaxpipe.stack.layer_trace import layer_output
+from jaxpipe.stack.layer_trace import ShapeWalk
 from jaxpipe.stack.linen import Wrapped, linen
 from jaxpipe.stack.module.captured import refuse_captured
 from jaxpipe.stack.module.given import Given, Layer
@@ -59,19 +59,24 @@ def factories_of(
   x = _input_shapes(select, inputs, batch)
   layers: list[Any] = []
   made: dict[int, Any] = {}  # one factory for a module that stands several times
+  walk = ShapeWalk(batch, x, lambda: jax.eval_shape(select, walk.batch_of_more))
   for i, module in enumerate(modules):
     name = f"layers[{i}]"
     given = module if isinstance(module, Layer) else Layer(module, {})
     label = f"{name} ({_label(given.module)})"
-    if isinstance(given.module, nn.Module) or id(module) not in made:
-      factory = _factory(label, given, x, batch)
-      # Linen modules, functions and methods give themselves what they want of the batch.
-      made[id(module)] = factory if isinstance(factory, Layer) else Layer(factory, {})
-    layers.append(made[id(module)])
-    with called(label, x, "cannot be made for"):
+    # An unbound Linen module makes its parameters by the shapes of its x, at every place anew.
+    fresh = isinstance(given.module, nn.Module) and given.module.scope is None
+    if fresh or id(module) not in made:
+      made[id(module)] = _factory(label, given, walk.x, batch)
+    factory = made[id(module)]
+    # Linen modules, functions and methods give themselves what they want of the batch. Every place
+    # has a `Layer` of its own, for what is drawn there.
+    entries = factory.entries if isinstance(factory, Layer) else {}
+    layers.append(Layer(factory.module if isinstance(factory, Layer) else factory, entries))
+    with called(label, walk.x, "cannot be made for"):
       spec = ModuleSpec.trace(name, layers[-1])
-    x = layer_output(spec, x, batch)
-  _check_loss(loss, x, batch)
+    walk.through(spec)
+  _check_loss(loss, walk, batch)
   return (lambda rngs: Select(select)), layers, (lambda rngs: Loss(loss))
 
 
@@ -202,6 +207,12 @@ def _factory(where: str, layer: Layer, x: Tree, batch: Tree) -> Any:
     StackError: a Linen class in place of a module, or nothing that could be called.
   """
   module, entries = layer.module, layer.entries
+  known = list(batch) if isinstance(batch, Mapping) else []
+  for name, entry in entries.items():
+    if entry not in known:
+      raise StackError(
+        f"{where}: {name}={entry!r} is not in the batch, which has {', '.join(map(repr, known))}"
+      )
   bound = _bound_apply(module)
   if bound is not None:
     module = bound
@@ -299,20 +310,22 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
     return {}
 
 
-def _check_loss(loss: Callable[[Tree, Tree], Any], y: Tree, batch: Tree) -> None:
+def _check_loss(loss: Callable[[Tree, Tree], Any], walk: ShapeWalk, batch: Tree) -> None:
   """Traces the loss on what the last module returns.
 
   Args:
     loss: as `LayerStack.from_modules` takes it.
-    y: shapes of what the last module returns.
+    walk: behind the last module.
     batch: shapes of the batch.
 
   Raises:
     StackError: it cannot be called so, or returns neither a loss for every row nor sums.
   """
+  y = walk.x
   with called("loss(y, batch), of y which the last module returns,", y):
     jaxpr, out = jax.make_jaxpr(loss, return_shape=True)(y, rows_alone(batch))
   refuse_captured("loss", jaxpr)
+  walk.refuse_draws("loss", loss)
   rows, said = leaves_of_rows(batch)[0][1].shape[0], ""
   if isinstance(out, tuple):
     if len(out) != 3 or any(leaf.shape for leaf in jax.tree.leaves(out[:2])):

@@ -10,11 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from jaxpipe.stack.context import rows_alone
-from jaxpipe.stack.errors import called
-from jaxpipe.stack.layer_trace import layer_call, layer_output, rows_of
+from jaxpipe.stack.layer_trace import ShapeWalk, module_call
 from jaxpipe.stack.module.computation import difference, traced
 from jaxpipe.stack.module_spec import ModuleSpec
 from jaxpipe.stack.ties import below
@@ -43,25 +39,20 @@ def same_computation(specs: Mapping[str, ModuleSpec], batch: Tree) -> dict[int, 
   ]
   if not unlike:
     return {}
-  embed = specs["embed"]
-  with called("embed", batch):
-    x = jax.eval_shape(functools.partial(_embedded, embed), embed.shapes, embed.state, batch)
+  walk = ShapeWalk(batch)
+  walk.through(specs["embed"])
   given = []  # what each layer is called with
   for spec in layers:
-    given.append(x)
-    x = layer_output(spec, x, batch)
+    given.append(walk.x)
+    walk.through(spec)
 
   @functools.cache
-  def trace(i: int) -> Any:
+  def trace(i: int) -> tuple[Any, ...]:
     spec = layers[i]
-    return traced(layer_call(spec, rows_of(batch)), spec.shapes, spec.state, given[i], batch)
+    calls = (module_call(spec, walk.rows, training) for training in (True, False))
+    return traced(*calls, spec.shapes, spec.state, given[i], batch)
 
   return {i: difference(trace(i - 1), trace(i)) for i in unlike}
-
-
-def _embedded(embed: ModuleSpec, params: Tree, state: Tree, batch: Tree) -> Tree:
-  """What the embedding returns in training."""
-  return embed.run(params, state, True, rows_alone(batch))[0]
 
 
 def runs_of(

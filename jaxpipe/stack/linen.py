@@ -14,9 +14,10 @@ it open.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from flax.core import meta
+from flax.errors import InvalidRngError
 
 from jaxpipe.parallel import axes
 from jaxpipe.parallel.mesh import ROWS
@@ -88,19 +90,20 @@ def linen(
     closed_flags=[name for name in MODE_FLAGS if _fixed_by_constructor(module, name)],
     context=len(example_args) < 2,
   )
-  record = _Record(module, plan)
+  record = _Record(module, plan, _evaluating(module))
   if values is not None:
-    return Given(Wrapped(record, _kept(module, meta.unbox(dict(values)))))
+    return Given(Wrapped(record, meta.unbox(dict(values))))
 
   def factory(rngs: nnx.Rngs) -> nnx.Module:
     args = jax.tree.map(_zeros, example_args)
     rows = jnp.arange(jax.tree.leaves(args)[0].shape[0], dtype=jnp.int32)
     example = jax.tree.map(_zeros, batch)
     positional, named = plan.arguments(False, args, Context(batch, False, None, rows), example)
-    keys = {"params": rngs.params()}
-    variables = module.init(keys, *positional, **named)
+    with _sowing(module) as sown:
+      variables = module.init({"params": rngs.params()}, *positional, **named)
+    kept = {name: value for name, value in variables.items() if name not in sown}
     # An initializer may box its value with names of axes, as `nn.with_partitioning` does.
-    return Wrapped(record, _kept(module, meta.unbox(dict(variables))))
+    return Wrapped(record, meta.unbox(kept))
 
   return factory
 
@@ -117,10 +120,12 @@ class _Record:
   Attributes:
     module: the Linen module, unbound.
     plan: what its call is given.
+    evaluating: the module with the flags of its constructor that say to train turned.
   """
 
   module: nn.Module
   plan: CallPlan
+  evaluating: nn.Module
 
 
 class Scope(nnx.Module):
@@ -166,16 +171,23 @@ class Wrapped(nnx.Module):
     args, flags = record.plan.arguments(trains, given, context, batch)
     variables = Wrapped.variables_of(self)
     mutable = [name for name in variables if name != "params"] if trains else []
+    module = record.module if trains else record.evaluating
     call = functools.partial(
-      record.module.apply,
+      module.apply,
       variables,
       *args,
       mutable=mutable or False,
       rngs=context.linen_keys() if layer else None,
       **flags,
     )
-    with nn.intercept_methods(_normalize_over_all_rows):
-      out = call()
+    with nn.intercept_methods(_normalize_over_all_rows), _sowing(module):
+      try:
+        out = call()
+      except InvalidRngError as error:
+        raise StackError(
+          f"{_describe(module)} draws random numbers, and only layers are given keys: make it a"
+          " layer of its own"
+        ) from error
     if not mutable:
       return out
     # Linen returns a pair where anything is mutable, and the output alone where nothing is.
@@ -203,29 +215,36 @@ def _hold(module: nnx.Module, values: Mapping[str, Tree], kind: type[nnx.Variabl
       raise StackError(f"two collections of a Linen module have a variable {name}; rename one")
 
 
-def _kept(module: nn.Module, variables: Mapping[str, Tree]) -> dict[str, Tree]:
-  """The collections that are variables; what a module sows to be looked at is dropped.
+@contextlib.contextmanager
+def _sowing(module: nn.Module) -> Iterator[set[str]]:
+  """Records into which collections modules sow, while one of them is traced.
+
+  Args:
+    module: for the message.
 
   Raises:
-    StackError: the module sows another collection, such as auxiliary losses, which nothing in a
-      pipeline would add to the loss.
+    StackError: one of them sows anything but intermediates, such as auxiliary losses, which nothing
+      in a pipeline would add to the loss.
   """
-  kept = {}
-  for name, collection in variables.items():
-    # `sow` appends to tuples; a variable is an array.
-    if not any(isinstance(leaf, tuple) for leaf in jax.tree.leaves(collection, is_leaf=_is_tuple)):
-      kept[name] = collection
-    elif name != "intermediates":
+  sown: set[str] = set()
+  # A collection does not say whether it was sown: with a `reduce_fn` it holds plain arrays.
+  original = nn.Module.sow
+
+  def sow(self: nn.Module, collection: str, *args: Any, **options: Any) -> bool:
+    if collection != "intermediates":
       raise StackError(
-        f"{_describe(module)} sows into the collection {name!r}, which nothing in a pipeline would"
-        " read: return it as part of x, so that the loss can add it; only intermediates, which are"
-        " for looking, are dropped"
+        f"{_describe(module)} sows into the collection {collection!r}, which nothing in a pipeline"
+        " would read: return it as part of x, so that the loss can add it; only intermediates,"
+        " which are for looking, are dropped"
       )
-  return kept
+    sown.add(collection)
+    return original(self, collection, *args, **options)
 
-
-def _is_tuple(value: Any) -> bool:
-  return isinstance(value, tuple)
+  nn.Module.sow = sow  # type: ignore[method-assign, assignment]
+  try:
+    yield sown
+  finally:
+    nn.Module.sow = original  # type: ignore[method-assign]
 
 
 def _normalize_over_all_rows(call: Any, args: Any, kwargs: Any, where: Any) -> Any:
@@ -262,6 +281,17 @@ def _with_open_mode(module: nn.Module) -> nn.Module:
     if _fixed_by_constructor(module, name) and getattr(module, name) is value
   }
   return module.clone(**reopened) if reopened else module
+
+
+def _evaluating(module: nn.Module) -> nn.Module:
+  """The module for evaluation: a field such as `train: bool = True` says that it trains always."""
+  turned: dict[str, Any] = {
+    name: not value
+    for name, value in MODE_FLAGS.items()
+    if name in {field.name for field in dataclasses.fields(module)}
+    and getattr(module, name) is value
+  }
+  return module.clone(**turned) if turned else module
 
 
 def _describe(module: nn.Module) -> str:

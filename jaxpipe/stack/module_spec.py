@@ -28,7 +28,7 @@ from jaxpipe.parallel.mesh import ROWS
 from jaxpipe.stack.context import Context
 from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.module.given import Given, Layer
-from jaxpipe.stack.module.modes import count_switched_off, set_mode
+from jaxpipe.stack.module.modes import count_switched_off, set_mode, switched_off_statistics
 from jaxpipe.stack.module.parts import (
   Factory,
   built,
@@ -65,7 +65,8 @@ class ModuleSpec:
     label: how messages name the class: its own `label` where it has one, as a wrapped Linen module
       does, else the name of its class.
     plan: what the module is called with.
-    draws: the shapes of what it draws from its keys, once a trace has shown them; see `watch`.
+    draws: the shapes of what it draws from its keys, once a `ShapeWalk` has shown them and that it
+      changes nothing but statistics; empty before.
     switched_off: number of inner norms and dropouts that were found in evaluation mode.
   """
 
@@ -100,6 +101,7 @@ class ModuleSpec:
         gradient, or a call with a parameter that a stack cannot give.
     """
     entries: Mapping[str, str] = {}
+    by_position = not isinstance(factory, Layer)
     draws: list[Draws] = [] if like is None else like.draws
     if isinstance(factory, Layer):
       entries, draws = factory.entries, factory.draws
@@ -130,9 +132,9 @@ class ModuleSpec:
           " float16, bfloat16, float32 or float64: keep one of these and convert it in __call__"
           " (a complex one as two, its real and its imaginary part)"
         )
-    changing = nnx.to_pure_dict(state)
+    changing, frozen = nnx.to_pure_dict(state), switched_off_statistics(module)
     for path, variable in nnx.to_flat_state(state):
-      _set(changing, path, issubclass(variable.type, nnx.BatchStat))
+      _set(changing, path, issubclass(variable.type, nnx.BatchStat) and path not in frozen)
     kind = type(module)
     is_layer = name.startswith("layers")
     if jax.tree.leaves(nnx.to_pure_dict(streams)) and not is_layer:
@@ -147,6 +149,7 @@ class ModuleSpec:
       entries=entries,
       closed_flags=kept_flags(module),
       context=is_layer,
+      by_position=by_position,
     )
     return cls(
       name=name,
@@ -174,13 +177,17 @@ class ModuleSpec:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
   def build(self, params: Tree, state: Tree) -> Any:
-    """Puts a new module together, in the mode in which it was found.
+    """Puts a new module together, in the mode and with the streams with which it was found.
 
     Args:
       params: all of its parameters, a nested dict of the structure of `shapes`.
       state: its state, of the structure of `state`.
     """
-    return nnx.merge(self.graph, merged(merged(params, state), self._fresh_streams(None)))
+    streams: Tree = {}
+    if self.streams:
+      _, found, _, _ = split_module(self.factory(nnx.Rngs(0)), self.trainable)
+      streams = nnx.to_pure_dict(found)
+    return nnx.merge(self.graph, merged(merged(params, state), streams))
 
   def run(
     self,
@@ -202,6 +209,31 @@ class ModuleSpec:
     Raises:
       StackError: the call changes a variable that is no `nnx.BatchStat`, or makes one.
     """
+    out, _, after = self.call_and_look(params, state, training, *given, context=context)
+    if self.draws:
+      # Traced before, by which it is known that all but statistics are as they were.
+      after = jax.tree.map(lambda yes, new, old: new if yes else old, self.changing, after, state)
+    else:
+      jax.tree.map_with_path(self._check_kept, self.changing, state, after)
+    return out, after
+
+  def call_and_look(
+    self,
+    params: Tree,
+    state: Tree,
+    training: bool,
+    *given: Any,
+    context: Context | None = None,
+  ) -> tuple[Any, Tree, Tree]:
+    """Calls the module; returns its output, its parameters and its state as the call leaves them.
+
+    Args:
+      params, state, training, given, context: see `run`.
+    """
+    if context is not None and self.draws:
+      # Before keys are made, which draw these shapes once.
+      self.check_draws(len(context.rows))
+      context.once = self.draws[0].once
     # A new module for every call: what the call changes in it is seen in what is returned, or lost.
     streams = self._fresh_streams(context)
     module = nnx.merge(self.graph, merged(merged(params, state), streams))
@@ -213,16 +245,12 @@ class ModuleSpec:
         # Asked for here alone: a module without norms may be traced off the mesh.
         over = tuple(axis for axis in ROWS if axes.size(axis) > 1) or None
         inner.axis_name = over  # type: ignore[assignment]  # `lax.pmean` takes several names
-    if context is not None and self.draws:
-      self.check_draws(len(context.rows))
-      context.once = self.draws[0].once
     batch = None if context is None else context.batch
     args, named = self.plan.arguments(training, given, context, batch)
     out = module(*args, **named)
-    after = _select(nnx.to_pure_dict(nnx.state(module)), self.state)
     self._refuse_new_variables(module)
-    jax.tree.map_with_path(self._check_kept, self.changing, state, after)
-    return out, after
+    after = nnx.to_pure_dict(nnx.state(module))
+    return out, _select(after, self.shapes), _select(after, self.state)
 
   def check_draws(self, rows: int) -> None:
     """Refuses a number of rows for which two unlike draws of the module have one shape.
@@ -245,9 +273,7 @@ class ModuleSpec:
     """Keys and counts for the module's random streams, those of this call."""
     if not self.streams:
       return {}
-    if context is None:
-      # Outside a pipeline's step a module is put together to be looked at, or to evaluate.
-      return jax.tree.map(_blank, self.streams)
+    assert context is not None  # only layers keep streams
     number = iter(range(len(jax.tree.leaves(self.streams))))
     return jax.tree.map(lambda leaf: context.stream(next(number), leaf), self.streams)
 
@@ -316,13 +342,6 @@ def _is_linen(factory: Any) -> bool:
   return isinstance(factory, nn.Module) or (
     isinstance(factory, type) and issubclass(factory, nn.Module)
   )
-
-
-def _blank(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  """A key or a count for a module from which nothing is drawn."""
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    return jax.random.split(jax.random.key(0), leaf.shape)
-  return jnp.zeros(leaf.shape, leaf.dtype)
 
 
 def _select(tree: Tree, like: Tree) -> Tree:

@@ -27,11 +27,11 @@ import numpy as np
 from flax import nnx
 
 from jaxpipe.parallel.protocol import Cut
-from jaxpipe.stack.context import Context, LayerInputs, MicrobatchInputs, rows_alone
-from jaxpipe.stack.errors import StackError, called
+from jaxpipe.stack.context import Context, LayerInputs, MicrobatchInputs
+from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.kinds import runs_of, same_computation
-from jaxpipe.stack.layer_trace import layer_output
-from jaxpipe.stack.module.given import Given, shared
+from jaxpipe.stack.layer_trace import ShapeWalk
+from jaxpipe.stack.module.given import Given, Layer, shared
 from jaxpipe.stack.module.parts import Factory
 from jaxpipe.stack.module.trainable import refuse_unmatched
 from jaxpipe.stack.module_spec import ModuleSpec, same_structure, sums
@@ -88,9 +88,10 @@ class Network:
     specs = {"embed": ModuleSpec.trace("embed", embed, trainable)}
     for i, factory in enumerate(layers):
       # Layers of one factory share the graph that was traced first.
-      like = traced.get(id(factory))
+      makes = id(factory.module if isinstance(factory, Layer) else factory)
+      like = traced.get(makes)
       specs[f"layers/{i}"] = spec = ModuleSpec.trace(f"layers[{i}]", factory, trainable, like)
-      traced.setdefault(id(factory), spec)
+      traced.setdefault(makes, spec)
     specs["head"] = ModuleSpec.trace("head", head, trainable)
     refuse_unmatched(trainable, _variables(specs))
     ties = ties_of_leaves(specs, {**_shared(specs), **tied})
@@ -280,29 +281,15 @@ class Network:
       StackError: a module that cannot take what the one before returns, or a layer whose output is
         unlike its input although it must not be.
     """
-    x = first = self.end_output("embed", rows_alone(batch))
+    walk = ShapeWalk(batch)
+    x = first = walk.through(self.specs["embed"])
     if alike:
-      check_alike(x, layer_output(self.specs["layers/0"], x, batch))
+      check_alike(x, walk.through(self.specs["layers/0"]))
     else:
       for i in range(self.depth):
-        x = layer_output(self.specs[f"layers/{i}"], x, batch)
-    self.end_output("head", x, rows_alone(batch))
+        walk.through(self.specs[f"layers/{i}"])
+    walk.through(self.specs["head"])
     return first
-
-  def end_output(self, name: str, *args: Tree) -> Tree:
-    """Shapes of what the embedding or the head returns for arguments of these shapes.
-
-    Raises:
-      StackError: it raises an error of shapes or types; names the module and what it was given.
-    """
-    spec = self.specs[name]
-
-    def call(params: Tree, state: Tree, *args: Tree) -> Tree:
-      out = spec.run(params, state, True, *args)[0]
-      return sums(out) if name == "head" else out
-
-    with called(spec.name, args[0]):
-      return jax.eval_shape(call, spec.shapes, spec.state, *args)
 
 
 def check_alike(x: Tree, y: Tree) -> None:
@@ -357,14 +344,26 @@ def _shared(specs: Mapping[str, ModuleSpec]) -> dict[str, str]:
     StackError: they share a statistic, of which each would keep its own.
   """
   statistics, others = shared(_given(specs))
+  changing = {place: spec.changing for place, spec in specs.items()}
   for theirs, ours in statistics.items():
-    raise StackError(
-      f"{theirs} and {ours} are one nnx.BatchStat, which both modules would change; give each a"
-      " norm of its own, or switch it off (use_running_average=True) and freeze it"
-    )
-  # Frozen variables never change, and copies of them stay alike.
+    if get_owned(changing, theirs) or get_owned(changing, ours):
+      raise StackError(
+        f"{theirs} and {ours} are one nnx.BatchStat, which both modules would change; give each a"
+        " norm of its own, or switch it off (use_running_average=True)"
+      )
   shapes = {place: spec.shapes for place, spec in specs.items()}
-  return {theirs: ours for theirs, ours in others.items() if get_owned(shapes, theirs) is not None}
+  ties = {}
+  for theirs, ours in others.items():
+    here, there = (get_owned(shapes, path) is not None for path in (theirs, ours))
+    if here != there:
+      raise StackError(
+        f"{theirs} and {ours} are one variable, and trainable= trains it at one of the two places"
+        " only; train it at both, or at neither"
+      )
+    # Frozen variables never change, and copies of them stay alike.
+    if here:
+      ties[theirs] = ours
+  return ties
 
 
 def _stacked(trees: Sequence[Tree]) -> Tree:

@@ -37,8 +37,7 @@ class Adapted(nnx.Module):
     self.inner = nnx.LoRA(D, 2, D, base_module=base, rngs=rngs, param_dtype=jnp.float64)
     self.inner.lora_b[...] = self.inner.lora_b[...] + 0.3
     self.norm = nnx.BatchNorm(D, use_running_average=True, rngs=rngs, param_dtype=jnp.float64)
-    self.norm.mean = nnx.Param(jnp.full(D, 0.1))
-    self.norm.var = nnx.Param(jnp.full(D, 1.5))
+    self.norm.mean[...], self.norm.var[...] = jnp.full(D, 0.1), jnp.full(D, 1.5)
     self.drop = nnx.Dropout(0.2, rngs=rngs)
 
   def __call__(self, x):

@@ -1,6 +1,7 @@
 """Linen modules as modules of a stack."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,11 +114,12 @@ class Sown(nn.Module):
   """Keeps its output to be looked at, or a loss that somebody should add."""
 
   collection: str
+  options: Any = None
 
   @nn.compact
   def __call__(self, x):
     y = nn.Dense(5)(x)
-    self.sow(self.collection, "kept", jnp.sum(y))
+    self.sow(self.collection, "kept", jnp.sum(y), **(self.options or {}))
     return y
 
 
@@ -131,6 +133,9 @@ def test_what_is_sown_to_be_looked_at_is_dropped_and_a_loss_is_refused():
   np.testing.assert_array_equal(got, Sown("other").apply({"params": first}, x))
   with pytest.raises(StackError, match="module Sown sows into the collection 'losses', which"):
     stack(linen(Sown("losses"), X))
+  added = dict(init_fn=lambda: 0.0, reduce_fn=lambda a, b: a + b)
+  with pytest.raises(StackError, match="sows into the collection 'losses'"):
+    stack(linen(Sown("losses", added), X))  # whose collection holds an array, as variables do
 
 
 class SownNnx(nnx.Module):

@@ -23,16 +23,19 @@ from jaxpipe.stack.module.jaxprs import is_jaxpr, opened
 Tree = Any
 
 
-def traced(call: Callable[..., Any], *args: Tree) -> tuple[Any, Any]:
-  """Traces a call and its gradient.
+def traced(
+  call: Callable[..., Any], evaluation: Callable[..., Any], *args: Tree
+) -> tuple[Any, ...]:
+  """Traces a call, its gradient, and the call in evaluation.
 
   Args:
     call: `(params, *rest) -> outputs`, pure.
+    evaluation: the call as it is evaluated, of the same arguments.
     args: shapes of its arguments.
 
   Returns:
-    The jaxpr of the call, and that of its gradient by all floats among its arguments for a
-    cotangent of ones.
+    The jaxpr of the call; that of its gradient by all floats among its arguments for a cotangent of
+    ones; and that of the evaluation.
   """
   leaves, structure = jax.tree.flatten(args)
   floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -48,12 +51,17 @@ def traced(call: Callable[..., Any], *args: Tree) -> tuple[Any, Any]:
     outs, pull = jax.vjp(of_floats, *(leaves[i] for i in floats))
     return pull([jnp.ones_like(out) for out in outs])
 
-  return jax.make_jaxpr(call)(*args), jax.make_jaxpr(gradient)(*leaves)
+  return (
+    jax.make_jaxpr(call)(*args),
+    jax.make_jaxpr(gradient)(*leaves),
+    jax.make_jaxpr(evaluation)(*args),
+  )
 
 
-def difference(a: tuple[Any, Any], b: tuple[Any, Any]) -> str | None:
+def difference(a: tuple[Any, ...], b: tuple[Any, ...]) -> str | None:
   """What first differs between two results of `traced`; None where they compute the same."""
-  return _differ(a[0], b[0]) or _differ(a[1], b[1])
+  found = (_differ(one, other) for one, other in zip(a, b, strict=True))
+  return next(filter(None, found), None)
 
 
 def _differ(a: Any, b: Any) -> str | None:

@@ -66,6 +66,8 @@ def layer(module: Any, **entries: str) -> Layer:
     StackError: an entry that is no name; when the stack is built, a parameter that the module's
       call does not have.
   """
+  if isinstance(module, Layer):
+    raise StackError("jaxpipe.layer of a jaxpipe.layer; give all entries to one")
   for name, entry in entries.items():
     if not isinstance(entry, str):
       raise StackError(
@@ -121,15 +123,15 @@ def share_again(given: Mapping[str, Any], made: Mapping[str, Any]) -> None:
       variable = _at(made[owner], ours.removeprefix(f"{owner}/"))
       *way, last = theirs.removeprefix(f"{place}/").split("/")
       holder = _at(made[place], "/".join(way)) if way else made[place]
-      if last.isdecimal() and last not in vars(holder):
-        holder[int(last)] = variable
+      if last not in vars(holder):
+        holder[int(last) if last.isdecimal() else last] = variable
       else:
         object.__setattr__(holder, last, variable)
 
 
 def _at(module: Any, path: str) -> Any:
   """The object at a `/`-joined path inside a module."""
-  return _variable_at(module, tuple(int(n) if n.isdecimal() else n for n in path.split("/")))
+  return _variable_at(module, tuple(path.split("/")))
 
 
 def existing(factory: Any, module: Any) -> bool:
@@ -141,10 +143,16 @@ def existing(factory: Any, module: Any) -> bool:
   """
   found = [v for _, v in variables_of(module)]
   # What is made under a trace holds tracers; only variables with arrays can be older.
-  if not any(isinstance(v.get_value(), jax.Array) and not _traced(v) for v in found):
+  if all(_traced(v) for v in found):
     return False
   again = {id(v) for _, v in variables_of(factory(nnx.Rngs(0)))}
-  return any(id(v) in again for v in found)
+  older = [id(v) in again for v in found]
+  if any(older) and not all(older):
+    raise StackError(
+      "a factory returns a module of which some variables are older than it and others fresh; give"
+      " the older module, or one that holds both, as an object"
+    )
+  return any(older)
 
 
 def _traced(variable: nnx.Variable[Any]) -> bool:
@@ -155,9 +163,9 @@ def _variable_at(module: Any, path: tuple[Any, ...]) -> Any:
   """The variable at a path, found as NNX does: in lists by number, elsewhere by attribute."""
   node = module
   for name in path:
-    if isinstance(node, (list, tuple, dict)) or (isinstance(name, int) and name not in vars(node)):
-      node = node[name]
-    else:
-      # Not `getattr`: a Linen module may have a variable with the name of a method.
+    # Not `getattr`: a Linen module may have a variable with the name of a method.
+    if not isinstance(node, (list, tuple, dict)) and name in vars(node):
       node = vars(node)[name]
+    else:
+      node = node[int(name) if isinstance(name, str) and name.isdecimal() else name]
   return node

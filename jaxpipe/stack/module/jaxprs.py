@@ -42,3 +42,31 @@ def is_jaxpr(value: Any) -> bool:
 def opened(jaxpr: Any) -> Any:
   """The jaxpr with equations inside a closed one; an open one itself."""
   return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def passed_through(jaxpr: Any) -> list[int | None]:
+  """For every output of a jaxpr, the number of the input that it is, or None where it is computed.
+
+  Calls such as `jit` and `checkpoint` are looked into: they return what they only pass on as
+  variables of their own.
+
+  Args:
+    jaxpr: a `Jaxpr` or `ClosedJaxpr`.
+  """
+  jaxpr = opened(jaxpr)
+  source: dict[Any, int] = {v: n for n, v in enumerate(jaxpr.invars)}
+  for eqn in jaxpr.eqns:
+    inner = inner_jaxprs(eqn)
+    if len(inner) != 1 or len(opened(inner[0]).invars) != len(eqn.invars):
+      continue
+    if eqn.primitive.name in _LOOPS or len(opened(inner[0]).outvars) != len(eqn.outvars):
+      continue
+    for out, n in zip(eqn.outvars, passed_through(inner[0]), strict=True):
+      given = None if n is None else eqn.invars[n]
+      if given is not None and not isinstance(given, core.Literal) and given in source:
+        source[out] = source[given]
+  return [None if isinstance(v, core.Literal) else source.get(v) for v in jaxpr.outvars]
+
+
+# What their bodies pass on is that of one turn.
+_LOOPS = ("scan", "while")

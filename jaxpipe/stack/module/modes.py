@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from jaxpipe.stack.module.signature import MODE_FLAGS
@@ -45,8 +46,19 @@ def count_switched_off(module: nnx.Module) -> int:
 
 
 def flags_set_when_made(module: nnx.Module) -> frozenset[str]:
-  """Names of the mode flags that the module itself keeps as attributes, None among their values."""
-  return frozenset(name for name in MODE_FLAGS if name in vars(module))
+  """Names of the mode flags that the module itself keeps as attributes with a value."""
+  return frozenset(name for name in MODE_FLAGS if vars(module).get(name) is not None)
+
+
+def switched_off_statistics(module: nnx.Module) -> frozenset[tuple[Any, ...]]:
+  """Paths of the statistics of norms that were found switched off, which no forward changes."""
+  return frozenset(
+    (*path, name)
+    for path, inner in nnx.iter_graph(module)
+    if isinstance(inner, nnx.Module) and vars(inner).get("use_running_average") is True
+    for name, value in vars(inner).items()
+    if isinstance(value, nnx.BatchStat)
+  )
 
 
 def _flags(module: nnx.Module) -> Iterator[tuple[Any, str, bool]]:
@@ -55,5 +67,5 @@ def _flags(module: nnx.Module) -> Iterator[tuple[Any, str, bool]]:
     if isinstance(inner, nnx.Module):
       for name, value in _FLAGS.items():
         found = vars(inner).get(name)
-        if isinstance(found, bool):
-          yield inner, name, found is value
+        if isinstance(found, (bool, np.bool_)):
+          yield inner, name, bool(found) is value

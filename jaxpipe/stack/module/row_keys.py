@@ -47,12 +47,10 @@ class Draws:
   Attributes:
     once: shapes of draws that have no dim of rows, `[...]`.
     by_row: shapes of draws for every row, without the leading dim of rows.
-    in_evaluation: whether it draws in evaluation, too.
   """
 
   once: frozenset[Shape] = frozenset()
   by_row: frozenset[Shape] = frozenset()
-  in_evaluation: bool = False
 
   def clash(self, rows: int) -> Shape | None:
     """A shape that is drawn once, and for so many rows as well; None where there is none."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jaxpipe.stack.errors import StackError
@@ -30,7 +30,6 @@ MODE_FLAGS = {
   "use_running_average": False,
 }
 
-_CONTEXT = ("context", "ctx", "c")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -116,8 +115,9 @@ def plan_call(
   arguments: int,
   bound: bool,
   entries: Mapping[str, str] | None = None,
-  closed_flags: Container[str] = (),
+  closed_flags: Collection[str] = (),
   context: bool = True,
+  by_position: bool = False,
 ) -> CallPlan:
   """Reads the signature of a module's call.
 
@@ -130,6 +130,9 @@ def plan_call(
     entries: name of a parameter -> the entry of the batch that it is given.
     closed_flags: mode flags that were set when the module was made, and are not passed.
     context: whether the module stands where a `Context` can be given, as a layer.
+    by_position: whether a second required parameter of another name is the context, too, as in
+      `LayerStack(layers=[...])`, which calls `layer(x, context)`; only `c`, `ctx` and names that
+      begin with an underscore are taken for it.
 
   Raises:
     StackError: a required parameter for which the stack has nothing, or an entry for a parameter
@@ -137,6 +140,8 @@ def plan_call(
   """
   parameters = _parameters(call, bound)
   wanted = dict(entries or {})
+  # What a partial gives by name is given.
+  closed_flags = {*closed_flags, *getattr(call, "keywords", {})}
   row = [p for p in parameters if p.kind in _POSITIONAL][:arguments]
   if not row and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
     raise StackError(
@@ -149,7 +154,7 @@ def plan_call(
   for parameter in parameters:
     if parameter in row or parameter.kind in _VARIADIC:
       continue
-    source = _source(where, parameter, wanted, closed_flags, context)
+    source = _source(where, parameter, wanted, closed_flags, context, by_position)
     if parameter.kind in _POSITIONAL:
       skipped.append(source)
       if source.kind != "default":
@@ -161,7 +166,11 @@ def plan_call(
     keywords |= {name: _Source("entry", entry) for name, entry in wanted.items()}
   elif wanted:
     known = ", ".join(p.name for p in parameters if p.kind not in _VARIADIC)
-    raise StackError(f"{where} has no parameter {next(iter(wanted))}; its call takes {known}")
+    name = next(iter(wanted))
+    first = "is what the module before returns" if name in {p.name for p in row} else ""
+    raise StackError(
+      f"{where}: {name} {first}" if first else f"{where} has no parameter {name}; it takes {known}"
+    )
   return CallPlan(tuple(positional), keywords)
 
 
@@ -169,8 +178,9 @@ def _source(
   where: str,
   parameter: inspect.Parameter,
   wanted: dict[str, str],
-  closed_flags: Container[str],
+  closed_flags: Collection[str],
   context: bool,
+  by_position: bool,
 ) -> _Source:
   """Where the value of a parameter behind the stack's own arguments comes from.
 
@@ -181,8 +191,8 @@ def _source(
   required = parameter.default is parameter.empty
   if name in wanted:
     return _Source("entry", wanted.pop(name))
-  # An unused parameter is often written with an underscore; a context does no harm there.
-  if context and (name == "context" or (required and (name in _CONTEXT or name[:1] == "_"))):
+  shortened = by_position and required and (name in ("c", "ctx") or name.startswith("_"))
+  if context and (name == "context" or shortened):
     return _Source("context")
   if name in MODE_FLAGS and name not in closed_flags:
     return _Source("flag", MODE_FLAGS[name])

@@ -25,11 +25,17 @@ def at_place(place: str, trainable: Any) -> Predicate:
     trainable: the stack's filter.
   """
   predicate = nnx.filterlib.to_predicate(trainable)
-  return lambda path, value: predicate((place, *path), value)
+
+  def trained(path: tuple[Any, ...], value: Any) -> bool:
+    # Statistics have no gradient; a filter such as `Not(...)` or `...` does not mean them.
+    kind = getattr(value, "type", type(value))
+    return not issubclass(kind, nnx.BatchStat) and predicate((place, *path), value)
+
+  return trained
 
 
 def refuse_unmatched(trainable: Any, variables: Variables) -> None:
-  """Refuses a filter, or one inside `nnx.Not`, that matches no variable of the stack.
+  """Refuses a filter, or one that it is made of, that matches no variable of the stack.
 
   Args:
     trainable: the stack's filter.
@@ -41,7 +47,7 @@ def refuse_unmatched(trainable: Any, variables: Variables) -> None:
   if trainable is nnx.Param:  # the default; a stack of functions has nothing to train
     return
   found = list(variables)
-  for predicate in (nnx.filterlib.to_predicate(trainable), *_negated(trainable)):
+  for predicate in _all_of(trainable):
     if found and not any(predicate(path, value) for path, value in found):
       paths = ", ".join(sorted({"/".join(map(str, path)) for path, _ in found})[:4])
       raise StackError(
@@ -50,11 +56,10 @@ def refuse_unmatched(trainable: Any, variables: Variables) -> None:
       )
 
 
-def _negated(trainable: Any) -> Iterator[Predicate]:
-  """Yields the filters inside `nnx.Not`, wherever it stands in a filter made of several."""
+def _all_of(trainable: Any) -> Iterator[Predicate]:
+  """Yields a filter, and those that it is made of by `nnx.Not`, `nnx.Any` and `nnx.All`."""
   predicate = nnx.filterlib.to_predicate(trainable)
-  if isinstance(predicate, nnx.Not):
-    yield predicate.predicate
-    yield from _negated(predicate.predicate)
-  for inner in getattr(predicate, "predicates", ()):
-    yield from _negated(inner)
+  yield predicate
+  inner = [predicate.predicate] if isinstance(predicate, nnx.Not) else []
+  for one in (*inner, *getattr(predicate, "predicates", ())):
+    yield from _all_of(one)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxpipe
+from jaxpipe.stack.context import Context
 from jaxpipe.stack.stack import LayerStack, StackError
 
 BATCH = {"x": np.ones((8, 4), np.float32)}
@@ -195,6 +196,89 @@ def test_constants_of_numpy_and_bound_methods_of_modules_are_used_as_given():
   assert set(network.specs["layers/1"].shapes["module"]) == {"kernel", "bias"}
 
 
+class Embed(nnx.Module):
+  def __init__(self, rngs):
+    pass
+
+  def __call__(self, batch):
+    return batch["x"] @ INNER.kernel[...]
+
+
+class Head(nnx.Module):
+  def __init__(self, rngs):
+    pass
+
+  def __call__(self, x, batch):
+    return INNER(x).sum(), 1.0 * len(x), {}
+
+
+class Plain(Head):
+  def __call__(self, x, batch):
+    return x.sum(), 1.0 * len(x), {}
+
+
+@pytest.mark.parametrize("embed, head", [(Embed, Plain), (lambda rngs: Select(), Head)])
+def test_weights_from_outside_are_refused_in_the_ends_of_a_stack(embed, head):
+  stack = LayerStack(embed, [lambda rngs: nnx.Linear(4, 4, rngs=rngs)], head)
+  with pytest.raises(StackError, match=r"(embed|head) reads an array float32\[4, 4\]"):
+    stack.init(jax.random.key(0), BATCH)
+
+
+class Select(nnx.Module):
+  def __call__(self, batch):
+    return batch["x"]
+
+
+def test_layers_that_differ_in_evaluation_are_of_several_kinds():
+  """They were compared in training alone, and the first layer's evaluation ran for all."""
+
+  class Evaluated(Numbered):
+    def __call__(self, x, train):
+      y = self.inner(x)
+      return y if train else y * (self.layer_idx + 1)
+
+  layers = [Evaluated(i, nnx.Rngs(i)) for i in range(2)]
+  assert len(kinds(layers).network.runs) == 2
+
+
+class Normalizing(nnx.Module):
+  """Scales its own kernel in the call."""
+
+  def __init__(self, rngs):
+    self.inner = nnx.Linear(4, 4, rngs=rngs)
+
+  def __call__(self, x):
+    self.inner.kernel[...] = self.inner.kernel[...] / 2
+    return self.inner(x)
+
+
+class Remat(nnx.Module):
+  """Passes its variables through `nnx.remat`, which writes all of them back."""
+
+  def __init__(self, rngs):
+    self.inner = nnx.LoRA(4, 2, 4, base_module=nnx.Linear(4, 4, rngs=rngs), rngs=rngs)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+  @nnx.remat
+  def __call__(self, x):
+    return self.norm(self.inner(x))
+
+
+def test_a_change_of_a_parameter_is_refused_and_passing_it_on_is_none():
+  with pytest.raises(
+    StackError, match=r"layers\[0\] \(Normalizing\) changes its variable .*kernel"
+  ):
+    kinds([Normalizing])
+  stack = LayerStack.from_modules([Remat], loss=loss, batch=BATCH, trainable=nnx.LoRAParam)
+  spec = stack.network.specs["layers/0"]
+  params, state = spec.init(jax.random.key(0))
+  context = Context(BATCH, True, None, jnp.arange(8))
+  x = jax.random.normal(jax.random.key(1), (8, 4))
+  _, after = jax.jit(lambda p, s: spec.run(p, s, True, x, context=context))(params, state)
+  assert (after["norm"]["mean"] != 0).any()
+  jax.tree.map(np.testing.assert_array_equal, after["inner"], state["inner"])
+
+
 def test_what_a_filter_names_is_trained_and_nothing_else():
   """A filter that matched nothing trained nothing, and no layer could be frozen by its place."""
   modules = [functools.partial(nnx.Linear, 4, 4)] * 3 + [nn.Dense(2)]
@@ -210,9 +294,18 @@ def test_what_a_filter_names_is_trained_and_nothing_else():
     nnx.LoRAParam,
     nnx.Not(nnx.PathContains("layers/4")),
     nnx.All(nnx.Param, nnx.Not(nnx.PathContains("layer/1"))),
-    nnx.Any(nnx.LoRAParam, nnx.BatchStat),
+    nnx.Any(nnx.Param, nnx.PathContains("typo")),
   ):
     with pytest.raises(
       StackError, match=r"matches no variable of the stack, whose paths are layer"
     ):
       make(trainable=nothing)
+
+
+def test_statistics_are_never_trained():
+  """`Not(...)` and `...` meant them, too: their updates were lost, and evaluation used zeros."""
+  norms = [functools.partial(nnx.BatchNorm, 4), nn.Dense(2)]
+  for everything in (..., nnx.Not(nnx.PathContains("layers/1"))):
+    stack = LayerStack.from_modules(norms, loss=loss, batch=BATCH, trainable=everything)
+    assert set(stack.network.specs["layers/0"].shapes) == {"bias", "scale"}
+    assert set(stack.network.specs["layers/0"].state) == {"mean", "var"}

@@ -190,3 +190,63 @@ def test_linen_submodules_may_have_any_name(name):
     variables = {"params": params, **state}
     want = Block().apply(variables, batch["x"], training, mutable=["batch_stats"])[0]
     np.testing.assert_array_equal(got, want)
+
+
+def ties(modules, **options):
+  stack = LayerStack.from_modules(modules, loss=loss, batch=BATCH, **options)
+  return set(stack.network.ties)
+
+
+def embedded(*modules):
+  return [functools.partial(nnx.Embed, 5, 4), *modules, nn.Dense(5)]
+
+
+def test_ways_of_sharing_that_are_easily_missed():
+  linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+  two = {"layers/2/kernel", "layers/2/bias"}
+  assert ties(embedded(linear, linear)) == two
+  dense = nn.Dense(4)
+  bound = dense.bind(dense.init(KEY, np.ones((8, 4))))
+  assert ties(embedded(bound, bound)) == two
+  on_host = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+  on_host.kernel, on_host.bias = nnx.Param(np.ones((4, 4), np.float32)), nnx.Param(np.ones(4))
+  factories = [lambda rngs: on_host, lambda rngs: Uses(on_host)]
+  assert ties(embedded(*factories)) == {"layers/2/inner/kernel", "layers/2/inner/bias"}
+
+
+def test_a_variable_that_is_trained_at_one_of_its_places_only_is_refused():
+  linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+  for place in (1, 2):
+    only = nnx.All(nnx.Param, nnx.Not(nnx.PathContains(f"layers/{place}")))
+    with pytest.raises(StackError, match=r"layers/2/\w+ and layers/1/\w+ are one variable, and"):
+      ties(embedded(linear, linear), trainable=only)
+
+
+def test_a_factory_of_a_module_that_is_partly_older_is_refused():
+  linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+  class Two(nnx.Module):
+    def __init__(self, rngs):
+      self.old, self.fresh = linear, nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+      return self.fresh(self.old(x))
+
+  with pytest.raises(StackError, match="of which some variables are older than it"):
+    ties(embedded(Two))
+
+
+def test_a_norm_that_is_switched_off_may_be_shared_and_come_back_from_a_dict():
+  norm = nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
+
+  class Held(nnx.Module):
+    def __init__(self):
+      self.norms = nnx.Dict({"0": norm})
+
+    def __call__(self, x):
+      return self.norms["0"](x)
+
+  pipe = make(embedded(Held(), Uses(norm)))
+  params, state = pipe.init(KEY, BATCH), pipe.init_state(KEY, BATCH)
+  _, held, uses, _ = pipe.modules(params, state)
+  assert held.norms["0"].mean is uses.inner.mean and held.norms["0"].scale is uses.inner.scale

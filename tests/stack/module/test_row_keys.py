@@ -122,6 +122,22 @@ def test_a_mask_for_all_rows_beside_one_for_each_of_a_single_row_is_refused_at_o
   assert masks([3], Once).shape == (1, D)  # a single row is no obstacle by itself
 
 
+class ByFeature(nnx.Module):
+  """Draws a mask of features, and one for each row, from streams that it keeps."""
+
+  def __init__(self, rngs):
+    self.rngs = rngs.fork()
+    self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x):
+    return self.drop(x) * jax.random.bernoulli(self.rngs.noise(), 0.5, (D,))[None]
+
+
+def test_a_stream_that_is_kept_draws_features_once_too():
+  """Keys of streams were made before it was known which of their draws have rows."""
+  np.testing.assert_array_equal(masks(range(6), ByFeature)[:4], masks(range(4), ByFeature))
+
+
 REFUSED = [
   (
     lambda x, context: x + jax.random.normal(context.key, (x.size,)).reshape(x.shape),
@@ -129,6 +145,34 @@ REFUSED = [
   ),
   (lambda x: nnx.Dropout(0.5)(x, rngs=nnx.Rngs(0)), "a key of its own making"),
 ]
+
+
+def test_rows_that_are_not_the_first_dim_of_x_are_noticed():
+  """X was taken to have its rows in front: a mask of [time, rows, ...] counted as drawn once."""
+  batch = {"x": np.ones((3, 5, D), np.float32)}
+  drop = lambda x, context: x * jax.random.bernoulli(context.key, 0.5, x.shape)  # noqa: E731
+  swap = lambda x: x.swapaxes(0, 1)  # noqa: E731
+  for modules in ([swap, drop, swap], [drop, swap, drop, swap]):
+    with pytest.raises(StackError, match=r"of shape \(5, 3, 6\) for 3 rows and \(5, 4, 6\) for 4"):
+      LayerStack.from_modules(modules, loss=lambda y, b: y.sum((1, 2)), batch=batch)
+
+
+def test_draws_in_the_loss_are_refused():
+  def noisy(y, batch):
+    return (y * jax.random.bernoulli(jax.random.key(0), 0.5, y.shape)).sum(-1)
+
+  with pytest.raises(StackError, match="loss draws random numbers for its rows from a key of its"):
+    LayerStack.from_modules([nn.Dense(2)], loss=noisy, batch=BATCH)
+
+
+def test_streams_come_back_as_they_were_given():
+  """All dropouts came back with one key, and drew alike."""
+  given = [nnx.Dropout(0.5, rngs=nnx.Rngs(seed)) for seed in (5, 6)]
+  pipe = jaxpipe.pipeline(
+    loss, [*given, nn.Dense(2)], BATCH, mesh="stage:2", schedule="gpipe", microbatches=2
+  )
+  for old, new in zip(given, pipe.modules(pipe.init(KEY, BATCH)), strict=False):
+    np.testing.assert_array_equal(new(BATCH["x"]), old(BATCH["x"]))
 
 
 @pytest.mark.parametrize("layer, said", REFUSED)

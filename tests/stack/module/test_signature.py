@@ -144,11 +144,14 @@ def test_entries_reach_nnx_and_linen_modules_in_a_step():
 
 
 REFUSED = [
+  (lambda x, c: x, r"needs c.* jaxpipe.layer\(module, c="),
+  (jaxpipe.layer(lambda x, m: x, m="nope"), "m='nope' is not in the batch, which has 'x', 'mask'"),
+  (jaxpipe.layer(lambda x: x, x="mask"), "x is what the module before returns"),
   (lambda x, attention_mask: x, r"needs attention_mask.* jaxpipe.layer\(module, attention_mask="),
   (lambda x, rngs: x, "takes x and rngs"),
   (lambda: 1, "takes no argument"),
-  (jaxpipe.layer(lambda x: x, mask="mask"), "has no parameter mask; its call takes x"),
-  (jaxpipe.layer(nn.Dense(3), mask="mask"), "has no parameter mask; its call takes inputs"),
+  (jaxpipe.layer(lambda x: x, mask="mask"), "has no parameter mask; it takes x"),
+  (jaxpipe.layer(nn.Dense(3), mask="mask"), "has no parameter mask; it takes inputs"),
 ]
 
 
@@ -177,3 +180,39 @@ def test_a_flag_that_an_nnx_module_keeps_is_not_told_over_it():
   np.testing.assert_array_equal(call(off, True), X)
   on = functools.partial(nnx.Dropout, 0.9)
   assert (call(on, True) != X).any() and (call(on, False) == X).all()
+
+
+def test_a_flag_that_a_partial_gives_is_given():
+  """It was told over, so that a layer that its author had switched off trained."""
+  layer = functools.partial(FLAGGED["defaulted"]("training"), training=False)
+  np.testing.assert_array_equal(call(layer, True), X)
+  layer = functools.partial(FLAGGED["defaulted"]("deterministic"), deterministic=True)
+  np.testing.assert_array_equal(call(layer, False), 10 * X)
+  np.testing.assert_array_equal(call(layer, True), 10 * X)
+
+
+def test_a_linen_field_that_says_to_train_is_turned_in_evaluation():
+  class Fielded(nn.Module):
+    train: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+      return nn.BatchNorm(use_running_average=not self.train)(x) * (10 if self.train else 1)
+
+  for module, trains in ((Fielded(), True), (Fielded(train=False), False)):
+    spec, params, state = spec_of(module)
+    variables = {"params": params, **state}
+    for training in (True, False):
+      context = Context(BATCH, training, None, jnp.arange(4))
+      got = spec.run(params, state, training, X, context=context)[0]
+      want = Fielded(train=trains and training).apply(variables, X, mutable=["batch_stats"])[0]
+      np.testing.assert_array_equal(got, want)
+
+
+def test_an_attribute_without_a_value_is_told_by_the_call():
+  """`None` counted as a value, and Flax then asked for one."""
+  spec, params, state = spec_of(functools.partial(nnx.BatchNorm, 3, use_running_average=None))
+  context = Context(BATCH, True, None, jnp.arange(4))
+  _, after = spec.run(params, state, True, X, context=context)
+  assert (after["mean"] != 0).any()
+  assert (spec.run(params, state, False, X, context=context)[1]["mean"] == 0).all()
