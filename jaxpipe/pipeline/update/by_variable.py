@@ -162,7 +162,7 @@ class _ByVariable:
       trees = dict(arrays)
       trees["grads"] = arrays["updates"]
       trees["updates"] = {
-        name: a if a.dtype == dtypes[name] else jnp.zeros(a.shape, dtypes[name])
+        name: jnp.zeros(a.shape, dtypes[name])
         for name, a in arrays["updates"].items()
       }
       new, slots, results = run(trees, slots, dict(zip(others_in, values, strict=True)))

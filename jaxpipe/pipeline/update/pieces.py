@@ -98,20 +98,20 @@ def _on_pieces(
     name == "broadcast_in_dim" and math.prod(out_shape) == math.prod(shape)
   ):
     return [Piece(args[0].array, out_shape)]
-  if name in _ELEMENTWISE:
-    # All operands have the shape of the result or none.
+  if name in _ELEMENTWISE and all(arg.shape == out_shape for arg in pieces):
+    # Other operands have no dims, or dims of one element that the operation repeats.
     given = [
-      arg.array if isinstance(arg, Piece) else arg if jnp.ndim(arg) == 0 else _cut(arg, cut, shape)
+      arg.array
+      if isinstance(arg, Piece)
+      else arg
+      if jnp.ndim(arg) == 0
+      else cut.cut(jnp.broadcast_to(arg, out_shape).reshape(shape))
       for arg in args
     ]
     return [Piece(out, out_shape) for out in operation.run(*given)]
   if is_reduction(name) and _of_all(operation, pieces[0]):
     return [reduced(name, pieces[0].array, cut).reshape(out_shape)]
   return None
-
-
-def _cut(value: Any, cut: Cut, shape: tuple[int, ...]) -> jax.Array:
-  return cut.cut(jnp.reshape(value, shape))
 
 
 def _of_all(operation: Operation, operand: Piece) -> bool:

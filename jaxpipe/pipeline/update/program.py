@@ -8,8 +8,9 @@ Nothing as large as the model is made beside arguments and results, whatever the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax import lax
 from jaxpipe.parallel import axes as axis
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline.update.cuts import BlockCut, Cut, SpanCut
-from jaxpipe.pipeline.update.dataflow import Constant
+from jaxpipe.pipeline.update.dataflow import Constant, Operation
 from jaxpipe.pipeline.update.division import Division, Local
 from jaxpipe.pipeline.update.pieces import Piece, evaluate, piece, whole
 from jaxpipe.pipeline.update.slots import Slot, SlotsLayout
@@ -30,7 +31,6 @@ Tree = Any
 # Role of an array of a variable: ("tree", name of the placed tree) or ("slot", part, number).
 Role = tuple[Any, ...]
 UPDATES: Role = ("tree", "updates")
-GRADS: Role = ("tree", "grads")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,28 +197,29 @@ class Update:
     cuts: tuple[Cut, dict[Role, Cut]],
     array_of: Any,
     shared: Mapping[int, Any],
+    wanted: Sequence[int],
   ) -> list[Any]:
-    """The results of a member's local program, in the order of its `outs`."""
+    """Results of a member's local program, by their places in its `outs`."""
     one, variable = group.locals[0], self._first(group)
+    refs = [one.outs[i][1] for i in wanted]
+    operations, used = _needed(one, refs)
     cut, slots = cuts
     split = bool(cut.axes) and math.prod(variable.shape) > 1
     values: dict[int, Any] = {}
     for role, number in one.reads.items():
-      if role in slots:
-        values[number] = slots[role].gather(slots[role].read(array_of(role)))
-      else:
-        read = cut.read(array_of(role))
-        values[number] = Piece(read, variable.shape) if split else cut.gather(read)
+      if number in used:
+        own = slots[role] if role in slots else cut
+        read = own.read(array_of(role))
+        whole_read = role in slots or not split
+        values[number] = own.gather(read) if whole_read else Piece(read, variable.shape)
     for i, number in enumerate(one.imports):
       numbers = [other.imports[i] for other in group.locals]
       if all(n == number for n in numbers):
         values[number] = shared[number]
       else:
         values[number] = jnp.stack([jnp.asarray(shared[n]) for n in numbers])[member]
-    evaluate(one.operations, values, cut, variable.shape, self.division.flow.avals)
-    return [
-      ref.value if isinstance(ref, Constant) else values[ref] for _, ref in one.outs
-    ]
+    evaluate(operations, values, cut, variable.shape, self.division.flow.avals)
+    return [ref.value if isinstance(ref, Constant) else values[ref] for ref in refs]
 
   def _array_name(self, variable: int, role: Role) -> str:
     """Name of the placed array that holds what a role means for a variable."""
@@ -256,7 +257,8 @@ class Update:
           return trees[role[1]][name] if role[0] == "tree" else parts[role[1]][name]
 
         cuts = self._cuts(group, member)
-        outs = self._compute(group, member, cuts, array_of, shared)
+        every = range(len(group.locals[0].outs))
+        outs = self._compute(group, member, cuts, array_of, shared, every)
         totals = dict(totals)
         for i, out in enumerate(outs):
           dtype, _ = places[group.locals[0].outs[i][0]]
@@ -288,23 +290,36 @@ class Update:
 
     def body(member: Any, carry: Sequence[jax.Array]) -> list[jax.Array]:
       now = dict(zip(names, carry, strict=True))
+      cut, others = self._cuts(group, member)
 
       def array_of(role: Role) -> jax.Array:
         name = self._array_name(first, role)
-        # Updates are written over the gradients, which each variable reads before it writes.
-        if role[0] == "slot" or (role == GRADS and _in_place(trees, name)):
-          part, name = _target(role, name)
-          return now.get((part, name), arrays_of(part)[name])
-        return trees[role[1]][name]  # type: ignore[no-any-return]
+        if role[0] == "tree":
+          return trees[role[1]][name]  # type: ignore[no-any-return]
+        return now.get((role[1], name), arrays_of(role[1])[name])
 
-      cut, others = self._cuts(group, member)
-      outs = self._compute(group, member, (cut, others), array_of, shared)
-      for (role, _), target, out in zip(group.locals[0].outs, targets, outs, strict=True):
-        if role in others:
-          whole_slot = jnp.broadcast_to(whole(out, cut), slots[role].shape)
-          now[target] = others[role].write(now[target], others[role].cut(whole_slot))
+      def pieces(wanted: Sequence[int]) -> list[jax.Array]:
+        """What is written of some results, in the dtypes of their arrays."""
+        outs = self._compute(group, member, (cut, others), array_of, shared, wanted)
+        found = []
+        for i, out in zip(wanted, outs, strict=True):
+          role = group.locals[0].outs[i][0]
+          if role in others:
+            own = others[role].cut(jnp.broadcast_to(whole(out, cut), slots[role].shape))
+          else:
+            own = piece(out, shape, cut)
+          found.append(own.astype(now[targets[i]].dtype))
+        return found
+
+      ticket = axis.index(STAGE)
+      for wanted in _in_order(group.locals[0]):
+        if self._first(group).row is None:
+          outs = pieces(wanted)
         else:
-          now[target] = cut.write(now[target], piece(out, shape, cut))
+          outs, ticket = _apart(ticket, functools.partial(pieces, wanted))
+        for i, out in zip(wanted, outs, strict=True):
+          own_cut = others.get(group.locals[0].outs[i][0], cut)
+          now[targets[i]] = own_cut.write(now[targets[i]], out)
       return [now[target] for target in names]
 
     done = self._loop(group, body, [arrays_of(part)[name] for part, name in names])
@@ -312,14 +327,67 @@ class Update:
       arrays_of(part)[name] = array
 
 
+def _needed(one: Local, refs: Sequence[Any]) -> tuple[list[Operation], set[int]]:
+  """The operations of a local program that some results need, and all values that these read."""
+  used = {ref for ref in refs if isinstance(ref, int)}
+  found = []
+  for operation in reversed(one.operations):
+    if not used.isdisjoint(operation.outs):
+      found.append(operation)
+      used.update(ref for ref in operation.ins if isinstance(ref, int))
+  return found[::-1], used
+
+
+def _in_order(one: Local) -> list[list[int]]:
+  """The results of a local program in lots, so that none is written before its last reader has run.
+
+  A moment that is written replaces the old one. Results that read each other's old values are of
+  one lot; a lot whose old values nobody else reads comes as soon as it can, so that as few results
+  as possible are held at a time.
+  """
+  reads = []
+  for role, ref in one.outs:
+    used = _needed(one, [ref])[1]
+    reads.append({other for other, number in one.reads.items() if number in used} - {role})
+  left = list(range(len(one.outs)))
+  lots = []
+  while left:
+    free = [i for i in left if not any(one.outs[i][0] in reads[j] for j in left if j != i)]
+    lot = free[:1] or left
+    # Equal results are computed once.
+    lot = [i for i in left if i in lot or (i in free and one.outs[i][1] == one.outs[lot[0]][1])]
+    lots.append(lot)
+    left = [i for i in left if i not in lot]
+  return lots
+
+
+def _apart(
+  ticket: Any, fn: Callable[[], list[jax.Array]]
+) -> tuple[list[jax.Array], jax.Array]:
+  """Runs `fn` so that XLA makes its results before anything else is made or written.
+
+  Otherwise XLA may compute a result where it is written, read the arrays again there, and copy them
+  whole, in every round of the loop, because what it reads may have been written by then.
+
+  Args:
+    ticket: int32 [], 0 or more, and not known when the program is compiled: at first the number of
+      the device.
+    fn: returns new arrays.
+
+  Returns:
+    What `fn` returns, and the ticket for what is to run after it.
+  """
+  shapes = jax.eval_shape(fn)
+  return lax.cond(
+    jnp.asarray(ticket) >= 0,
+    lambda: (fn(), jnp.int32(ticket)),
+    lambda: ([jnp.zeros(s.shape, s.dtype) for s in shapes], jnp.int32(-1)),
+  )
+
+
 def _target(role: Role, name: str) -> tuple[int, str]:
   """Where the array of a result is: number of the part of the state, or -1; and its name."""
   return (role[1] if role[0] == "slot" else -1), name
-
-
-def _in_place(trees: Mapping[str, Any], name: str) -> bool:
-  """Whether updates of an array have the dtype of its gradients, and take their place."""
-  return trees["grads"][name].dtype == trees["updates"][name].dtype  # type: ignore[no-any-return]
 
 
 def _summed(dtype: Any) -> Any:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ from jaxpipe.pipeline.update.variables import Variables
 
 Tree = Any
 _PARTS = {"embed", "layers", "head"}
+# From this share of a packed array's elements on, slots lie in rows as wide as the array's.
+_WIDE = 0.9
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +59,7 @@ class Slot:
     variable: number of the variable that it belongs to.
     shape: its own.
     array: name of the array in `Slots.arrays`.
-    like: whether it has the variable's shape and lies as the variable does.
+    like: whether it lies as the variable does, whose shape it then has.
     offset: element of the row at which it begins, of packed rows; None elsewhere.
   """
 
@@ -110,12 +113,13 @@ class StateLayouts:
     arrays: dict[str, jax.ShapeDtypeStruct] = {}
     specs: dict[str, Spec] = {}
     counts: dict[tuple[int, str], int] = {}
+    wide = self._in_wide_rows(owners, leaves)
     # Slots of other shapes in packed rows: row -> number of the leaf -> shape.
     loose: dict[int, dict[int, jax.ShapeDtypeStruct]] = {}
     for n, (shape, dtype) in enumerate(leaves):
       v = owners[n]
       variable = self.variables.each[v]
-      like = shape == variable.shape
+      like = shape == variable.shape and (variable.offset is None or v in wide)
       if variable.offset is not None and not like:
         assert variable.row is not None
         loose.setdefault(variable.row, {})[n] = jax.ShapeDtypeStruct(shape, dtype)
@@ -140,6 +144,23 @@ class StateLayouts:
         shape, dtype = leaves[n]
         slots[n] = Slot(owners[n], shape, f"rest.{dtype}", False, flats[row].offsets[i])
     return SlotsLayout(tuple(slot for slot in slots if slot), arrays, specs)
+
+  def _in_wide_rows(
+    self, owners: Mapping[int, int], leaves: Sequence[tuple[tuple[int, ...], str]]
+  ) -> set[int]:
+    """Packed variables whose slots of their own shape lie in rows as wide as the parameters'.
+
+    Where few have one, as of a transformation for biases alone, such rows would be mostly empty.
+    """
+    each = self.variables.each
+    have = {v for n, v in owners.items() if leaves[n][0] == each[v].shape}
+    size: dict[str, int] = {}
+    used: dict[str, int] = {}
+    for v, variable in enumerate(each):
+      n = math.prod(variable.shape)
+      size[variable.array] = size.get(variable.array, 0) + n
+      used[variable.array] = used.get(variable.array, 0) + n * (v in have)
+    return {v for v in have if used[each[v].array] >= _WIDE * size[each[v].array]}
 
   def _owner(self, path: Any) -> int:
     """Number of the variable whose keys a path in a canonical part begins with."""
