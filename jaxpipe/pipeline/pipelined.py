@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import STAGE, make_mesh, row_shards
@@ -25,6 +26,9 @@ from jaxpipe.pipeline.check import Report, check
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.partitioned import partitioned
+from jaxpipe.pipeline.update.by_variable import by_variable
+from jaxpipe.pipeline.update.slots import StateLayouts, is_part
+from jaxpipe.pipeline.update.variables import Variables
 from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.stack.forward import modules, run_layers
 from jaxpipe.stack.protocol import is_packed
@@ -100,21 +104,63 @@ class Pipelined:
     """
     return pipeline_forward(self.stack, self.schedule, self.mesh)
 
+  def optimizer(
+    self, tx: optax.GradientTransformation
+  ) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation of placed trees that does what `tx` does on one leaf per variable.
+
+    See `jaxpipe.by_variable`.
+
+    Args:
+      tx: an optax transformation.
+    """
+    return by_variable(tx, self.stack, self.schedule, self.mesh)
+
   def place(self, tree: Tree) -> Tree:
-    """Lays a canonical tree of parameters, moments or model state out over the devices."""
-    return place(tree, self.stack, self.schedule, self.mesh) if jax.tree.leaves(tree) else tree
+    """Lays a canonical tree out over the devices.
+
+    Args:
+      tree: parameters, gradients or model state; or the state of an optax transformation, as `tx`
+        makes it of one leaf per variable, or of a canonical tree.
+    """
+    if not jax.tree.leaves(tree):
+      return tree
+    if is_part(tree):
+      return place(tree, self.stack, self.schedule, self.mesh)
+    return self._layouts.place(tree, self.place)
 
   def unplace(self, tree: Tree) -> Tree:
-    """Returns the canonical tree of a placed one, with its layers in model order."""
-    return unplace(tree, self.stack, self.schedule) if jax.tree.leaves(tree) else tree
+    """Returns the canonical tree of a placed one, with its layers in model order.
 
-  def check(self, batch: Tree) -> Report:
+    The state of `optimizer(tx)` becomes what `tx` makes of one leaf per variable.
+
+    Args:
+      tree: parameters, gradients, model state or an optimizer's state.
+    """
+    if not jax.tree.leaves(tree):
+      return tree
+    if is_part(tree):
+      return unplace(tree, self.stack, self.schedule)
+    return self._layouts.unplace(tree, self.unplace)
+
+  @functools.cached_property
+  def _layouts(self) -> StateLayouts:
+    """How optimizer states lie on the mesh."""
+    return StateLayouts(Variables.of(self.stack, self.schedule, self.mesh))
+
+  def check(
+    self, batch: Tree, *, optimizer: optax.GradientTransformation | None = None
+  ) -> Report:
     """Compares every gradient leaf with the unpipelined model's, for fresh parameters.
 
     Args:
       batch: arrays, leaves `[B, ...]`. One device must hold the whole model.
+      optimizer: an optax transformation; what two updates of it by `optimizer(tx)` make of each
+        variable is compared as well.
     """
-    return check(self.stack, self.schedule, self.mesh, batch, **self.options)
+    return check(
+      self.stack, self.schedule, self.mesh, batch, optimizer=optimizer, **self.options
+    )
 
   def predict(self, params: Tree, batch: Tree, state: Tree | None = None) -> Tree:
     """Returns the output of the last layer in evaluation: no dropout, norms by moving averages.

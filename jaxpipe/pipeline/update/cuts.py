@@ -48,8 +48,11 @@ class Cut(Protocol):
   def read(self, array: jax.Array) -> jax.Array:
     """The piece in this device's part of an array."""
 
+  def merged(self, array: jax.Array, piece: jax.Array) -> jax.Array:
+    """The piece in the array's dtype, with what lies beside the variable as it is there."""
+
   def write(self, array: jax.Array, piece: jax.Array) -> jax.Array:
-    """The array with the piece in it; what lies beside the variable stays."""
+    """The array with a piece of `merged` in it."""
 
   def gather(self, piece: jax.Array) -> jax.Array:
     """The whole variable, on every device along `axes`."""
@@ -90,8 +93,10 @@ class BlockCut:
       return array
     return lax.dynamic_index_in_dim(array, self.row, 0, keepdims=False)
 
+  def merged(self, array: jax.Array, piece: jax.Array) -> jax.Array:
+    return piece.astype(array.dtype)
+
   def write(self, array: jax.Array, piece: jax.Array) -> jax.Array:
-    piece = piece.astype(array.dtype)
     if self.row is None:
       return piece
     return lax.dynamic_update_index_in_dim(array, piece, self.row, 0)
@@ -152,10 +157,11 @@ class SpanCut:
     window = lax.dynamic_slice(array, (self.row, self._begin()[0]), (1, size))
     return window.reshape(self.piece_shape)
 
-  def write(self, array: jax.Array, piece: jax.Array) -> jax.Array:
+  def merged(self, array: jax.Array, piece: jax.Array) -> jax.Array:
     piece = piece.astype(array.dtype)
-    if self.axes:
-      piece = jnp.where(self._own(), piece, self.read(array))
+    return jnp.where(self._own(), piece, self.read(array)) if self.axes else piece
+
+  def write(self, array: jax.Array, piece: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice(array, piece.reshape(1, -1), (self.row, self._begin()[0]))
 
   def _own(self) -> jax.Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,7 +145,7 @@ class Update:
     numbers, counts = jnp.asarray(group.numbers), jnp.asarray(group.counts)
     if (group.counts == 1).all():
       return body(numbers[here, 0], carry)
-    count = int(group.counts[0]) if (group.counts == group.counts[0]).all() else counts[here]
+    count = counts[here]
     return lax.fori_loop(0, count, lambda i, carry: body(numbers[here, i], carry), carry)
 
   # One variable
@@ -197,15 +197,25 @@ class Update:
     cuts: tuple[Cut, dict[Role, Cut]],
     array_of: Any,
     shared: Mapping[int, Any],
-    wanted: Sequence[int],
+    refs: Sequence[Any],
+    known: Mapping[int, jax.Array] | None = None,
   ) -> list[Any]:
-    """Results of a member's local program, by their places in its `outs`."""
+    """Values of a member's local program.
+
+    Args:
+      group: the member's.
+      member: int32 [].
+      cuts: how its variable lies, and its slots of other shapes.
+      array_of: role -> the array that it stands for.
+      shared: values of the shared program.
+      refs: values or constants of the local program.
+      known: values that have been computed before.
+    """
     one, variable = group.locals[0], self._first(group)
-    refs = [one.outs[i][1] for i in wanted]
-    operations, used = _needed(one, refs)
+    operations, used = _needed(one, refs, known or {})
     cut, slots = cuts
     split = bool(cut.axes) and math.prod(variable.shape) > 1
-    values: dict[int, Any] = {}
+    values: dict[int, Any] = dict(known or {})
     for role, number in one.reads.items():
       if number in used:
         own = slots[role] if role in slots else cut
@@ -257,8 +267,8 @@ class Update:
           return trees[role[1]][name] if role[0] == "tree" else parts[role[1]][name]
 
         cuts = self._cuts(group, member)
-        every = range(len(group.locals[0].outs))
-        outs = self._compute(group, member, cuts, array_of, shared, every)
+        refs = [ref for _, ref in group.locals[0].outs]
+        outs = self._compute(group, member, cuts, array_of, shared, refs)
         totals = dict(totals)
         for i, out in enumerate(outs):
           dtype, _ = places[group.locals[0].outs[i][0]]
@@ -300,7 +310,8 @@ class Update:
 
       def pieces(wanted: Sequence[int]) -> list[jax.Array]:
         """What is written of some results, in the dtypes of their arrays."""
-        outs = self._compute(group, member, (cut, others), array_of, shared, wanted)
+        refs = [group.locals[0].outs[i][1] for i in wanted]
+        outs = self._compute(group, member, (cut, others), array_of, shared, refs, known)
         found = []
         for i, out in zip(wanted, outs, strict=True):
           role = group.locals[0].outs[i][0]
@@ -308,10 +319,19 @@ class Update:
             own = others[role].cut(jnp.broadcast_to(whole(out, cut), slots[role].shape))
           else:
             own = piece(out, shape, cut)
-          found.append(own.astype(now[targets[i]].dtype))
+          own_cut = others.get(role, cut)
+          found.append(own_cut.merged(now[targets[i]], own))
         return found
 
-      ticket = axis.index(STAGE)
+      def numbers(lot: Sequence[int]) -> list[jax.Array]:
+        """Single numbers of the local program, such as norms."""
+        outs = self._compute(group, member, (cut, others), array_of, shared, lot, known)
+        return [whole(out, cut) for out in outs]
+
+      ticket, known = axis.index(STAGE), {}
+      for lot in _numbers(group.locals[0], self.division.flow.avals):
+        outs, ticket = _apart(ticket, functools.partial(numbers, lot))
+        known.update(zip(lot, outs, strict=True))
       for wanted in _in_order(group.locals[0]):
         if self._first(group).row is None:
           outs = pieces(wanted)
@@ -327,15 +347,39 @@ class Update:
       arrays_of(part)[name] = array
 
 
-def _needed(one: Local, refs: Sequence[Any]) -> tuple[list[Operation], set[int]]:
-  """The operations of a local program that some results need, and all values that these read."""
+def _needed(
+  one: Local, refs: Sequence[Any], known: Container[int] = ()
+) -> tuple[list[Operation], set[int]]:
+  """The operations of a local program that some values need, and all values that these read."""
   used = {ref for ref in refs if isinstance(ref, int)}
   found = []
   for operation in reversed(one.operations):
-    if not used.isdisjoint(operation.outs):
+    if any(v in used and v not in known for v in operation.outs):
       found.append(operation)
       used.update(ref for ref in operation.ins if isinstance(ref, int))
   return found[::-1], used
+
+
+def _numbers(one: Local, avals: Sequence[Any]) -> list[list[int]]:
+  """Single numbers that a local program makes of tensors, in lots that need only those before.
+
+  Computed before all results, they keep nothing: the tensors that they are made of are computed
+  again where they are needed, and in neither place held as a whole.
+  """
+  depths: dict[int, int] = {}
+  lots: dict[int, list[int]] = {}
+  for operation in one.operations:
+    refs = [ref for ref in operation.ins if isinstance(ref, int)]
+    depth = max((depths.get(ref, 0) for ref in refs), default=0)
+    tensors = any(math.prod(avals[ref].shape) > 1 for ref in refs)
+    for v in operation.outs:
+      number = math.prod(avals[v].shape) == 1
+      if tensors and number and len(operation.outs) == 1:
+        lots.setdefault(depth, []).append(v)
+        depths[v] = depth + 1
+      else:
+        depths[v] = depth
+  return [[v] for depth in sorted(lots) for v in lots[depth]]
 
 
 def _in_order(one: Local) -> list[list[int]]:

@@ -186,16 +186,50 @@ class StateLayouts:
 
     return map_slots(of_part, state, lambda _: Spec())
 
-  def place(self, state: Tree) -> Tree:
-    """A canonical state, laid out over the mesh."""
-    rows = map_parts(self._joined, state, lambda leaf: leaf)
-    mesh = self.variables.mesh
-    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(rows))
-    return jax.device_put(rows, places)
+  def place(self, state: Tree, other: Callable[[Tree], Tree]) -> Tree:
+    """A state, laid out over the mesh.
 
-  def unplace(self, state: Tree) -> Tree:
-    """The canonical state of a placed one: for each variable what the transformation has made."""
-    return map_slots(self._divided, state, lambda leaf: leaf)
+    Args:
+      state: what a transformation has made of one leaf per variable, or of a canonical tree.
+      other: places a canonical tree of the parameters' structure.
+    """
+    mesh = self.variables.mesh
+
+    def of_part(part: Tree) -> Tree:
+      if not self._by_leaf(part):
+        return other(part)
+      slots = self._joined(part)
+      specs = self.of(slots).specs
+      places = {name: NamedSharding(mesh, specs[name]) for name in slots.arrays}
+      return dataclasses.replace(slots, arrays=jax.device_put(slots.arrays, places))
+
+    everywhere = NamedSharding(mesh, Spec())
+    return map_parts(of_part, state, lambda leaf: jax.device_put(leaf, everywhere))
+
+  def unplace(self, state: Tree, other: Callable[[Tree], Tree]) -> Tree:
+    """The state of a placed one: of a part made by variable, one leaf per variable.
+
+    Args:
+      state: placed.
+      other: the canonical tree of one that was placed.
+    """
+
+    def one(node: Any) -> Any:
+      if is_slots(node):
+        return self._divide(node)
+      return other(node) if is_part(node) else node
+
+    return jax.tree.map(one, state, is_leaf=lambda node: is_slots(node) or is_part(node))
+
+  def _by_leaf(self, part: Tree) -> bool:
+    """Whether a part of a state has one node per variable, and not layers that are stacked."""
+    names = self.variables.tree["layers"].keys()
+    return isinstance(part["layers"], dict) and part["layers"].keys() == names
+
+  # All leaves by one program, which is compiled once for each structure.
+  @functools.cached_property
+  def _divide(self) -> Callable[[Slots], Tree]:
+    return jax.jit(self._divided)
 
   def _joined(self, part: Tree) -> Slots:
     """A canonical part as placed arrays, not yet sharded."""

@@ -90,12 +90,7 @@ class Variables:
     laid = stack.laid_out(schedule)
     shapes = laid.param_shapes()
     specs = param_specs(shapes, laid, schedule, mesh)
-    own = stack.network.param_shapes()
-    tree = {
-      "embed": own["embed"],
-      "head": own["head"],
-      "layers": {str(i): own[f"layers/{i}"] for i in range(stack.depth)},
-    }
+    tree = _tree(stack.network.param_shapes(), stack.depth)
     row_of = np.argsort(layer_order(laid.depth, schedule))
     homes = _packed_homes(laid, row_of) if is_packed(laid) else _stacked_homes(tree, row_of)
     each = []
@@ -155,6 +150,17 @@ class Variables:
           f" {list(want.shape)}; place the tree by the same stack and schedule"
         )
     return dict(zip(self.arrays, leaves, strict=True))
+
+
+def by_leaf(stack: LayerStack, canonical: Tree) -> Tree:
+  """A canonical tree of parameters, gradients or the like as the tree with one leaf per variable."""
+  return _tree(stack.network.split(canonical), stack.depth)
+
+
+def _tree(modules: Mapping[str, Tree], depth: int) -> Tree:
+  """The tree with one leaf per variable, of the trees of all modules."""
+  layers = {str(i): modules[f"layers/{i}"] for i in range(depth)}
+  return {"embed": modules["embed"], "head": modules["head"], "layers": layers}
 
 
 def _stacked_homes(tree: Tree, row_of: np.ndarray) -> dict[str, tuple[str, int | None, int | None]]:
