@@ -104,9 +104,7 @@ class Pipelined:
     """
     return pipeline_forward(self.stack, self.schedule, self.mesh)
 
-  def optimizer(
-    self, tx: optax.GradientTransformation
-  ) -> optax.GradientTransformationExtraArgs:
+  def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Returns a transformation of placed trees that does what `tx` does on one leaf per variable.
 
     See `jaxpipe.by_variable`.
@@ -148,9 +146,7 @@ class Pipelined:
     """How optimizer states lie on the mesh."""
     return StateLayouts(Variables.of(self.stack, self.schedule, self.mesh))
 
-  def check(
-    self, batch: Tree, *, optimizer: optax.GradientTransformation | None = None
-  ) -> Report:
+  def check(self, batch: Tree, *, optimizer: optax.GradientTransformation | None = None) -> Report:
     """Compares every gradient leaf with the unpipelined model's, for fresh parameters.
 
     Args:
@@ -158,9 +154,7 @@ class Pipelined:
       optimizer: an optax transformation; what two updates of it by `optimizer(tx)` make of each
         variable is compared as well.
     """
-    return check(
-      self.stack, self.schedule, self.mesh, batch, optimizer=optimizer, **self.options
-    )
+    return check(self.stack, self.schedule, self.mesh, batch, optimizer=optimizer, **self.options)
 
   def predict(self, params: Tree, batch: Tree, state: Tree | None = None) -> Tree:
     """Returns the output of the last layer in evaluation: no dropout, norms by moving averages.

@@ -23,9 +23,18 @@ from jaxpipe.parallel.placing import check_mesh
 from jaxpipe.pipeline.update.dataflow import Flow
 from jaxpipe.pipeline.update.division import divide
 from jaxpipe.pipeline.update.program import UPDATES, Role, Update
-from jaxpipe.pipeline.update.slots import Slot, Slots, StateLayouts, is_part, is_slots, map_slots
+from jaxpipe.pipeline.update.slots import (
+  Slot,
+  Slots,
+  SlotsLayout,
+  StateLayouts,
+  is_part,
+  is_slots,
+  map_slots,
+)
 from jaxpipe.pipeline.update.variables import Variables
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.module_spec import same_structure
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -110,7 +119,9 @@ class _ByVariable:
     jaxpr, shapes = _traced(self.tx.init, "init", tree)
     outs = traced.flow.trace(jaxpr, traced.numbers)
     placed = self.layouts.placed_shapes(shapes)
-    run, _ = traced.divided(self.layouts, jax.tree.unflatten(jax.tree.structure(shapes), outs), placed)
+    run, _ = traced.divided(
+      self.layouts, jax.tree.unflatten(jax.tree.structure(shapes), outs), placed
+    )
     specs = self.layouts.specs(placed)
     parts, structure = jax.tree.flatten(placed, is_leaf=is_slots)
 
@@ -143,7 +154,7 @@ class _ByVariable:
     # Inputs are numbered in the order of the leaves of these arguments: see `_Traced`.
     jaxpr, (shapes, after) = _traced(call, "update", updates, canonical, params, extra)
     outs = traced.flow.trace(jaxpr, traced.ordered((updates, canonical, params, extra)))
-    if jax.tree.structure(shapes) != jax.tree.structure(self.variables.tree):
+    if not same_structure(shapes, self.variables.tree):
       raise ValueError(
         f"the optimizer returns updates of {jax.tree.structure(shapes)}, and parameters are"
         f" {jax.tree.structure(self.variables.tree)}"
@@ -162,8 +173,7 @@ class _ByVariable:
       trees = dict(arrays)
       trees["grads"] = arrays["updates"]
       trees["updates"] = {
-        name: jnp.zeros(a.shape, dtypes[name])
-        for name, a in arrays["updates"].items()
+        name: jnp.zeros(a.shape, dtypes[name]) for name, a in arrays["updates"].items()
       }
       new, slots, results = run(trees, slots, dict(zip(others_in, values, strict=True)))
       return new, _joined(parts, state_structure, slots, results)
@@ -171,9 +181,7 @@ class _ByVariable:
     specs = self.layouts.specs(state)
     tree_specs = self._tree_specs(arrays)
     everywhere = jax.tree.map(lambda _: Spec(), others)
-    return self._compiled(
-      local, (tree_specs, specs, everywhere), (tree_specs["updates"], specs)
-    )
+    return self._compiled(local, (tree_specs, specs, everywhere), (tree_specs["updates"], specs))
 
   def _compiled(self, local: Any, in_specs: Any, out_specs: Any) -> Any:
     """A function of each device's arrays as a compiled function of arrays on the mesh."""
@@ -225,7 +233,9 @@ class _Traced:
   def _input(self, shape: Sequence[int], dtype: Any, variable: int | None, role: Role) -> Any:
     leaf = jax.ShapeDtypeStruct(tuple(shape), dtype)
     aval = jax.eval_shape(lambda x: x, leaf)
-    number = self.flow.value(_Aval(tuple(shape), aval.dtype), 0 if variable is None else 1 << variable)
+    number = self.flow.value(
+      _Aval(tuple(shape), aval.dtype), 0 if variable is None else 1 << variable
+    )
     self.numbers.append(number)
     self._leaves[id(leaf)] = number
     if variable is None:
@@ -287,8 +297,9 @@ class _Traced:
     roles: list[dict[Role, Slot]] = [{} for _ in self.variables.each]
     for i, ref in enumerate(updates):
       outs[i][UPDATES] = ref
-    results, found = [], []
-    structure = jax.tree.structure(placed, is_leaf=is_slots)
+    results: list[Any] = []
+    found: list[SlotsLayout] = []
+    structure: Any = jax.tree.structure(placed, is_leaf=is_slots)
     nodes = structure.flatten_up_to(canonical)
     for node, part in zip(nodes, jax.tree.leaves(placed, is_leaf=is_slots), strict=True):
       if not is_slots(part):
@@ -297,7 +308,7 @@ class _Traced:
       layout = layouts.of(part)
       names = _slot_roles(len(found), layout.slots)
       found.append(layout)
-      for ref, slot, role in zip(part_leaves(node), layout.slots, names, strict=True):
+      for ref, slot, role in zip(jax.tree.leaves(node), layout.slots, names, strict=True):
         outs[slot.variable][role] = ref
         roles[slot.variable][role] = slot
     division = divide(
@@ -318,11 +329,6 @@ class _Aval:
     return f"{self.dtype}{list(self.shape)}"
 
 
-def part_leaves(node: Tree) -> list[Any]:
-  """The values of a canonical part; constants are leaves."""
-  return jax.tree.leaves(node)
-
-
 def _slot_roles(part: int, slots: Sequence[Slot]) -> list[Role]:
   """The role of each slot of a part: its number among those of its variable."""
   counts: dict[int, int] = {}
@@ -336,9 +342,10 @@ def _slot_roles(part: int, slots: Sequence[Slot]) -> list[Role]:
 def _traced(fn: Any, name: str, *args: Any) -> tuple[Any, Any]:
   """The jaxpr of a function and the shapes that it returns."""
   try:
-    return jax.make_jaxpr(fn, return_shape=True)(*args)  # type: ignore[no-any-return]
+    return jax.make_jaxpr(fn, return_shape=True)(*args)
   except (TypeError, ValueError) as e:
-    raise ValueError(f"the optimizer's {name} cannot be traced variable by variable: {e}") from e
+    why = f"{e}".partition("\n")[0]
+    raise ValueError(f"the optimizer's {name} cannot be traced variable by variable: {why}") from e
 
 
 def _checked(extra: dict[str, Any], leaf: Any) -> jax.Array:
@@ -354,7 +361,7 @@ def _checked(extra: dict[str, Any], leaf: Any) -> jax.Array:
 
 def _check_state(before: Tree, after: Tree) -> None:
   """Raises ValueError where the next state is not of the structure and shapes of the last."""
-  if jax.tree.structure(before) != jax.tree.structure(after):
+  if not same_structure(before, after):
     raise ValueError(
       f"the optimizer's state changes from {jax.tree.structure(before)} to"
       f" {jax.tree.structure(after)}, which a placed state cannot"

@@ -107,7 +107,7 @@ class BlockCut:
     return piece
 
   def cut(self, whole: jax.Array) -> jax.Array:
-    return own_pieces(self.spec, whole)  # type: ignore[no-any-return]
+    return own_pieces(self.spec, whole)
 
   def masked(self, piece: jax.Array, other: Any) -> jax.Array:
     return piece
@@ -201,7 +201,7 @@ def reduced(name: str, piece: jax.Array, cut: Cut) -> jax.Array:
   local, over_devices, identity = _REDUCTIONS[name]
   out = local(cut.masked(piece, identity(piece.dtype)))
   wide = out.astype(jnp.int32) if out.dtype == jnp.bool else out
-  return over_devices(wide, cut.axes).astype(piece.dtype)  # type: ignore[no-any-return]
+  return over_devices(wide, cut.axes).astype(piece.dtype)
 
 
 def is_reduction(name: str) -> bool:

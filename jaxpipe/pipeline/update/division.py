@@ -105,14 +105,10 @@ def divide(
   shared = _backward(
     flow, [*wanted, *results], lambda v: homes.get(v, _SHARED) != _SHARED or v in crossing
   )
-  return Division(
-    flow, tuple(passes), tuple(map(tuple, exports)), tuple(shared), tuple(results)
-  )
+  return Division(flow, tuple(passes), tuple(map(tuple, exports)), tuple(shared), tuple(results))
 
 
-def _homes(
-  flow: Flow, outs: Sequence[dict[Any, Any]], results: Sequence[Any]
-) -> dict[int, int]:
+def _homes(flow: Flow, outs: Sequence[dict[Any, Any]], results: Sequence[Any]) -> dict[int, int]:
   """For each value that depends on variables, the variable whose program makes it, or `_SHARED`."""
   # Backwards: a bit for each variable whose results need the value, and one for all other results.
   needed = [0] * len(flow.avals)
@@ -134,9 +130,9 @@ def _homes(
   for v, depends in enumerate(flow.depends):
     if not depends:
       continue
-    operation = flow.makers.get(v)
+    maker = flow.makers.get(v)
     bits = needed[v]
-    for other in operation.outs if operation else ():
+    for other in maker.outs if maker else ():
       bits |= needed[other]
     if depends.bit_count() == 1:
       homes[v] = depends.bit_length() - 1

@@ -18,13 +18,14 @@ from jaxpipe.pipeline.update.cuts import Cut, is_reduction, reduced
 from jaxpipe.pipeline.update.dataflow import Constant, Operation
 
 # Primitives that work element by element, on operands of one shape or of none.
-_ELEMENTWISE = frozenset(
-  """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh
-  digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log
-  log1p logistic lt max min mul ne neg nextafter not or pow real rem round rsqrt select_n
-  shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub
-  tan tanh xor convert_element_type""".split()
+_NAMES = (
+  "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh "
+  "digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma "
+  "log log1p logistic lt max min mul ne neg nextafter not or pow real rem round rsqrt "
+  "select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square "
+  "stop_gradient sub tan tanh xor convert_element_type "
 )
+_ELEMENTWISE = frozenset(_NAMES.split())
 _RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
 
 
@@ -94,9 +95,7 @@ def _on_pieces(
   pieces = [arg for arg in args if isinstance(arg, Piece)]
   if not pieces:
     return None
-  if name in _RESHAPES or (
-    name == "broadcast_in_dim" and math.prod(out_shape) == math.prod(shape)
-  ):
+  if name in _RESHAPES or (name == "broadcast_in_dim" and math.prod(out_shape) == math.prod(shape)):
     return [Piece(args[0].array, out_shape)]
   if name in _ELEMENTWISE and all(arg.shape == out_shape for arg in pieces):
     # Other operands have no dims, or dims of one element that the operation repeats.

@@ -218,7 +218,7 @@ class Update:
     values: dict[int, Any] = dict(known or {})
     for role, number in one.reads.items():
       if number in used:
-        own = slots[role] if role in slots else cut
+        own = slots.get(role, cut)
         read = own.read(array_of(role))
         whole_read = role in slots or not split
         values[number] = own.gather(read) if whole_read else Piece(read, variable.shape)
@@ -296,7 +296,7 @@ class Update:
     names = list(dict.fromkeys(targets))
 
     def arrays_of(part: int) -> dict[str, jax.Array]:
-      return trees["updates"] if part < 0 else state[part]  # type: ignore[no-any-return]
+      return trees["updates"] if part < 0 else state[part]
 
     def body(member: Any, carry: Sequence[jax.Array]) -> list[jax.Array]:
       now = dict(zip(names, carry, strict=True))
@@ -305,7 +305,7 @@ class Update:
       def array_of(role: Role) -> jax.Array:
         name = self._array_name(first, role)
         if role[0] == "tree":
-          return trees[role[1]][name]  # type: ignore[no-any-return]
+          return trees[role[1]][name]
         return now.get((role[1], name), arrays_of(role[1])[name])
 
       def pieces(wanted: Sequence[int]) -> list[jax.Array]:
@@ -328,7 +328,8 @@ class Update:
         outs = self._compute(group, member, (cut, others), array_of, shared, lot, known)
         return [whole(out, cut) for out in outs]
 
-      ticket, known = axis.index(STAGE), {}
+      ticket: Any = axis.index(STAGE)
+      known: dict[int, jax.Array] = {}
       for lot in _numbers(group.locals[0], self.division.flow.avals):
         outs, ticket = _apart(ticket, functools.partial(numbers, lot))
         known.update(zip(lot, outs, strict=True))
@@ -405,9 +406,7 @@ def _in_order(one: Local) -> list[list[int]]:
   return lots
 
 
-def _apart(
-  ticket: Any, fn: Callable[[], list[jax.Array]]
-) -> tuple[list[jax.Array], jax.Array]:
+def _apart(ticket: Any, fn: Callable[[], list[jax.Array]]) -> tuple[list[jax.Array], jax.Array]:
   """Runs `fn` so that XLA makes its results before anything else is made or written.
 
   Otherwise XLA may compute a result where it is written, read the arrays again there, and copy them

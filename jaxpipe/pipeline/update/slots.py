@@ -267,7 +267,9 @@ def is_part(node: Any) -> bool:
 
 def map_parts(fn: Callable[[Tree], Any], tree: Tree, other: Callable[[Any], Any]) -> Tree:
   """Maps over a canonical state: `fn` over its parts, `other` over all other leaves."""
-  return jax.tree.map(lambda node: fn(node) if is_part(node) else other(node), tree, is_leaf=is_part)
+  return jax.tree.map(
+    lambda node: fn(node) if is_part(node) else other(node), tree, is_leaf=is_part
+  )
 
 
 def is_slots(node: Any) -> bool:

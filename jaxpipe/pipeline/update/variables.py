@@ -153,7 +153,7 @@ class Variables:
 
 
 def by_leaf(stack: LayerStack, canonical: Tree) -> Tree:
-  """A canonical tree of parameters, gradients or the like as the tree with one leaf per variable."""
+  """A canonical tree of the structure of parameters as one with one leaf per variable."""
   return _tree(stack.network.split(canonical), stack.depth)
 
 
@@ -189,5 +189,3 @@ def _packed_homes(
       array = f"layers/{flat.leaves[n].dtype}"
       homes[describe(path)] = (array, int(row_of[s]), flat.offsets[n])
   return homes
-
-
