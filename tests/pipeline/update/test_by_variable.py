@@ -316,9 +316,11 @@ def test_an_update_holds_what_adam_holds_and_two_variables(
 
   adam, ours = optax.adamw(1e-2), pipe.optimizer(OPTIMIZERS[optimizer]())
   moments = jax.tree.map(
-    lambda leaf: leaf
-    if isinstance(leaf.sharding, NamedSharding)
-    else jax.device_put(leaf, NamedSharding(made, jax.sharding.PartitionSpec())),
+    lambda leaf: (
+      leaf
+      if isinstance(leaf.sharding, NamedSharding)
+      else jax.device_put(leaf, NamedSharding(made, jax.sharding.PartitionSpec()))
+    ),
     adam.init(params),
   )
   assert held(ours, ours.init(params)) <= held(adam, moments) + 2 * W * W * 4
