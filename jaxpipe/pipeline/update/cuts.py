@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel import axes as axis
+from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.parallel.placing import own_pieces
 from jaxpipe.parallel.rules import axes_of_entry
 
@@ -199,9 +200,14 @@ def reduced(name: str, piece: jax.Array, cut: Cut) -> jax.Array:
     cut: how the variable is cut.
   """
   local, over_devices, identity = _REDUCTIONS[name]
-  out = local(cut.masked(piece, identity(piece.dtype)))
+  # On CPU, XLA hands plain reductions to a library, which takes its operands as whole arrays. With a
+  # selection in it, true but not known to be, a reduction is a loop that reads what it needs.
+  true = jnp.asarray(axis.index(STAGE)) >= 0
+  masked = cut.masked(piece, identity(piece.dtype))
+  out = local(jnp.where(true, masked, jnp.asarray(identity(piece.dtype), piece.dtype)))
   wide = out.astype(jnp.int32) if out.dtype == jnp.bool else out
-  return over_devices(wide, cut.axes).astype(piece.dtype)
+  total = over_devices(wide, cut.axes) if cut.axes else wide
+  return total.astype(piece.dtype)
 
 
 def is_reduction(name: str) -> bool:

@@ -74,7 +74,7 @@ def evaluate(
   for operation in operations:
     args = [ref.value if isinstance(ref, Constant) else values[ref] for ref in operation.ins]
     out_shape = tuple(avals[operation.outs[0]].shape)
-    joined = not cut.axes or math.prod(shape) == 1
+    joined = math.prod(shape) == 1
     outs = None if joined else _on_pieces(operation, args, cut, shape, out_shape)
     if outs is None:
       outs = operation.run(*(whole(arg, cut) for arg in args))

@@ -214,7 +214,7 @@ class Update:
     one, variable = group.locals[0], self._first(group)
     operations, used = _needed(one, refs, known or {})
     cut, slots = cuts
-    split = bool(cut.axes) and math.prod(variable.shape) > 1
+    split = math.prod(variable.shape) > 1
     values: dict[int, Any] = dict(known or {})
     for role, number in one.reads.items():
       if number in used:
