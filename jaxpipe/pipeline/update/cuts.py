@@ -200,14 +200,25 @@ def reduced(name: str, piece: jax.Array, cut: Cut) -> jax.Array:
     cut: how the variable is cut.
   """
   local, over_devices, identity = _REDUCTIONS[name]
-  # On CPU, XLA hands plain reductions to a library, which takes its operands as whole arrays. With a
-  # selection in it, true but not known to be, a reduction is a loop that reads what it needs.
-  true = jnp.asarray(axis.index(STAGE)) >= 0
-  masked = cut.masked(piece, identity(piece.dtype))
-  out = local(jnp.where(true, masked, jnp.asarray(identity(piece.dtype), piece.dtype)))
+  out = local(looped(name, cut.masked(piece, identity(piece.dtype))))
   wide = out.astype(jnp.int32) if out.dtype == jnp.bool else out
   total = over_devices(wide, cut.axes) if cut.axes else wide
   return total.astype(piece.dtype)
+
+
+def looped(name: str, operand: jax.Array) -> jax.Array:
+  """The operand of a reduction, written so that XLA reduces it in a loop of its own.
+
+  On CPU, XLA hands plain reductions to a library, which takes its operands as whole arrays. A loop
+  reads what it needs. With a selection in it, true but not known to be, a reduction is one.
+
+  Args:
+    name: of the primitive, one of `is_reduction`.
+    operand: of any shape.
+  """
+  other = _REDUCTIONS[name][2](operand.dtype)
+  true = jnp.asarray(axis.index(STAGE)) >= 0
+  return jnp.where(true, operand, jnp.asarray(other, operand.dtype))
 
 
 def is_reduction(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.pipeline.update.cuts import Cut, is_reduction, reduced
+from jaxpipe.pipeline.update.cuts import Cut, is_reduction, looped, reduced
 from jaxpipe.pipeline.update.dataflow import Constant, Operation
 
 # Primitives that work element by element, on operands of one shape or of none.
@@ -77,7 +77,10 @@ def evaluate(
     joined = math.prod(shape) == 1
     outs = None if joined else _on_pieces(operation, args, cut, shape, out_shape)
     if outs is None:
-      outs = operation.run(*(whole(arg, cut) for arg in args))
+      args = [whole(arg, cut) for arg in args]
+      if is_reduction(operation.name):
+        args = [looped(operation.name, args[0])]
+      outs = operation.run(*args)
     values.update(zip(operation.outs, outs, strict=True))
 
 

@@ -323,16 +323,16 @@ class Update:
           found.append(own_cut.merged(now[targets[i]], own))
         return found
 
-      def numbers(lot: Sequence[int]) -> list[jax.Array]:
-        """Single numbers of the local program, such as norms."""
-        outs = self._compute(group, member, (cut, others), array_of, shared, lot, known)
+      def small(value: int) -> list[jax.Array]:
+        """A value of the local program that is smaller than the variable."""
+        outs = self._compute(group, member, (cut, others), array_of, shared, [value], known)
         return [whole(out, cut) for out in outs]
 
       ticket: Any = axis.index(STAGE)
       known: dict[int, jax.Array] = {}
-      for lot in _numbers(group.locals[0], self.division.flow.avals):
-        outs, ticket = _apart(ticket, functools.partial(numbers, lot))
-        known.update(zip(lot, outs, strict=True))
+      for value in _small(group.locals[0], self.division.flow.avals):
+        outs, ticket = _apart(ticket, functools.partial(small, value))
+        known[value] = outs[0]
       for wanted in _in_order(group.locals[0]):
         if self._first(group).row is None:
           outs = pieces(wanted)
@@ -361,26 +361,20 @@ def _needed(
   return found[::-1], used
 
 
-def _numbers(one: Local, avals: Sequence[Any]) -> list[list[int]]:
-  """Single numbers that a local program makes of tensors, in lots that need only those before.
+def _small(one: Local, avals: Sequence[Any]) -> list[int]:
+  """What a local program makes of tensors that is much smaller, such as norms, in order.
 
-  Computed before all results, they keep nothing: the tensors that they are made of are computed
-  again where they are needed, and in neither place held as a whole.
+  Computed before all results, it keeps little: the tensors that it is made of are computed again
+  where they are needed, and in neither place held whole.
   """
-  depths: dict[int, int] = {}
-  lots: dict[int, list[int]] = {}
+  found = []
   for operation in one.operations:
-    refs = [ref for ref in operation.ins if isinstance(ref, int)]
-    depth = max((depths.get(ref, 0) for ref in refs), default=0)
-    tensors = any(math.prod(avals[ref].shape) > 1 for ref in refs)
-    for v in operation.outs:
-      number = math.prod(avals[v].shape) == 1
-      if tensors and number and len(operation.outs) == 1:
-        lots.setdefault(depth, []).append(v)
-        depths[v] = depth + 1
-      else:
-        depths[v] = depth
-  return [[v] for depth in sorted(lots) for v in lots[depth]]
+    sizes = [math.prod(avals[ref].shape) for ref in operation.ins if isinstance(ref, int)]
+    if len(operation.outs) == 1 and 2 * math.prod(avals[operation.outs[0]].shape) <= max(
+      sizes, default=0
+    ):
+      found.append(operation.outs[0])
+  return found
 
 
 def _in_order(one: Local) -> list[list[int]]:
