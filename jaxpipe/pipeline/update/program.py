@@ -31,6 +31,9 @@ Tree = Any
 # Role of an array of a variable: ("tree", name of the placed tree) or ("slot", part, number).
 Role = tuple[Any, ...]
 UPDATES: Role = ("tree", "updates")
+# Results of a variable of so many elements are computed one at a time, those of a smaller one at
+# once, which is less to compile.
+LARGE = 1 << 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -330,10 +333,12 @@ class Update:
 
       ticket: Any = axis.index(STAGE)
       known: dict[int, jax.Array] = {}
-      for value in _small(group.locals[0], self.division.flow.avals):
+      one = group.locals[0]
+      large = math.prod(shape) >= LARGE
+      for value in _small(one, self.division.flow.avals) if large else ():
         outs, ticket = _apart(ticket, functools.partial(small, value))
         known[value] = outs[0]
-      for wanted in _in_order(group.locals[0]):
+      for wanted in _in_order(one) if large else [range(len(one.outs))]:
         if self._first(group).row is None:
           outs = pieces(wanted)
         else:
