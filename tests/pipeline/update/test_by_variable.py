@@ -287,6 +287,15 @@ def test_a_state_goes_through_orbax_as_it_is(tmp_path: Any) -> None:
     assert a.sharding == b.sharding
 
 
+def test_the_memory_report_counts_a_state_made_by_variable() -> None:
+  pipe = pipelined("stacked", "stage:2,fsdp:2")
+  for tx in (pipe.optimizer(OPTIMIZERS["adafactor"]()), pipe.optimizer(optax.adam(1e-2))):
+    report = jaxpipe.memory_report(pipe.stack, pipe.schedule, pipe.mesh, BATCH, optimizer=tx)
+    state = tx.init(pipe.place(some_values(pipe, 0)))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert report.bytes["optimizer"] == held
+
+
 def test_states_of_plain_optax_are_placed_as_the_parameters() -> None:
   pipe = pipelined("stacked", "stage:4")
   params = some_values(pipe, 0)
