@@ -19,6 +19,7 @@ if TYPE_CHECKING:
   from jaxpipe.pipeline.partitioned import partitioned
   from jaxpipe.pipeline.pipelined import pipeline
   from jaxpipe.pipeline.reference import reference_value_and_grad
+  from jaxpipe.pipeline.update.by_variable import by_variable
   from jaxpipe.schedules import (
     Action,
     Costs,
@@ -59,6 +60,7 @@ _HOME = {
   "Tables": "jaxpipe.stack.vocabulary",
   "Whole": "jaxpipe.stack.context",
   "Timeline": "jaxpipe.schedules",
+  "by_variable": "jaxpipe.pipeline.update.by_variable",
   "check": "jaxpipe.pipeline.check",
   "choose_schedule": "jaxpipe.training.plan.choose",
   "layer": "jaxpipe.stack.module.given",

@@ -65,7 +65,17 @@ MEMBERS: dict[str, tuple[type, tuple[str, ...]]] = {
   "what jaxpipe.load returns": (LoadedRun, ("sample",)),
   "what jaxpipe.pipeline returns": (
     Pipelined,
-    ("init", "init_state", "value_and_grad", "evaluate", "place", "unplace", "check", "predict"),
+    (
+      "init",
+      "init_state",
+      "value_and_grad",
+      "evaluate",
+      "optimizer",
+      "place",
+      "unplace",
+      "check",
+      "predict",
+    ),
   ),
 }
 

@@ -12,13 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.placing import layer_paths, place, unplace
+from jaxpipe.parallel.rules import describe
 from jaxpipe.pipeline.executor import pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.reference import reference_value_and_grad
+from jaxpipe.pipeline.update.by_variable import by_variable
+from jaxpipe.pipeline.update.variables import by_leaf
 from jaxpipe.schedules import Schedule
 from jaxpipe.stack.stack import LayerStack
 
@@ -44,6 +48,8 @@ class Report:
     state_errors: path of a leaf of the model state after the step -> its error, by the measure of
       `errors`; empty where the stack has no state.
     tolerance: the largest error that `ok` allows.
+    update_errors: path of a variable -> error of its value after two updates of the optimizer that
+      was given, by the measure of `errors` of what they have added to it; empty without one.
   """
 
   errors: dict[str, float]
@@ -51,12 +57,13 @@ class Report:
   metrics_error: float
   state_errors: dict[str, float]
   tolerance: float
+  update_errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def worst(self) -> float:
-    """The largest error of all gradients, the state, the loss and the metrics."""
-    states = self.state_errors.values()
-    return max([*self.errors.values(), *states, self.loss_error, self.metrics_error])
+    """The largest error of all gradients, the state, the updates, the loss and the metrics."""
+    others = [*self.state_errors.values(), *self.update_errors.values()]
+    return max([*self.errors.values(), *others, self.loss_error, self.metrics_error])
 
   @property
   def ok(self) -> bool:
@@ -67,6 +74,7 @@ class Report:
     lines = [f"{error:10.2e}  {path}" for path, error in self.errors.items()]
     verdict = "ok" if self.ok else "NOT EQUAL"
     lines += [f"{error:10.2e}  state{path}" for path, error in self.state_errors.items()]
+    lines += [f"{error:10.2e}  update of {path}" for path, error in self.update_errors.items()]
     lines += [
       f"{self.loss_error:10.2e}  loss",
       f"{self.metrics_error:10.2e}  metrics",
@@ -143,6 +151,7 @@ def check(
   slack: int = 0,
   unroll: str = "auto",
   tolerance: float | None = None,
+  optimizer: optax.GradientTransformation | None = None,
 ) -> Report:
   """Runs one step of pipeline and reference on the same values and compares every leaf.
 
@@ -164,6 +173,8 @@ def check(
     unroll: shape of the pipeline's program; see `pipeline_value_and_grad`.
     tolerance: the largest error that `Report.ok` allows; default, by the least precise parameter:
       1e-12 for float64, 1e-5 for float32, else 1e-2.
+    optimizer: an optax transformation. Two updates of it, of the reference's gradients, are done by
+      `by_variable` on placed trees and by itself on one leaf per variable, and compared.
 
   Returns:
     A `Report`; print it for a line per leaf.
@@ -191,6 +202,9 @@ def check(
   if tolerance is None:
     coarsest = min((leaf.dtype.itemsize for leaf in jax.tree.leaves(params)), default=4)
     tolerance = {8: 1e-12, 4: 1e-5}.get(coarsest, 1e-2)
+  updates = {}
+  if optimizer is not None:
+    updates = _update_errors(optimizer, stack, schedule, mesh, params, true_grads)
   pairs = zip(jax.tree.leaves(metrics), jax.tree.leaves(true_metrics), strict=True)
   return Report(
     errors=leaf_errors(unplace(grads, stack, schedule), true_grads),
@@ -198,4 +212,37 @@ def check(
     metrics_error=max([0.0, *(_relative(got, want) for got, want in pairs)]),
     state_errors=leaf_errors(*states),
     tolerance=tolerance,
+    update_errors=updates,
   )
+
+
+def _update_errors(
+  tx: optax.GradientTransformation,
+  stack: LayerStack,
+  schedule: Schedule,
+  mesh: Mesh,
+  params: Tree,
+  grads: Tree,
+) -> dict[str, float]:
+  """Error of what two updates add to each variable, on placed trees and on one leaf per variable.
+
+  Args:
+    tx: the transformation.
+    stack, schedule, mesh: where the placed trees lie.
+    params, grads: canonical trees.
+  """
+
+  def moved(tx: Any, params: Tree, grads: Tree) -> Tree:
+    """The sum of two updates."""
+    state, new = tx.init(params), params
+    for _ in range(2):
+      updates, state = tx.update(grads, state, new)
+      new = optax.apply_updates(new, updates)
+    return jax.tree.map(lambda a, b: a - b, new, params)
+
+  placed = (place(tree, stack, schedule, mesh) for tree in (params, grads))
+  ours = moved(by_variable(tx, stack, schedule, mesh), *placed)
+  plain = moved(tx, by_leaf(stack, params), by_leaf(stack, grads))
+  errors = leaf_errors(by_leaf(stack, unplace(ours, stack, schedule)), plain)
+  paths = [describe(path) for path, _ in jax.tree.leaves_with_path(plain)]
+  return dict(zip(paths, errors.values(), strict=True))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from jaxpipe.parallel.mesh import make_mesh, row_shards, stages_of
@@ -26,6 +27,9 @@ from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.partitioned import partitioned
 from jaxpipe.pipeline.predict import pipeline_predict
+from jaxpipe.pipeline.update.by_variable import by_variable
+from jaxpipe.pipeline.update.slots import StateLayouts, is_part
+from jaxpipe.pipeline.update.variables import Variables
 from jaxpipe.schedules import Schedule, make_schedule
 from jaxpipe.stack.context import leaves_of_rows
 from jaxpipe.stack.forward import given_back
@@ -127,13 +131,47 @@ class Pipelined:
     """Returns `run` for any number of rows, where the head leaves out those that fill up."""
     return _filling(self.stack, self.schedule.microbatches, row_shards(self.mesh), run, trains)
 
+  def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation of placed trees that does what `tx` does on one leaf per variable.
+
+    See `jaxpipe.by_variable`.
+
+    Args:
+      tx: an optax transformation.
+    """
+    return by_variable(tx, self.stack, self.schedule, self.mesh)
+
   def place(self, tree: Tree) -> Tree:
-    """Lays a canonical tree of parameters, moments or model state out over the devices."""
-    return place(tree, self.stack, self.schedule, self.mesh) if jax.tree.leaves(tree) else tree
+    """Lays a canonical tree out over the devices.
+
+    Args:
+      tree: parameters, gradients or model state; or the state of an optax transformation, as `tx`
+        makes it of one leaf per variable, or of a canonical tree.
+    """
+    if not jax.tree.leaves(tree):
+      return tree
+    if is_part(tree):
+      return place(tree, self.stack, self.schedule, self.mesh)
+    return self._layouts.place(tree, self.place)
 
   def unplace(self, tree: Tree) -> Tree:
-    """Returns the canonical tree of a placed one, with its layers in model order."""
-    return unplace(tree, self.stack, self.schedule) if jax.tree.leaves(tree) else tree
+    """Returns the canonical tree of a placed one, with its layers in model order.
+
+    The state of `optimizer(tx)` becomes what `tx` makes of one leaf per variable.
+
+    Args:
+      tree: parameters, gradients, model state or an optimizer's state.
+    """
+    if not jax.tree.leaves(tree):
+      return tree
+    if is_part(tree):
+      return unplace(tree, self.stack, self.schedule)
+    return self._layouts.unplace(tree, self.unplace)
+
+  @functools.cached_property
+  def _layouts(self) -> StateLayouts:
+    """How optimizer states lie on the mesh."""
+    return StateLayouts(Variables.of(self.stack, self.schedule, self.mesh))
 
   def modules(self, params: Tree, state: Tree | None = None) -> list[Any]:
     """Gives trained values back as new objects of the kinds that were given.
@@ -153,13 +191,15 @@ class Pipelined:
     state = given_state(self.stack, state)
     return given_back(self.stack, self.unplace(params), self.unplace(state) if state else {})
 
-  def check(self, batch: Tree) -> Report:
+  def check(self, batch: Tree, *, optimizer: optax.GradientTransformation | None = None) -> Report:
     """Compares every gradient leaf with the unpipelined model's, for fresh parameters.
 
     Args:
       batch: arrays, leaves `[B, ...]`. One device must hold the whole model.
+      optimizer: an optax transformation; what two updates of it by `optimizer(tx)` make of each
+        variable is compared as well.
     """
-    return check(self.stack, self.schedule, self.mesh, batch, **self.options)
+    return check(self.stack, self.schedule, self.mesh, batch, optimizer=optimizer, **self.options)
 
   def predict(self, params: Tree, batch: Tree, state: Tree | None = None) -> Tree:
     """Returns the output of the last layer in evaluation: no dropout, norms by moving averages.

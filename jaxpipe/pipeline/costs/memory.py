@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe.parallel.mesh import FSDP
-from jaxpipe.parallel.placing import map_param_trees, shardings
+from jaxpipe.parallel.placing import shardings
 from jaxpipe.pipeline.costs.workspace import tree_bytes, workspace
 from jaxpipe.pipeline.device.device import Device
 from jaxpipe.pipeline.execution import Execution
 from jaxpipe.pipeline.layer.residuals import AUTO, Policy
 from jaxpipe.pipeline.storage.rings import wide
+from jaxpipe.pipeline.update.slots import Slots, StateLayouts, is_part, is_slots
+from jaxpipe.pipeline.update.variables import Variables
 from jaxpipe.schedules import Schedule
 from jaxpipe.stack.stack import LayerStack
 
@@ -130,13 +132,42 @@ def memory_report(
   return MemoryReport(
     {
       "parameters": stored(shapes),
-      "optimizer": sum(jax.tree.leaves(map_param_trees(stored, moments, tree_bytes))),
+      "optimizer": _optimizer_bytes(moments, Variables.of(stack, schedule, mesh), stored),
       "batch": tree_bytes(example_batch) // execution.shards,
       **({"state": stored(execution.state_shapes)} if laid_out.has_state else {}),
       **held,
     },
     (kept / unit, (waits - kept) / unit, -waits / unit),
     unit,
+  )
+
+
+def _optimizer_bytes(state: Tree, variables: Variables, stored: Callable[[Tree], int]) -> int:
+  """Bytes that one device holds of an optimizer's state.
+
+  Args:
+    state: shapes, of placed parameters.
+    variables: of the stack.
+    stored: bytes of a part of it that is a placed tree of the parameters' structure.
+  """
+  layouts = StateLayouts(variables)
+
+  def of_slots(slots: Slots) -> int:
+    places, shapes = layouts.of(slots).specs, slots.arrays
+    return sum(
+      math.prod(NamedSharding(variables.mesh, places[name]).shard_shape(shape.shape))
+      * shape.dtype.itemsize
+      for name, shape in shapes.items()
+    )
+
+  def one(node: Any) -> int:
+    if is_slots(node):
+      return of_slots(node)
+    return stored(node) if is_part(node) else tree_bytes(node)
+
+  return sum(
+    one(node)
+    for node in jax.tree.leaves(state, is_leaf=lambda node: is_slots(node) or is_part(node))
   )
 
 

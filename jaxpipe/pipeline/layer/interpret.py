@@ -64,7 +64,7 @@ def run(jaxpr: Any, args: Sequence[Any], rule: Rule = bind) -> list[Any]:
       # Names tell a residual policy what to keep, which is over once a function is traced. As an
       # equation of its own, a name would make a second variable of one value, kept twice.
       outs: Sequence[Any] = ins
-    elif (inner := _called(equation)) is None:
+    elif (inner := called(equation)) is None:
       outs = rule(equation, ins)
     else:
       outs = run(inner, ins, rule)
@@ -90,7 +90,7 @@ def bodies(equation: Equation) -> Iterator[Any]:
         yield opened(one)
 
 
-def _called(equation: Equation) -> Any:
+def called(equation: Equation) -> Any:
   """Returns the jaxpr that a call-like equation calls, or None for any other equation."""
   if equation.primitive.name not in _CALLS:
     return None

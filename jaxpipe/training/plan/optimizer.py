@@ -15,13 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxpipe.models.transformer.completep import CompleteP, Factors
-from jaxpipe.parallel.placing import arranged
+from jaxpipe.parallel.flat import Flat
+from jaxpipe.parallel.placing import layer_order
 from jaxpipe.parallel.rules import describe
-from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.protocol import is_packed
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.flags.run_config import RunConfig
 
@@ -73,17 +75,59 @@ def placed_mask(stack: LayerStack, schedule: Schedule) -> Callable[[Tree], Tree]
   Returns:
     `mask(params)`. Where layers are alike, placed parameters have a leaf for every parameter, and
     the mask a bool. Unlike layers are packed, many parameters into one array, and the mask is a
-    bool array of the same shape.
+    bool array of the same shape. It is computed from the bounds of the parameters: in a compiled
+    program it is part of what reads it, and nothing of its size is held.
   """
-  if mode_of(stack).looped:
+  laid = stack.laid_out(schedule)
+  if not is_packed(laid):
     return decay_mask
+  order = layer_order(laid.depth, schedule)
+  bounds = {name: _bounds([_decaying(laid.params[s], name) for s in order]) for name in laid.widths}
 
-  def mask(_: Tree) -> Tree:
-    shapes = stack.param_shapes()
-    full = jax.tree.map(lambda leaf, yes: jnp.full(leaf.shape, yes), shapes, decay_mask(shapes))
-    return arranged(full, stack, schedule)
+  def mask(params: Tree) -> Tree:
+    rows = {name: _inside(leaf.shape, bounds[name]) for name, leaf in params["layers"].items()}
+    return {**params, "layers": rows}
 
   return mask
+
+
+def _decaying(flat: Flat, dtype: str) -> list[int]:
+  """Where stretches of a row that decay begin and end in turn, as few as can be.
+
+  Args:
+    flat: how the row is laid out.
+    dtype: whose buffer it is.
+  """
+  spans = sorted(
+    (offset, offset + leaf.size, len(leaf.shape) >= 2)
+    for leaf, offset in zip(flat.leaves, flat.offsets, strict=True)
+    if str(leaf.dtype) == dtype
+  )
+  found: list[int] = []
+  before = False
+  for begin, end, decays in spans:
+    # Between two that decay lie zeros at most, which may as well.
+    if decays and before:
+      found[-1] = end
+    elif decays:
+      found += [begin, end]
+    before = decays
+  return found
+
+
+def _bounds(rows: list[list[int]]) -> np.ndarray:
+  """Bounds of all rows as one array, int32 [S, n], filled up with a bound that nothing reaches."""
+  n = max(map(len, rows))
+  return np.array([row + [np.iinfo(np.int32).max] * (n - len(row)) for row in rows], np.int32)
+
+
+def _inside(shape: tuple[int, ...], bounds: np.ndarray) -> jax.Array:
+  """Which elements of rows lie between a bound of an even number and the next, bool [S, width]."""
+  at = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+  inside = jnp.zeros(shape, bool)
+  for n in range(bounds.shape[1]):
+    inside ^= at >= jnp.asarray(bounds[:, n : n + 1])
+  return inside
 
 
 def decayed(weight_decay: float, mask: Callable[[Tree], Tree]) -> optax.GradientTransformation:

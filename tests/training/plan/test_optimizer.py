@@ -1,17 +1,28 @@
 """What AdamW is told: rates, decay, dtypes; and where its moments are born."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+import jaxpipe
 from jaxpipe.models.transformer.decoder import TransformerConfig, transformer
 from jaxpipe.training.lm.config import Config
 from jaxpipe.training.lm.run import build_run
-from jaxpipe.training.plan.optimizer import decay_mask, learning_rate, make_optimizer, widen
+from jaxpipe.training.plan.optimizer import (
+  decay_mask,
+  decayed,
+  learning_rate,
+  make_optimizer,
+  placed_mask,
+  widen,
+)
 from jaxpipe.training.plan.state import create_state
 
 
@@ -73,3 +84,57 @@ def test_moments_are_born_on_their_stages(tiny: Callable[..., Config]) -> None:
       assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [1] * 4
     for leaf in jax.tree.leaves([tree["embed"], tree["head"]]):
       assert leaf.sharding.is_fully_replicated
+
+
+class Unlike(nnx.Module):
+  """A matrix between vectors, so that what decays lies in several stretches of a row."""
+
+  def __init__(self, rngs, width):
+    self.a = nnx.Linear(4, width, rngs=rngs)
+    self.wide = nnx.Param(jnp.ones(9 * width))
+    self.b = nnx.Linear(width, 4, rngs=rngs)
+
+  def __call__(self, x, context):
+    return x + self.b(self.a(x)) * self.wide.sum()
+
+
+class First(nnx.Module):
+  def __init__(self, rngs):
+    self.inner = nnx.Linear(4, 4, rngs=rngs)
+
+  def __call__(self, batch):
+    return self.inner(batch["x"])
+
+
+class Last(nnx.Module):
+  def __init__(self, rngs):
+    self.inner = nnx.Linear(4, 1, rngs=rngs)
+
+  def __call__(self, x, batch):
+    return jnp.sum(self.inner(x)), 1.0, {}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_decay_of_packed_rows_finds_the_matrices_and_holds_no_mask(schedule: str) -> None:
+  layers = [functools.partial(Unlike, width=width) for width in (300, 8, 40, 16)]
+  stack = jaxpipe.LayerStack(embed=First, layers=layers, head=Last)
+  made = jaxpipe.make_schedule(schedule, devices=2, microbatches=4)
+  mesh = jaxpipe.make_mesh("stage:2")
+  ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), stack.param_shapes())
+  params = jaxpipe.place(ones, stack, made, mesh)
+  tx = decayed(0.5, placed_mask(stack, made))
+
+  def update(params: Any) -> Any:
+    return tx.update(jax.tree.map(jnp.zeros_like, params), optax.EmptyState(), params)[0]
+
+  places = jax.tree.map(lambda leaf: leaf.sharding, params)
+  compiled = jax.jit(update, out_shardings=places).lower(params).compile()
+  memory = compiled.memory_analysis()
+  assert memory is not None and memory.temp_size_in_bytes < memory.argument_size_in_bytes / 10
+  got = jaxpipe.unplace(compiled(params), stack, made)
+  for i, run in enumerate(got["layers"]):
+    for path, leaf in jax.tree.leaves_with_path(run):
+      decays = leaf[0].ndim > 1
+      assert (leaf == 0.5 * decays).all(), (i, path)
+  assert (got["embed"]["inner"]["kernel"] == 0.5).all()
+  assert (got["head"]["inner"]["bias"] == 0).all()
