@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,12 @@ class Wrapped(nnx.Module):
   The parameters are attributes of the module itself, under Linen's names; each other collection is
   a `Scope` under the collection's name. A layer knows by its context whether it trains; embedding
   and head, which have none, by the attribute `TRAINS`.
+
+  Attributes:
+    shares_arrays: that modules which hold one array share a variable; see `module.given`.
   """
+
+  shares_arrays: ClassVar[bool] = True
 
   def __init__(self, record: _Record, variables: Mapping[str, Tree]) -> None:
     setattr(self, _WRAPPED, record)
