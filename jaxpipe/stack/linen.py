@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,12 @@ class Wrapped(nnx.Module):
   The parameters are attributes of the module itself, under Linen's names; each other collection is
   a `Scope` under the collection's name. A layer knows by its context whether it trains; embedding
   and head, which have none, by the attribute `TRAINS`.
+
+  Attributes:
+    shares_arrays: that modules which hold one array share a variable; see `module.given`.
   """
+
+  shares_arrays: ClassVar[bool] = True
 
   def __init__(self, record: _Record, variables: Mapping[str, Tree]) -> None:
     setattr(self, _WRAPPED, record)

@@ -2,16 +2,19 @@
 
 A stack wants factories, which build a module when its device is known. A module that is given as an
 object has values and an identity instead: `init` starts from the values, and a variable that
-several such modules hold, in whatever way, is one variable of the stack, tied.
+several such modules hold, in whatever way, is one variable of the stack, tied. The variables of
+bound Linen modules are plain arrays, so that there it is the array that several hold.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxpipe.stack.errors import StackError
@@ -94,17 +97,29 @@ def shared(modules: Mapping[str, nnx.Module]) -> tuple[dict[str, str], dict[str,
     Path of a variable, beginning with the module's place -> its path where it stood first: of the
     variables that are `nnx.BatchStat`s or derived from it, which change, and of all others.
   """
-  first: dict[int, str] = {}
+  first: dict[tuple[int, int], str] = {}
   others: dict[str, str] = {}
   statistics: dict[str, str] = {}
   for place, module in modules.items():
+    # Two leaves of one Linen module are two variables, even where they begin as one array.
+    seen: collections.Counter[int] = collections.Counter()
     for path, variable in variables_of(module):
-      here = f"{place}/{path}"
-      owner = first.setdefault(id(variable), here)
+      here, held = f"{place}/{path}", id(_identity(module, variable))
+      owner = first.setdefault((held, seen[held]), here)
+      seen[held] += 1
       if owner == here or isinstance(variable, (nnx.RngState, nnx.Intermediate)):
         continue
       (statistics if isinstance(variable, nnx.BatchStat) else others)[here] = owner
   return statistics, others
+
+
+def _identity(module: Any, variable: nnx.Variable[Any]) -> Any:
+  """The object that two modules both hold where they share a variable."""
+  if not getattr(type(module), "shares_arrays", False):
+    return variable
+  value = variable.get_value()
+  # Two equal numbers of Python may be one object by chance, and two arrays are not.
+  return value if isinstance(value, (jax.Array, np.ndarray)) else variable
 
 
 def share_again(given: Mapping[str, Any], made: Mapping[str, Any]) -> None:
@@ -163,9 +178,9 @@ def _variable_at(module: Any, path: tuple[Any, ...]) -> Any:
   """The variable at a path, found as NNX does: in lists by number, elsewhere by attribute."""
   node = module
   for name in path:
-    # Not `getattr`: a Linen module may have a variable with the name of a method.
-    if not isinstance(node, (list, tuple, dict)) and name in vars(node):
-      node = vars(node)[name]
-    else:
-      node = node[int(name) if isinstance(name, str) and name.isdecimal() else name]
+    # Not `getattr`: a Linen module may have a variable with the name of a method, or a number.
+    held = node if isinstance(node, dict) else vars(node) if hasattr(node, "__dict__") else {}
+    ways = (name, str(name), int(name) if str(name).isdecimal() else name)
+    known = next((key for key in ways if key in held), None)
+    node = node[ways[-1]] if known is None else held[known]
   return node

@@ -83,6 +83,83 @@ def run(modules, x):
   return x
 
 
+class Numbered(nn.Module):
+  """A submodule has a number for a name, as in most models of transformers."""
+
+  inner: nn.Module
+
+  def setup(self):
+    self.own = nn.Dense(4, name="0")
+
+  def __call__(self, x):
+    return jnp.tanh(self.inner(self.own(x)))
+
+
+def test_bound_linen_modules_that_hold_one_array_share_it():
+  """Each started from the values and trained them by itself, as if they had been copied."""
+  dense, first = nn.Dense(4), nn.Embed(5, 4)
+  x = np.ones((8, 4), np.float32)
+  table = first.init(jax.random.key(1), BATCH["x"])
+  inner = dense.init(jax.random.key(2), x)["params"]
+  own = dense.init(jax.random.key(3), x)["params"]
+  block = Numbered(nn.Dense(4)).bind({"params": {"inner": inner, "0": own}})
+  equal = jax.tree.map(jnp.copy, inner)  # of the same values, and not the same arrays
+  head = Attend(nn.Embed(5, 4)).bind({"params": {"table": table["params"]}})
+  modules = [
+    first.bind(table),
+    block,
+    dense.bind({"params": inner}),
+    block,
+    dense.bind({"params": equal}),
+    head,
+  ]
+  pipe = make(modules)
+  params = pipe.init(KEY, BATCH)
+
+  def mean(table, inner, own, equal):
+    run = lambda x: jnp.tanh(dense.apply({"params": inner}, dense.apply({"params": own}, x)))  # noqa: E731
+    x = run(dense.apply({"params": inner}, run(first.apply(table, BATCH["x"]))))
+    x = dense.apply({"params": equal}, x)
+    return loss(first.apply(table, x, method="attend"), BATCH).mean()
+
+  want = jax.grad(mean, (0, 1, 2, 3))(table, inner, own, equal)
+  got = pipe.unplace(pipe.value_and_grad(params, BATCH)[1])["layers"]
+  got = jax.tree.map(lambda leaf: leaf[0], got)
+  pairs = [
+    (got[0], want[0]["params"]), (got[1]["inner"], want[1]), (got[1]["0"], want[2]),
+    (got[4], want[3]),
+  ]  # fmt: skip
+  for a, b in pairs:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7), a, b)
+  assert [len(jax.tree.leaves(run)) for run in got] == [1, 4, 0, 0, 2, 0]
+  made = pipe.modules(params)
+  want = [
+    table,
+    block.variables,
+    {"params": inner},
+    block.variables,
+    {"params": equal},
+    head.variables,
+  ]
+  jax.tree.map(np.testing.assert_array_equal, made, want)
+
+
+def test_leaves_of_one_linen_module_that_begin_as_one_array_are_several_variables():
+  own = nn.Dense(4).init(KEY, np.ones((8, 4)))["params"]
+  twice = Numbered(nn.Dense(4)).bind({"params": {"inner": own, "0": own}})
+  batch = {"x": np.ones((8, 4), np.float32)}
+  stack = LayerStack.from_modules([twice, twice], loss=lambda y, b: y.sum(-1), batch=batch)
+  leaves = [f"{name}/{leaf}" for name in ("0", "inner") for leaf in ("bias", "kernel")]
+  assert stack.network.ties == {f"layers/1/{leaf}": f"layers/0/{leaf}" for leaf in leaves}
+
+
+class Attend(nn.Module):
+  table: nn.Embed
+
+  def __call__(self, x):
+    return self.table.attend(x)
+
+
 def test_what_is_shared_and_frozen_stays_alike():
   table = nnx.Embed(5, 4, rngs=nnx.Rngs(0))
   modules = [Uses(table), functools.partial(nnx.Linear, 4, 4), table.attend]
