@@ -8,6 +8,7 @@ Begin with `by_variable.py`, which is the public function. In the order of an up
     division.py     the operations divided: those of one variable, and those that join variables
     cuts.py         one variable's piece on a device: reading, joining and cutting it
     pieces.py       operations on pieces, joined only where an operation looks at whole tensors
+    lots.py         in which order results are computed, so that few are held at a time
     program.py      the program of one device: loops over the variables that it holds
     by_variable.py  tracing, dividing and running, as an optax transformation
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,9 @@ from jax import lax
 from jaxpipe.parallel import axes as axis
 from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline.update.cuts import BlockCut, Cut, SpanCut
-from jaxpipe.pipeline.update.dataflow import Constant, Operation
+from jaxpipe.pipeline.update.dataflow import Constant
 from jaxpipe.pipeline.update.division import Division, Local
+from jaxpipe.pipeline.update.lots import apart, in_order, needed, small_values
 from jaxpipe.pipeline.update.pieces import Piece, evaluate, piece, whole
 from jaxpipe.pipeline.update.slots import Slot, SlotsLayout
 from jaxpipe.pipeline.update.variables import Variable, Variables
@@ -215,7 +216,7 @@ class Update:
       known: values that have been computed before.
     """
     one, variable = group.locals[0], self._first(group)
-    operations, used = _needed(one, refs, known or {})
+    operations, used = needed(one, refs, known or {})
     cut, slots = cuts
     split = math.prod(variable.shape) > 1
     values: dict[int, Any] = dict(known or {})
@@ -335,14 +336,14 @@ class Update:
       known: dict[int, jax.Array] = {}
       one = group.locals[0]
       large = math.prod(shape) >= LARGE
-      for value in _small(one, self.division.flow.avals) if large else ():
-        outs, ticket = _apart(ticket, functools.partial(small, value))
+      for value in small_values(one, self.division.flow.avals) if large else ():
+        outs, ticket = apart(ticket, functools.partial(small, value))
         known[value] = outs[0]
-      for wanted in _in_order(one) if large else [range(len(one.outs))]:
+      for wanted in in_order(one) if large else [range(len(one.outs))]:
         if self._first(group).row is None:
           outs = pieces(wanted)
         else:
-          outs, ticket = _apart(ticket, functools.partial(pieces, wanted))
+          outs, ticket = apart(ticket, functools.partial(pieces, wanted))
         for i, out in zip(wanted, outs, strict=True):
           own_cut = others.get(group.locals[0].outs[i][0], cut)
           now[targets[i]] = own_cut.write(now[targets[i]], out)
@@ -351,80 +352,6 @@ class Update:
     done = self._loop(group, body, [arrays_of(part)[name] for part, name in names])
     for (part, name), array in zip(names, done, strict=True):
       arrays_of(part)[name] = array
-
-
-def _needed(
-  one: Local, refs: Sequence[Any], known: Container[int] = ()
-) -> tuple[list[Operation], set[int]]:
-  """The operations of a local program that some values need, and all values that these read."""
-  used = {ref for ref in refs if isinstance(ref, int)}
-  found = []
-  for operation in reversed(one.operations):
-    if any(v in used and v not in known for v in operation.outs):
-      found.append(operation)
-      used.update(ref for ref in operation.ins if isinstance(ref, int))
-  return found[::-1], used
-
-
-def _small(one: Local, avals: Sequence[Any]) -> list[int]:
-  """What a local program makes of tensors that is much smaller, such as norms, in order.
-
-  Computed before all results, it keeps little: the tensors that it is made of are computed again
-  where they are needed, and in neither place held whole.
-  """
-  found = []
-  for operation in one.operations:
-    sizes = [math.prod(avals[ref].shape) for ref in operation.ins if isinstance(ref, int)]
-    if len(operation.outs) == 1 and 2 * math.prod(avals[operation.outs[0]].shape) <= max(
-      sizes, default=0
-    ):
-      found.append(operation.outs[0])
-  return found
-
-
-def _in_order(one: Local) -> list[list[int]]:
-  """The results of a local program in lots, so that none is written before its last reader has run.
-
-  A moment that is written replaces the old one. Results that read each other's old values are of
-  one lot; a lot whose old values nobody else reads comes as soon as it can, so that as few results
-  as possible are held at a time.
-  """
-  reads = []
-  for role, ref in one.outs:
-    used = _needed(one, [ref])[1]
-    reads.append({other for other, number in one.reads.items() if number in used} - {role})
-  left = list(range(len(one.outs)))
-  lots = []
-  while left:
-    free = [i for i in left if not any(one.outs[i][0] in reads[j] for j in left if j != i)]
-    lot = free[:1] or left
-    # Equal results are computed once.
-    lot = [i for i in left if i in lot or (i in free and one.outs[i][1] == one.outs[lot[0]][1])]
-    lots.append(lot)
-    left = [i for i in left if i not in lot]
-  return lots
-
-
-def _apart(ticket: Any, fn: Callable[[], list[jax.Array]]) -> tuple[list[jax.Array], jax.Array]:
-  """Runs `fn` so that XLA makes its results before anything else is made or written.
-
-  Otherwise XLA may compute a result where it is written, read the arrays again there, and copy them
-  whole, in every round of the loop, because what it reads may have been written by then.
-
-  Args:
-    ticket: int32 [], 0 or more, and not known when the program is compiled: at first the number of
-      the device.
-    fn: returns new arrays.
-
-  Returns:
-    What `fn` returns, and the ticket for what is to run after it.
-  """
-  shapes = jax.eval_shape(fn)
-  return lax.cond(
-    jnp.asarray(ticket) >= 0,
-    lambda: (fn(), jnp.int32(ticket)),
-    lambda: ([jnp.zeros(s.shape, s.dtype) for s in shapes], jnp.int32(-1)),
-  )
 
 
 def _target(role: Role, name: str) -> tuple[int, str]:

@@ -357,7 +357,7 @@ def test_an_update_holds_what_adam_holds_and_two_variables(
     ),
     adam.init(params),
   )
-  # Muon's iteration on one matrix takes eight as large, by optax alone; pieces are gathered first.
+  # By optax alone, muon takes eight as large for one matrix; pieces are gathered into one more.
   variables = 9 if optimizer == "muon" else 2
   assert held(ours, ours.init(params)) <= held(adam, moments) + variables * W * W * 4
 
