@@ -128,7 +128,7 @@ class ModuleSpec:
         )
       if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or leaf.dtype.itemsize < 2:
         raise StackError(
-          f"{name}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, and parameters are"
+          f"{where}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, and parameters are"
           " float16, bfloat16, float32 or float64: keep one of these and convert it in __call__"
           " (a complex one as two, its real and its imaginary part)"
         )

@@ -356,7 +356,7 @@ def test_parameters_without_a_usable_gradient_are_refused(dtype):
     def __call__(self, x):
       return x * self.weight[...].real.astype(x.dtype)
 
-  message = rf"layers\[0\]: parameter \['weight'\] is {dtype}, "
+  message = rf"layers\[0\] \(Odd\): parameter \['weight'\] is {dtype}, "
   with pytest.raises(jaxpipe.StackError, match=message):
     jaxpipe.pipeline(lambda y, b: y.sum(-1), [Odd, jnp.tanh], X, mesh="stage:2", microbatches=2)
 
