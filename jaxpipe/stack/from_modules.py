@@ -59,7 +59,11 @@ def factories_of(
   x = _input_shapes(select, inputs, batch)
   layers: list[Any] = []
   made: dict[int, Any] = {}  # one factory for a module that stands several times
-  walk = ShapeWalk(batch, x, lambda: jax.eval_shape(select, walk.batch_of_more))
+
+  def of_rows(batch: Tree) -> Tree:
+    return select(rows_alone(batch))
+
+  walk = ShapeWalk(batch, x, lambda: jax.eval_shape(of_rows, walk.batch_of_more))
   for i, module in enumerate(modules):
     name = f"layers[{i}]"
     given = module if isinstance(module, Layer) else Layer(module, {})

@@ -104,9 +104,13 @@ class ShapeWalk:
     Raises:
       StackError: names the function.
     """
-    jaxpr = jax.make_jaxpr(function)(self.x, self._batch)
+
+    def call(x: Tree, batch: Tree) -> Any:
+      return function(x, rows_alone(batch))
+
+    jaxpr = jax.make_jaxpr(call)(self.x, self._batch)
     if draws_any(jaxpr):
-      larger = jax.make_jaxpr(function)(self._more(), self.batch_of_more)
+      larger = jax.make_jaxpr(call)(self._more(), self.batch_of_more)
       draws_of(jaxpr, larger, self.rows, name)
 
 
