@@ -173,9 +173,9 @@ class Context:
     return jax.random.split(key, leaf.shape) if leaf.shape else key
 
   def linen_keys(self) -> dict[str, jax.Array]:
-    """Keys of this call for a Linen module, which finds every stream that is not named in `params`.
+    """Keys of this call for a Linen module, by the names of its streams.
 
-    Linen folds the path of each submodule into them.
+    Of a name that is not there Linen takes `params`. It folds the path of each submodule into them.
     """
     return {"params": self._drawing_key(0), "dropout": self._drawing_key(1)}
 

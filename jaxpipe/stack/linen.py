@@ -269,7 +269,7 @@ def _fixed_by_constructor(module: nn.Module, name: str) -> bool:
   """Whether the module was made with a value for a mode flag.
 
   Only a field whose default is None stands in for the argument of the call, as `nn.merge_param`
-  has it. A field with another default has the name by chance and means something of its own.
+  has it. One with another default does not, and may stand beside it; see `_evaluating`.
   """
   defaults = {field.name: field.default for field in dataclasses.fields(module)}
   return name in defaults and defaults[name] is None and getattr(module, name) is not None

@@ -58,12 +58,13 @@ class ModuleSpec:
     shapes: the parameters, a nested dict of `jax.ShapeDtypeStruct`s.
     state: the model state, a nested dict of `jax.ShapeDtypeStruct`s: all other variables but keys.
     changing: a dict of the structure of `state`, True for what a forward in training may change:
-      variables of type `nnx.BatchStat`, or of one derived from it.
+      variables of type `nnx.BatchStat`, or of one derived from it, but those of a norm that was
+      found switched off.
     streams: keys and counts of random streams that the module keeps, such as a dropout's, a nested
       dict of `jax.ShapeDtypeStruct`s; every call is given fresh ones.
     kind: the module's class.
-    label: how messages name the class: its own `label` where it has one, as a wrapped Linen module
-      does, else the name of its class.
+    label: how messages name the class: for a wrapped Linen module or a function, that of what is
+      wrapped, else the name of the class.
     plan: what the module is called with.
     draws: the shapes of what it draws from its keys, once a `ShapeWalk` has shown them and that it
       changes nothing but statistics; empty before.
@@ -94,7 +95,7 @@ class ModuleSpec:
       name: how messages name the module.
       factory: builds it, or a `Layer` of such a factory.
       trainable: NNX filter of the variables that are parameters, of paths in the whole stack.
-      like: another spec of the same factory, whose graph is then taken.
+      like: another spec of the same factory, of which all is taken that its place does not change.
 
     Raises:
       StackError: an unwrapped Linen module, an array outside variables, a parameter that has no
@@ -106,6 +107,9 @@ class ModuleSpec:
     if isinstance(factory, Layer):
       entries, draws = factory.entries, factory.draws
       factory = factory.module
+    if like is not None and isinstance(trainable, type):
+      # A filter by type does not see places, so that nothing need be traced again.
+      return dataclasses.replace(like, name=name, draws=draws)
     if _is_linen(factory):
       raise StackError(
         f"{name} is a Linen module; wrap it: jaxpipe.linen(Module(), example inputs ...)"
@@ -119,19 +123,7 @@ class ModuleSpec:
     chosen = at_place(place_of(name), trainable)
     graph, streams, params, state = split_module(module, chosen)
     shapes = nnx.to_pure_dict(params)
-    # A whole number that is trained would have a gradient of JAX's dtype float0.
-    for at, leaf in jax.tree.leaves_with_path(shapes):
-      if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        raise StackError(
-          f"{where}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, which has no gradient;"
-          " make it a float, or compute it in __call__"
-        )
-      if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or leaf.dtype.itemsize < 2:
-        raise StackError(
-          f"{where}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}, and parameters are"
-          " float16, bfloat16, float32 or float64: keep one of these and convert it in __call__"
-          " (a complex one as two, its real and its imaginary part)"
-        )
+    _refuse_dtypes(where, shapes)
     changing, frozen = nnx.to_pure_dict(state), switched_off_statistics(module)
     for path, variable in nnx.to_flat_state(state):
       _set(changing, path, issubclass(variable.type, nnx.BatchStat) and path not in frozen)
@@ -335,6 +327,26 @@ class ModuleSpec:
     """Whether both have parameters, state and streams of the same shapes."""
     own = (self.shapes, self.state, self.streams)
     return same_shapes(own, (other.shapes, other.state, other.streams))
+
+
+def _refuse_dtypes(where: str, shapes: Tree) -> None:
+  """Refuses parameters of dtypes that no gradient has, or that none is summed in.
+
+  Raises:
+    StackError: names the module, the parameter and its dtype.
+  """
+  for at, leaf in jax.tree.leaves_with_path(shapes):
+    parameter = f"{where}: parameter {jax.tree_util.keystr(at)} is {leaf.dtype}"
+    # A whole number that is trained would have a gradient of JAX's dtype float0.
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      raise StackError(
+        f"{parameter}, which has no gradient; make it a float, or compute it in __call__"
+      )
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or leaf.dtype.itemsize < 2:
+      raise StackError(
+        f"{parameter}, and parameters are float16, bfloat16, float32 or float64: keep one of these"
+        " and convert it in __call__ (a complex one as two, its real and its imaginary part)"
+      )
 
 
 def _is_linen(factory: Any) -> bool:

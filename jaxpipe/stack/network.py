@@ -179,15 +179,13 @@ class Network:
     Args:
       key: PRNG key of the modules that are made.
     """
-    make = jax.jit(self.init_module, static_argnums=0)
     given = self.given()
-    made = {}
-    for name, spec in self.specs.items():
-      if name not in given:
-        made[name] = make(name, key)
-        continue
-      trees = jax.tree.map(np.array, spec.values(given[name]))
-      made[name] = self.own(name, trees[0]), trees[1]
+    fresh = [name for name in self.specs if name not in given]
+    # One program for all of them: one for each module would compile as often as there are modules.
+    made = jax.jit(lambda key: {name: self.init_module(name, key) for name in fresh})(key)
+    for name, module in given.items():
+      params, state = jax.tree.map(np.array, self.specs[name].values(module))
+      made[name] = self.own(name, params), state
     return (
       self.join({name: params for name, (params, _) in made.items()}),
       self.join({name: state for name, (_, state) in made.items()}),

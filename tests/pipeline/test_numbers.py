@@ -92,7 +92,8 @@ def test_weights_that_sum_to_zero_give_zero_and_a_counted_warning(uniform):
       assert all(not leaf.any() for leaf in jax.tree.leaves((grads, true)))
     pipe.value_and_grad(params, rows())  # looks at what was not known yet
   assert ": 3 of" in str(seen[-1].message) and seen[-1].filename == __file__
-  with pytest.warns(RuntimeWarning, match="1 of 1 calls") as seen:
+  # The call after it may be done, too, when the warning is given.
+  with pytest.warns(RuntimeWarning, match="1 of [12] calls") as seen:
     value = jax.block_until_ready(pipe.evaluate(params, batch))[0]
     pipe.evaluate(params, rows())
   assert float(value) == 0 and seen[-1].filename == __file__

@@ -260,3 +260,17 @@ def test_a_packed_row_of_more_elements_than_int32_counts_is_refused():
   schedule = jaxpipe.make_schedule("gpipe", devices=2, microbatches=1)
   with pytest.raises(StackError, match=r"stage 1 has 2,147,549,184 elements of float32 parameters"):
     stack.laid_out(schedule)
+
+
+def test_a_factory_of_many_layers_is_traced_once():
+  """Each layer of a deep stack was traced by itself, whose time grew with the depth."""
+  made = []
+
+  def factory(rngs):
+    made.append(rngs)
+    return Layer(rngs)
+
+  make([factory] * 2)
+  once = len(made)
+  make([factory] * 12)
+  assert len(made) == 2 * once

@@ -8,6 +8,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
+# What the body of a loop passes on, it passes on to its next turn and not to the loop's outputs.
+_LOOPS = ("scan", "while")
+
 
 def equations(jaxpr: Any) -> Iterator[Any]:
   """Yields all equations in order, those of inner jaxprs behind the equation that holds them.
@@ -66,7 +69,3 @@ def passed_through(jaxpr: Any) -> list[int | None]:
       if given is not None and not isinstance(given, core.Literal) and given in source:
         source[out] = source[given]
   return [None if isinstance(v, core.Literal) else source.get(v) for v in jaxpr.outvars]
-
-
-# What their bodies pass on is that of one turn.
-_LOOPS = ("scan", "while")

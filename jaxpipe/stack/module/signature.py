@@ -69,20 +69,6 @@ class CallPlan:
     values = [None if s.kind == "default" else s.value for s in self.positional]
     return (*zip((s.kind for s in self.positional), values, strict=True), *named)
 
-  @property
-  def wants_context(self) -> bool:
-    """Whether the call is given the layer's `Context`."""
-    return any(source.kind == "context" for source in self._sources)
-
-  @property
-  def entries(self) -> tuple[str, ...]:
-    """Names of the entries of the batch that the call is given."""
-    return tuple(source.value for source in self._sources if source.kind == "entry")
-
-  @property
-  def _sources(self) -> tuple[_Source, ...]:
-    return (*self.positional, *self.keywords.values())
-
   def arguments(
     self, training: bool, given: Sequence[Tree], context: Any = None, batch: Tree = None
   ) -> tuple[list[Any], dict[str, Any]]:
@@ -165,12 +151,11 @@ def plan_call(
   if wanted and any(p.kind is p.VAR_KEYWORD for p in parameters):
     keywords |= {name: _Source("entry", entry) for name, entry in wanted.items()}
   elif wanted:
-    known = ", ".join(p.name for p in parameters if p.kind not in _VARIADIC)
     name = next(iter(wanted))
-    first = "is what the module before returns" if name in {p.name for p in row} else ""
-    raise StackError(
-      f"{where}: {name} {first}" if first else f"{where} has no parameter {name}; it takes {known}"
-    )
+    if any(p.name == name for p in row):
+      raise StackError(f"{where}: {name} is what the module before returns, and no entry")
+    known = ", ".join(p.name for p in parameters if p.kind not in _VARIADIC)
+    raise StackError(f"{where} has no parameter {name}; it takes {known}")
   return CallPlan(tuple(positional), keywords)
 
 
@@ -198,7 +183,7 @@ def _source(
     return _Source("flag", MODE_FLAGS[name])
   if not required:
     return _Source("default", parameter.default)
-  if name in MODE_FLAGS:
+  if name in MODE_FLAGS:  # set when the module was made, and required by its call all the same
     return _Source("flag", MODE_FLAGS[name])
   if not context:
     raise StackError(f"{where} needs {name}, which a stack does not give; give it a default")
