@@ -14,8 +14,9 @@ In the words of `rules`, with kernels as Flax stores them, [in, out]:
     [vocabulary, embed]                   tables
 
 Between the two matrices of a pair nothing is sent, and one sum follows the second (Megatron-LM,
-arXiv:1909.08053). A bias is cut as the outputs of its matrix are. Vectors of the model's width
-(norms) are whole, tables are cut along the vocabulary.
+arXiv:1909.08053). A bias is cut as the outputs of its matrix are; of a low-rank adapter beside a
+kernel, `lora_a` [in, r] as its inputs and `lora_b` [r, out] as its outputs. Vectors of the model's
+width (norms) are whole, tables are cut along the vocabulary.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _WIDENS = re.compile(
   r"(^|.*[/_.])(up|gate|w1|w3|wi|wi_[01]|fc1|c_fc|up_proj|gate_proj|intermediate)"
 )
 _NARROWS = re.compile(r"(^|.*[/_.])(down|w2|fc2|c_proj|down_proj)")
+# The two matrices [in, r] and [r, out] of a low-rank adapter, in the module of its kernel.
+_ADAPTER = re.compile(r"(.*)/lora_(a|b)")
 # Paths that have an attention among their folders.
 _ATTENTION = re.compile(r"(^|.*/)[^/]*(att|selfattention|encdecattention)[^/]*/.*", re.IGNORECASE)
 
@@ -84,6 +87,11 @@ def _names(
     width: D.
     leaves: path -> shape of all parameters, with the dim of the layers.
   """
+  adapter = _ADAPTER.fullmatch(path)
+  matrix = f"{adapter[1]}/kernel" if adapter else ""
+  if adapter and matrix in leaves:
+    beside = _names(matrix, leaves[matrix][path.startswith("layers/") :], width, leaves)
+    return (beside[0], None) if adapter[2] == "a" else (None, beside[-1])
   if len(shape) < 2:
     return _of_vector(path, shape, width, leaves)
   if not path.startswith("layers/"):

@@ -262,4 +262,5 @@ class Execution:
       return {}
     whole = gather_fsdp(self.state_specs, state)
     layers = replicas.gather(whole["layers"], self.schedule.placement, self.layers)
-    return vary({**whole, "layers": layers}, self.axes)
+    head = self.stack.head_state(whole)
+    return vary({"embed": whole["embed"], "layers": layers, "head": head}, self.axes)

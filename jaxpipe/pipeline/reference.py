@@ -221,7 +221,7 @@ def _run_layers_alike(
   x = stack.apply_embed(params["embed"], batch, state=ends["embed"])
   y = run(x, params["layers"])
   loss, (weight, metrics) = stack.apply_head(
-    stack.head_params(params), y, batch, state=ends["head"]
+    stack.head_params(params), y, batch, state=stack.head_state(ends)
   )
   return loss, (weight, metrics, state)
 
@@ -252,7 +252,9 @@ def _run_modules(
     for module in stack.network.specs:
       run = functools.partial(stack.network.call, module, training=True, inputs=inputs)
       params_of_module = stack.network.params_of(module, own)
-      x, after[module] = _keeping(keep, run)(params_of_module, old.get(module, {}), x)
+      state_of_module = stack.network.state_of(module, old)
+      x, new = _keeping(keep, run)(params_of_module, state_of_module, x)
+      after[module] = stack.network.own_state(module, new)
     # The last module is the head, which returns the sums in place of another x.
     loss, (weight, metrics) = x
     return loss, (weight, metrics, stack.network.join(after) if state else state)

@@ -44,7 +44,7 @@ def modules(stack: LayerStack, params: Tree, state: Tree) -> list[Any]:
   network = stack.network
   owned, states = network.split(params), network.split(state) if state else {}
   return [
-    _module(spec, network.params_of(name, owned), states.get(name, {}))
+    _module(spec, network.params_of(name, owned), network.state_of(name, states))
     for name, spec in network.specs.items()
   ]
 
@@ -70,7 +70,7 @@ def given_back(stack: LayerStack, params: Tree, state: Tree) -> list[Any]:
   for name, spec in network.specs.items():
     key = id(spec.factory) if isinstance(spec.factory, Given) else id(name)
     if key not in again:
-      again[key] = spec.build(network.params_of(name, owned), states.get(name, {}))
+      again[key] = spec.build(network.params_of(name, owned), network.state_of(name, states))
     made[name] = again[key]
   share_again(network.given(), made)
   if issubclass(network.specs["head"].kind, Loss):

@@ -10,7 +10,7 @@ can go over them and a tree has as many leaves as there are kinds of layers:
 This tree is the *canonical* one: it is what optimizers, checkpoints and the unpipelined reference
 see. Model state has a tree of its own, made in the same way.
 
-A parameter may be *tied* to another module's: it exists once, in its owner's tree, and is put back
+A variable may be *tied* to another module's: it exists once, in its owner's tree, and is put back
 into the tree of each module that reads it just before the module is called.
 """
 
@@ -49,6 +49,7 @@ class Network:
     specs: name of a module -> the module as data; `embed` first, then the layers, then `head`.
     ties: path of a tied leaf -> path of the leaf at its owner, both beginning with the name of a
       module, such as `head/table` -> `embed/table`. No owner is tied itself.
+    frozen_ties: the same of leaves that are not trained, of the head and owned by the embedding.
     runs: numbers of the layers of each run, first to last; together all layers.
     reasons: number of the first layer of a run, but the first run -> how it differs from the layer
       before.
@@ -56,6 +57,7 @@ class Network:
 
   specs: Mapping[str, ModuleSpec]
   ties: Mapping[str, str]
+  frozen_ties: Mapping[str, str]
   runs: tuple[range, ...]
   reasons: Mapping[int, str]
 
@@ -94,9 +96,9 @@ class Network:
       traced.setdefault(makes, spec)
     specs["head"] = ModuleSpec.trace("head", head, trainable)
     refuse_unmatched(trainable, _variables(specs))
-    ties = ties_of_leaves(specs, {**_shared(specs), **tied})
+    ties, frozen = ties_of_leaves(specs, {**_shared(specs), **tied})
     same = {} if example is None else same_computation(specs, example)
-    return cls(specs, ties, *runs_of(specs, ties, same))
+    return cls(specs, ties, frozen, *runs_of(specs, ties, same))
 
   @property
   def depth(self) -> int:
@@ -134,6 +136,23 @@ class Network:
       params = set_path(params, path, get_owned(owned, owner))
     return params
 
+  def own_state(self, name: str, state: Tree) -> Tree:
+    """A module's state without the leaves that another module owns."""
+    return without(state, below(name, self.frozen_ties))
+
+  def state_of(self, name: str, owned: Mapping[str, Tree]) -> Tree:
+    """All state that a module reads, that of other modules included.
+
+    Args:
+      name: of the module.
+      owned: name -> the module's own state, of all modules whose state is read; empty where no
+        module has any.
+    """
+    state = owned.get(name, {})
+    for path in below(name, self.frozen_ties):
+      state = set_path(state, path, get_owned(owned, self.frozen_ties[f"{name}/{path}"]))
+    return state
+
   # Trees: one for each module, or the canonical one
 
   def param_shapes(self) -> dict[str, Tree]:
@@ -141,8 +160,8 @@ class Network:
     return {name: self.own(name, spec.shapes) for name, spec in self.specs.items()}
 
   def state_shapes(self) -> dict[str, Tree]:
-    """Name -> `jax.ShapeDtypeStruct`s of the module's state."""
-    return {name: spec.state for name, spec in self.specs.items()}
+    """Name -> `jax.ShapeDtypeStruct`s of the state that the module owns."""
+    return {name: self.own_state(name, spec.state) for name, spec in self.specs.items()}
 
   def join(self, trees: Mapping[str, Tree]) -> Tree:
     """The canonical tree of all modules' trees, which may be of arrays or of shapes."""
@@ -185,16 +204,16 @@ class Network:
     made = jax.jit(lambda key: {name: self.init_module(name, key) for name in fresh})(key)
     for name, module in given.items():
       params, state = jax.tree.map(np.array, self.specs[name].values(module))
-      made[name] = self.own(name, params), state
+      made[name] = self.own(name, params), self.own_state(name, state)
     return (
       self.join({name: params for name, (params, _) in made.items()}),
       self.join({name: state for name, (_, state) in made.items()}),
     )
 
   def init_module(self, name: str, key: jax.Array) -> tuple[Tree, Tree]:
-    """Fresh parameters that a module owns, and its fresh state, of the stack's key."""
+    """Fresh parameters and fresh state that a module owns, of the stack's key."""
     params, state = self.specs[name].init(jax.random.fold_in(key, self._key_number(name)))
-    return self.own(name, params), state
+    return self.own(name, params), self.own_state(name, state)
 
   def _key_number(self, name: str) -> int:
     """The number that is folded into the stack's key for a module; no two have the same."""
@@ -243,7 +262,7 @@ class Network:
     Args:
       name: of the module.
       params: all parameters that it reads, tied ones included.
-      state: its model state.
+      state: all model state that it reads, tied leaves included.
       x: what the module before returned, leaves [rows, ...]; the embedding does not read it.
       training: False in evaluation, where dropout is the identity and statistics stay.
       inputs: of the microbatch.

@@ -113,7 +113,8 @@ class Packed:
     def flats(trees: ModuleTrees) -> tuple[Flat, ...]:
       return tuple(Flat.of({name: trees[name] for name in stage}) for stage in stages)
 
-    state = network.state_shapes()
+    # A tied leaf of state, which never changes, lies in the row of each stage that reads it.
+    state = {name: spec.state for name, spec in network.specs.items()}
     params = flats(network.param_shapes())
     _check_widths(params, "parameters")
     _check_widths(flats(state), "state")
@@ -215,6 +216,8 @@ class Packed:
         f"a tree of {jax.tree.structure(tree)} is neither of parameters nor of state of this stack"
       )
     modules = network.split(tree)
+    if state:
+      modules = {name: network.state_of(name, modules) for name in modules}
     flats, widths = self._rows_of(state)
     rows = [
       flat.pack({name: modules[name] for name in stage}, widths)
@@ -230,6 +233,8 @@ class Packed:
     # Every module stands in exactly one stage.
     for s, flat in enumerate(self._rows_of(state)[0]):
       modules |= flat.unpack(rows, s)
+    if state:
+      modules = {name: self.network.own_state(name, tree) for name, tree in modules.items()}
     return self.network.join(modules)
 
   def _rows_of(self, state: bool) -> tuple[Sequence[Flat], Mapping[str, int]]:
@@ -255,7 +260,12 @@ class Packed:
 
     def make(s: int, _: Any) -> Tree:
       """The row of stage s; a branch of a switch, which must take an argument."""
-      made = {name: self.network.init_module(name, key)[state] for name in self.stages[s]}
+      network, names = self.network, self.stages[s]
+      if state and network.frozen_ties:
+        names = tuple({**dict.fromkeys(names), "embed": None})  # the owner of all that is tied
+      made = {name: network.init_module(name, key)[state] for name in names}
+      if state:
+        made = {name: network.state_of(name, made) for name in self.stages[s]}
       return cut("layers", _packed_tree(flats[s].pack(made, widths), state)["layers"])
 
     # Which stages a device makes is known only as it runs, so that there is a branch for each.

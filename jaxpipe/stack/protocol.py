@@ -125,6 +125,16 @@ class UniformStack(LaidOutStack, Protocol):
       state: its frozen variables; None where it has none.
     """
 
+  def head_state(self, state: Tree, /) -> Tree:
+    """The frozen variables that the head reads.
+
+    Args:
+      state: frozen variables of the parts `embed` and `head`.
+
+    Returns:
+      The part `head` and, at their paths in it, the leaves that the embedding owns.
+    """
+
   @property
   def vocabulary_ends(self) -> VocabularyEnds:
     """Embedding and head in parts, for schedules that cut their tables over the stages.

@@ -53,7 +53,8 @@ class LayerStack:
     head: factory of a module `(x, batch) -> (loss_sum, weight, metrics)`.
     tied: parameters that are another module's own: path -> the owner's path, each `/`-joined, such
       as `{"head/table": "embed/table"}` or `{"layers/1/base": "layers/0/base"}`, of a leaf or of
-      all leaves below. The copy does not exist in the tree.
+      all leaves below. The copy does not exist in the tree. What is not trained can be tied between
+      head and embedding alone.
     vocabulary: where the tables over the vocabulary are, for schedules that cut them over the
       stages; None where both ends stay whole.
     rules: how parameters lie over `tensor` and `expert`, and over which axes the modules share
@@ -203,7 +204,7 @@ class LayerStack:
   def changing(self) -> Tree:
     """The canonical tree of the model state, True for what a forward in training changes."""
     network = self.network
-    each = {name: spec.changing for name, spec in network.specs.items()}
+    each = {name: network.own_state(name, spec.changing) for name, spec in network.specs.items()}
     # Of a run, whose leaves are stacked, the first layer speaks for all.
     runs = tuple(each[f"layers/{run.start}"] for run in network.runs)
     layers = runs[0] if len(runs) == 1 else runs
@@ -366,11 +367,12 @@ class LayerStack:
   @functools.cached_property
   def _head_ties(self) -> dict[str, str]:
     """Path in the head -> path in the embedding: all ties that a uniform stack may have."""
-    return {
-      theirs.removeprefix("head/"): ours.removeprefix("embed/")
-      for theirs, ours in self.network.ties.items()
-      if theirs.startswith("head/") and ours.startswith("embed/")
-    }
+    return _of_head(self.network.ties)
+
+  @functools.cached_property
+  def _frozen_head_ties(self) -> dict[str, str]:
+    """Path in the head -> path in the embedding, of variables that are not trained."""
+    return _of_head(self.network.frozen_ties)
 
   def head_params(self, params: Tree) -> Tree:
     """All parameters that the head reads: its own and, at their paths in it, the tied ones."""
@@ -378,6 +380,10 @@ class LayerStack:
     for theirs, ours in self._head_ties.items():
       head = set_path(head, theirs, get_path(params["embed"], ours))
     return head
+
+  def head_state(self, state: Tree) -> Tree:
+    """All frozen variables that the head reads: its own and, at their paths, the tied ones."""
+    return self.network.state_of("head", state)
 
   def untie(self, grads: Tree) -> Tree:
     """Adds the gradients of tied leaves to the embedding's; the transpose of `head_params`.
@@ -415,14 +421,8 @@ class LayerStack:
         " tables are; give LayerStack(vocabulary=jaxpipe.Tables(...)), or take a schedule without S"
         " and T"
       )
-    specs = self.network.specs
-    for end in "embed", "head":
-      if specs[end].state:
-        raise StackError(
-          f"the schedule cuts the vocabulary over the stages, and {end} has variables that are not"
-          " trained, which it cannot cut; train them, or take a schedule without S and T"
-        )
-    return VocabularyEnds(self.vocabulary, specs["embed"], specs["head"], self._head_ties)
+    specs, ties = self.network.specs, {**self._head_ties, **self._frozen_head_ties}
+    return VocabularyEnds(self.vocabulary, specs["embed"], specs["head"], ties)
 
   def tables(self, devices: int) -> frozenset[str]:
     """Paths of the parameters that are cut over the stages with the vocabulary.
@@ -435,6 +435,15 @@ class LayerStack:
         `Tables` lists, or P does not divide V.
     """
     return self.vocabulary_ends.cut_over(devices)
+
+
+def _of_head(ties: Mapping[str, str]) -> dict[str, str]:
+  """Path in the head -> path in the embedding, of the ties between these two."""
+  return {
+    theirs.removeprefix("head/"): ours.removeprefix("embed/")
+    for theirs, ours in ties.items()
+    if theirs.startswith("head/") and ours.startswith("embed/")
+  }
 
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ import jax
 
 from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.module_spec import ModuleSpec, Tree, sums
-from jaxpipe.stack.paths import get_path
+from jaxpipe.stack.paths import get_path, merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Tables:
   `jaxpipe.check` compares them with the whole modules.
 
   Attributes:
-    embed: path of the embedding's table in the embedding's parameters, `/`-joined.
-    head: path of the head's table in the head's parameters, `/`-joined; the table may be tied to
-      the embedding's.
+    embed: path of the embedding's table in the embedding's variables, `/`-joined.
+    head: path of the head's table in the head's variables, `/`-joined; the table may be tied to the
+      embedding's. Either may be frozen.
   """
 
   embed: str
@@ -56,14 +56,15 @@ class Tables:
 class VocabularyEnds:
   """An embedding and a head by their parts: their tables, and what they compute beside them.
 
-  The parameters given to its methods may hold a shard of a table, [V / P, D], in place of the whole
-  one: no method but the two that return a table reads it.
+  The parameters given to its methods are a module's, with its frozen variables. They may hold a
+  shard of a table, [V / P, D], in place of the whole one: no method but the two that return a table
+  reads it.
 
   Attributes:
-    tables: where the tables lie in the parameters.
+    tables: where the tables lie in the variables.
     embed: the embedding, which has the methods `ids` and `enter`.
     head: the head, which has the methods `features` and `targets`.
-    ties: path of a head's parameter that the embedding owns -> its path in the embedding's.
+    ties: path of a head's variable that the embedding owns -> its path in the embedding's.
   """
 
   tables: Tables
@@ -78,8 +79,8 @@ class VocabularyEnds:
       StackError: one of them is no table, they have unlike numbers of rows, or a table is tied to
         a parameter that is none.
     """
-    embed = get_path(self.embed.shapes, self.tables.embed)
-    head = get_path(self.head.shapes, self.tables.head)
+    embed = self.embed_table(merged(self.embed.shapes, self.embed.state))
+    head = self.head_table(merged(self.head.shapes, self.head.state))
     if any(getattr(table, "ndim", None) != 2 for table in (embed, head)):
       raise StackError(
         f"vocabulary: embed {self.tables.embed} is {embed}, head {self.tables.head} is {head}; both"
@@ -115,7 +116,7 @@ class VocabularyEnds:
     """
     self.embed.require("ids", "enter")
     self.head.require("features", "targets")
-    V = get_path(self.head.shapes, self.tables.head).shape[0]
+    V = self.head_table(merged(self.head.shapes, self.head.state)).shape[0]
     if V % devices:
       near = V - V % devices
       raise StackError(
@@ -126,11 +127,12 @@ class VocabularyEnds:
     tied = {f"head/{theirs}" for theirs in self.ties}
     return frozenset({f"embed/{self.tables.embed}"} | ({f"head/{self.tables.head}"} - tied))
 
-  def check_metrics(self, params: Tree, x: Tree, batch: Tree) -> None:
+  def check_metrics(self, params: Tree, frozen: Tree, x: Tree, batch: Tree) -> None:
     """Checks that the head returns no metric that the shards of its table cannot give.
 
     Args:
       params: all parameters that the head reads; only shapes and dtypes matter here.
+      frozen: its frozen variables.
       x: what the last layer returns.
       batch: the microbatch's own inputs, leaves `[rows, ...]`.
 
@@ -138,10 +140,10 @@ class VocabularyEnds:
       StackError: the head has other metrics than `correct`.
     """
 
-    def metrics_of(params: Tree, x: Tree, batch: Tree) -> Tree:
-      return sums(self.head.run(params, {}, True, x, batch)[0])[1][1]
+    def metrics_of(params: Tree, frozen: Tree, x: Tree, batch: Tree) -> Tree:
+      return sums(self.head.run(params, frozen, True, x, batch)[0])[1][1]
 
-    metrics = jax.eval_shape(metrics_of, params, x, batch)
+    metrics = jax.eval_shape(metrics_of, params, frozen, x, batch)
     if not isinstance(metrics, Mapping) or set(metrics) != {"correct"}:
       named = ", ".join(sorted(metrics)) if isinstance(metrics, Mapping) else str(type(metrics))
       raise StackError(
@@ -153,6 +155,14 @@ class VocabularyEnds:
     """The embedding's table [V, D], or a shard of it, out of the embedding's parameters."""
     table: jax.Array = get_path(params, self.tables.embed)
     return table
+
+  def trains_embed_table(self) -> bool:
+    """Whether the embedding's table has a gradient."""
+    return get_path(self.embed.shapes, self.tables.embed) is not None
+
+  def trains_head_table(self) -> bool:
+    """Whether the head's table has a gradient."""
+    return get_path(self.head.shapes, self.tables.head) is not None
 
   def head_table(self, params: Tree) -> jax.Array:
     """The head's table [V, D], or a shard of it, out of all parameters that the head reads."""

@@ -27,11 +27,12 @@ def attention(query, key, value, *, is_causal):
   return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(jnp.where(mask, scores, -1e9)), value)
 
 
-def stack(layers: int = 4, **changes) -> LayerStack:
+def stack(layers: int = 4, freeze: str = "", **changes) -> LayerStack:
   """A transformer with tied ends, grouped heads and dropout, in float64."""
   shape = dict(vocabulary_size=VOCABULARY, layers=layers, width=8, heads=2, kv_heads=1)
   options = dict(dropout=0.2, tied=True, dtype=jnp.float64, param_dtype=jnp.float64)
-  return transformer(TransformerConfig(**{**shape, **options, "attention": attention, **changes}))
+  config = TransformerConfig(**{**shape, **options, "attention": attention, **changes})
+  return transformer(config, freeze)
 
 
 def batch(rows: int, length: int = LENGTH, seed: int = 0) -> dict[str, np.ndarray]:

@@ -16,6 +16,9 @@ from jaxpipe.training.lm.config import Config
 from jaxpipe.training.lm.load import load
 from jaxpipe.training.lm.run import build_run
 from jaxpipe.training.loop.loop import train
+from jaxpipe.training.loop.metrics import read_records
+from jaxpipe.training.plan.run_dir import RunDir
+from jaxpipe.training.plan.state import create_state
 
 GPT2 = dict(norm="layernorm", bias="all", positions="learned", mlp="gelu", kv_heads=2)
 
@@ -34,10 +37,44 @@ def test_a_run_is_exported_and_another_begins_from_it(
   next_run = dict(tokenizer=str(folder / "tokenizer.json"), init_from=str(folder), **GPT2)
   setup = build_run(tiny(run_dir=str(tmp_path / "next"), **next_run))
   assert read_config(folder) == setup.model
-  params = setup.first_params()
+  params, _ = setup.first_values(jax.random.key(0))
   found = read_params(folder, setup.model, setup.stack)
   for a, b, c in zip(*map(jax.tree.leaves, (params, found, run.params)), strict=True):
     assert (np.asarray(a) == np.asarray(c)).all() and (np.asarray(b) == np.asarray(c)).all()
+
+
+@pytest.mark.parametrize("freeze", ["", "embed/.*|head/.*|layers/[01]/.*"])
+def test_adapters_begin_from_a_folder_resume_and_are_exported_merged(
+  tiny: Callable[..., Config], tmp_path: pathlib.Path, freeze: str
+) -> None:
+  """Frozen values are the folder's to the end, and the merged model is as good as the adapted."""
+  assert train(build_run(tiny(steps=2, tokenizer="bpe:260", tied=True)).begin()) == 0
+  folder, out = tmp_path / "base", tmp_path / "out"
+  export_run(str(tmp_path / "run"), str(folder))
+  shape = dict(tokenizer=str(folder / "tokenizer.json"), init_from=str(folder), tied=True)
+  flags = dict(shape, run_dir=str(tmp_path / "lora"), lora_rank=2, freeze=freeze, mesh="stage:2")
+  setup = build_run(tiny(steps=2, **flags))
+  assert setup.stack.uniform == (not freeze)
+  assert train(setup.begin()) == 0
+  assert train(build_run(tiny(steps=4, **flags)).begin()) == 0
+  run, before = load(tmp_path / "lora"), load(tmp_path / "run")
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), run.params, before.params)
+  layers = moved["layers"]
+  assert layers["query"]["kernel"] and layers["down"]["kernel"]
+  assert not moved["embed"]["table"] and not moved["head"]["norm"]["scale"]
+  scale = np.asarray(run.params["layers"]["mlp_norm"]["scale"])
+  kept = (scale == np.asarray(before.params["layers"]["mlp_norm"]["scale"])).all(axis=1)
+  assert kept.tolist() == ([True] * 4 if not freeze else [True, True, False, False])
+  assert export_run(str(tmp_path / "lora"), str(out)) == 4
+  merged = build_run(tiny(run_dir=str(tmp_path / "next"), **{**shape, "init_from": str(out)}))
+  state = create_state(
+    *(merged.stack, merged.optimizer, 0, merged.batch_shapes, merged.schedule, merged.mesh),
+    values=merged.first_values,
+  )
+  records = list(read_records(RunDir(tmp_path / "lora").metrics))
+  np.testing.assert_allclose(
+    merged.validator()(state)["loss"], records[-1]["validation_loss"], rtol=1e-6
+  )
 
 
 def test_weights_of_another_shape_are_refused_before_anything_runs(

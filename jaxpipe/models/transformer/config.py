@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpipe.models.transformer.adapters import Lora
 from jaxpipe.models.transformer.completep import CompleteP
 from jaxpipe.models.transformer.moe import MoeConfig
 from jaxpipe.models.transformer.rotary import RopeScaling
@@ -76,6 +77,7 @@ class TransformerConfig:
       experts.
     completep: how this model differs in width and depth from a base model whose learning rate it
       shall share; None: initial values and branches are not scaled.
+    lora: low-rank adapters beside the layers' matrices; None: there are none.
 
   Raises:
     ValueError: shapes that do not divide, or an unknown choice.
@@ -107,6 +109,7 @@ class TransformerConfig:
   logits_chunk: int = 0
   moe: MoeConfig | None = None
   completep: CompleteP | None = None
+  lora: Lora | None = None
 
   def __post_init__(self) -> None:
     for name, known in CHOICES.items():
@@ -120,6 +123,8 @@ class TransformerConfig:
       raise ValueError("bias 'all' with experts: they have none; use qkv or none")
     if self.moe and self.completep:
       raise ValueError("completep with experts: it has no rules for them; leave one out")
+    if self.lora and self.completep:
+      raise ValueError("completep with adapters: it has no rules for them; leave one out")
     if self.positions == "learned" and self.max_positions < 1:
       raise ValueError(
         f"{self.max_positions} learned positions are none; use max_positions of the longest row"

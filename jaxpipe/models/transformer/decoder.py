@@ -26,6 +26,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpipe.models.transformer.adapters import check_frozen, trained
 from jaxpipe.models.transformer.attention import attend, check_heads
 from jaxpipe.models.transformer.config import TransformerConfig
 from jaxpipe.models.transformer.dense import Dense, make_dense, make_norm
@@ -37,8 +38,11 @@ from jaxpipe.parallel.redco import transformer_rules
 from jaxpipe.parallel.sequence import own_positions
 from jaxpipe.parallel.tensor import enter_tensor, leave_tensor, own_piece
 from jaxpipe.stack.context import Context
+from jaxpipe.stack.paths import merged
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.stack.vocabulary import Tables
+
+Tree = Any
 
 
 class Layer(nnx.Module):
@@ -149,11 +153,20 @@ class Layer(nnx.Module):
     return self.down.multiply(nnx.silu(gate) * up)
 
 
-def transformer(config: TransformerConfig) -> LayerStack:
+def transformer(config: TransformerConfig, freeze: str = "") -> LayerStack:
   """Returns the model as a stack that the pipeline can cut, with rules for all six mesh axes.
 
   Its batches have `tokens` and `targets` int [B, S], `weights` float [B, S], 0 for padding, and
   perhaps `segments` int [B, S], the document of each position.
+
+  Args:
+    config: of the model.
+    freeze: regular expression of whole paths of parameters that do not train, such as
+      `embed/.*|layers/0/.*`; empty: with adapters (`config.lora`) all but these, else none.
+      Layers of which others are frozen are not alike, and lie packed.
+
+  Raises:
+    ValueError: `freeze` is no regular expression, or matches nothing or everything.
   """
   stack = LayerStack(
     embed=functools.partial(Embed, config),
@@ -161,10 +174,12 @@ def transformer(config: TransformerConfig) -> LayerStack:
     head=functools.partial(Head, config),
     tied={"head/table": "embed/table"} if config.tied else {},
     vocabulary=Tables(embed="table", head="table"),
+    trainable=trained(config.lora, freeze),
   )
+  check_frozen(stack, freeze)
   # Rules are written from the parameters' shapes, which a stack knows once it is made.
   rules = transformer_rules(
-    stack.param_shapes(),
+    _all_shapes(stack),
     config.width,
     extra=_expert_rules(config),
     places=_expert_places(config),
@@ -172,6 +187,15 @@ def transformer(config: TransformerConfig) -> LayerStack:
     check=functools.partial(check_sizes, config),
   )
   return dataclasses.replace(stack, rules=rules)
+
+
+def _all_shapes(stack: LayerStack) -> Tree:
+  """Shapes of what trains and of what is frozen, in one tree; runs of layers by their numbers."""
+  params, state = stack.param_shapes(), stack.state_shapes()
+  if len(stack.network.runs) == 1:
+    return merged(params, state)
+  runs = [merged(*pair) for pair in zip(params.pop("layers"), state.pop("layers"), strict=True)]
+  return {**merged(params, state), "layers": dict(enumerate(runs))}
 
 
 def check_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> None:

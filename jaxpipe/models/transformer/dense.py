@@ -1,4 +1,4 @@
-"""Matrices, biases and norms of a transformer, by its configuration.
+"""Matrices (with adapters, if there are any), biases and norms of a transformer.
 
 Along `tensor` a matrix is cut along its outputs, and its bias with it; or along its inputs, and
 then what comes out is a part of a sum: its bias is added once, to the whole sum (Megatron-LM,
@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpipe.models.transformer.adapters import Lora
 from jaxpipe.models.transformer.config import TransformerConfig
 
 
 class Dense(nnx.Module):
-  """A matrix [in, out], perhaps with a bias [out], whole or this device's piece.
+  """A matrix [in, out], perhaps with a bias [out] and an adapter, whole or this device's piece.
 
   A matrix that is cut along its outputs is called. For one that is cut along its inputs, call
   `multiply`, add up over `tensor`, and call `shift` on the sum.
@@ -33,6 +34,7 @@ class Dense(nnx.Module):
     param_dtype: Any,
     scale: float,
     rngs: Any,
+    lora: Lora | None = None,
   ):
     """Makes a matrix of normal values, and a bias of zeros.
 
@@ -44,11 +46,17 @@ class Dense(nnx.Module):
       param_dtype: of the parameters.
       scale: standard deviation of the matrix's values.
       rngs: gives one key of its stream `params`.
+      lora: the adapter beside the matrix; None: there is none.
     """
-    self.dtype = dtype
-    shape = (fan_in, out)
-    self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), shape, param_dtype))
+    self.dtype, self.lora = dtype, lora
+    shape, key = (fan_in, out), rngs.params()
+    self.kernel = nnx.Param(scale * jax.random.normal(key, shape, param_dtype))
     self.bias = nnx.Param(jnp.zeros(out, param_dtype)) if bias else None
+    if lora:
+      # Of the matrix's key, so that what is made after it is the same as without adapters.
+      key, shape = jax.random.fold_in(key, 1), (fan_in, lora.rank)
+      self.lora_a = nnx.LoRAParam(fan_in**-0.5 * jax.random.normal(key, shape, param_dtype))
+      self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, out), param_dtype))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns the product with the bias added: [..., in] -> [..., out]."""
@@ -56,7 +64,13 @@ class Dense(nnx.Module):
 
   def multiply(self, x: jax.Array) -> jax.Array:
     """Returns the product without the bias: [..., in] -> [..., out]."""
-    return jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+    x = x.astype(self.dtype)
+    y = jnp.matmul(x, self.kernel[...].astype(self.dtype))
+    if self.lora is None:
+      return y
+    # Of a matrix that is cut along its inputs, so is A: this is a part of the sum as y is.
+    low = jnp.matmul(x, self.lora_a[...].astype(self.dtype))
+    return y + self.lora.scale * jnp.matmul(low, self.lora_b[...].astype(self.dtype))
 
   def shift(self, y: jax.Array) -> jax.Array:
     """Adds the bias, if there is one, to y [..., out]."""
@@ -76,7 +90,7 @@ def make_dense(
     fan_in, out, rngs, bias, scale: see `Dense`.
   """
   types: dict[str, Any] = dict(dtype=config.dtype, param_dtype=config.param_dtype)
-  return Dense(fan_in, out, bias=bias, scale=scale, rngs=rngs, **types)
+  return Dense(fan_in, out, bias=bias, scale=scale, rngs=rngs, lora=config.lora, **types)
 
 
 def make_norm(

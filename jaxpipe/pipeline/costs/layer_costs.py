@@ -177,7 +177,7 @@ def counted_costs(
   forward = _flops(one.forward) or 1.0
   again = 1.0 if policy.stage_input else 0.0
   # The head runs on one device, beside that device's P-th part of the layers.
-  top = _flops_of(head, stack.head_params(shapes), x, microbatch, state["head"])
+  top = _flops_of(head, stack.head_params(shapes), x, microbatch, stack.head_state(state))
   top *= devices / stack.depth
   return Costs(
     1.0,

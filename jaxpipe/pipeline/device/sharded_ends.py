@@ -35,6 +35,7 @@ from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.rings import Tree
 from jaxpipe.pipeline.table.stage_collectives import BARRIER, EMBEDDING, EMBEDDING_GRADIENT, OUTPUT
 from jaxpipe.schedules import Kind
+from jaxpipe.stack.paths import merged
 from jaxpipe.stack.vocabulary import VocabularyEnds
 
 
@@ -60,8 +61,8 @@ class ShardedEnds:
       StackError: the head has metrics beside `correct`; shards cannot give them.
     """
     context = self.context
-    args = context.params["head"], context.x, context.microbatch(jnp.int32(0))
-    self.modules.check_metrics(*args)
+    args = context.params["head"], context.frozen_of("head"), context.x
+    self.modules.check_metrics(*args, context.microbatch(jnp.int32(0)))
     y = jax.tree.leaves(self.context.x)
     score = jax.eval_shape(self._score, y, jnp.int32(0))
     backward = {"scale": score["m"]} if self.context.training else {}
@@ -77,7 +78,7 @@ class ShardedEnds:
 
     def embed(column: str, m: jax.Array, ring: Tree) -> Tree:
       batch = context.microbatch(m)
-      x = lenient(self.modules.enter)(context.params["embed"], self._look_up(batch), batch)
+      x = lenient(self.modules.enter)(self._all("embed"), self._look_up(batch), batch)
       return rings.store(ring, jax.tree.leaves(context.vary(x)), now.column(column, "slot"))
 
     for column in context.program.collectives.of(EMBEDDING):
@@ -109,7 +110,10 @@ class ShardedEnds:
       sent = self._from_home(dx, now, column)
       # Looked up a second time: the rows of the first are not kept from F to here.
       rows = self._look_up(batch)
-      dp, drows = lenient(self._enter_gradient)(params, rows, batch, sent)
+      args = params, context.frozen_of("embed"), rows, batch, sent
+      dp, drows = lenient(self._enter_gradient)(*args)
+      if not self.modules.trains_embed_table():
+        return accumulate(grads, _once(dp))
       row, inside = self._rows_of(batch)
       table = self.modules.embed_table(params)
       dtable = jnp.zeros_like(table).at[row].add(jnp.where(inside[..., None], drows, 0))
@@ -153,13 +157,14 @@ class ShardedEnds:
       column: str, m: jax.Array, totals: Totals, grads: Tree, gradients: Tree, scales: Tree
     ) -> Any:
       slot = now.column(column, "slot")
-      params, batch = context.params["head"], context.microbatch(m)
+      batch = context.microbatch(m)
       held = rings.load(ring, slot)
       totals, lse = self._count(totals, held, m)
       scale = jnp.exp(held["m"] - lse)
-      table = self.modules.head_table(params)
+      table = self.modules.head_table(self._all("head"))
       dh = context.vary(cross_entropy.dh(held["a"], scale, table, self._targets(m)))
-      dp, dy = lenient(self._features_gradient)(params, held["y"], batch, dh)
+      args = context.params["head"], context.frozen_of("head"), held["y"], batch, dh
+      dp, dy = lenient(self._features_gradient)(*args)
       gradients = rings.store(gradients, dy, now.column(column, "gradient"))
       return totals, accumulate(grads, _once(dp)), gradients, rings.store(scales, scale, slot)
 
@@ -174,8 +179,10 @@ class ShardedEnds:
     )
 
   def _weight_grad(self, carry: Carry, now: Now) -> Carry:
-    """T: the gradient of this device's shard of the head's table."""
+    """T: the gradient of this device's shard of the head's table; nothing where it is frozen."""
     params = self.context.params["head"]
+    if not self.modules.trains_head_table():
+      return carry
 
     def run(grads: Tree) -> Tree:
       held = rings.load(carry.vocabulary, now.vocabulary)
@@ -200,7 +207,7 @@ class ShardedEnds:
       The sums, and the log-sum-exp of every token, [N].
     """
     lse, target, best = cross_entropy.join(*(held[name] for name in ("m", "s", "target", "best")))
-    params = self.context.params["head"]
+    params = self._all("head")
     targets, weights = self.modules.targets(params, self.context.microbatch(m))
     rows = lax.axis_size(STAGE) * len(self.modules.head_table(params))
     target = cross_entropy.known(target, targets, weights, rows)
@@ -215,7 +222,7 @@ class ShardedEnds:
 
     Evaluation needs no gradient, and so neither `e` nor `a`.
     """
-    h, params = self._features(y, m), self.context.params["head"]
+    h, params = self._features(y, m), self._all("head")
     score = cross_entropy.score(h, self.modules.head_table(params), self._targets(m))
     unused = () if self.context.training else ("e", "a")
     # In place of a Score with None: every leaf of this dict becomes a ring.
@@ -225,36 +232,36 @@ class ShardedEnds:
     """The head's features, [N, D], which its table multiplies."""
     x = jax.tree.unflatten(jax.tree.structure(self.context.x), y)
     batch = self.context.microbatch(m)
-    h = lenient(self.modules.features)(self.context.params["head"], x, batch)
+    h = lenient(self.modules.features)(self._all("head"), x, batch)
     return h.reshape(-1, h.shape[-1])
 
   def _features_gradient(
-    self, params: Tree, y: Leaves, batch: Tree, dh: jax.Array
+    self, params: Tree, frozen: Tree, y: Leaves, batch: Tree, dh: jax.Array
   ) -> tuple[Tree, Leaves]:
     """Gradients of the head's own parameters and of y, given that of the features, [N, D]."""
 
     def features(params: Tree, floats: Leaves) -> jax.Array:
       x = jax.tree.unflatten(jax.tree.structure(self.context.x), y)
-      return self.modules.features(params, with_float_leaves(x, floats), batch)
+      return self.modules.features(merged(params, frozen), with_float_leaves(x, floats), batch)
 
     h, back = jax.vjp(features, params, float_leaves(y))
     dp, dy = back(dh.reshape(h.shape).astype(h.dtype))
     return dp, dy
 
   def _enter_gradient(
-    self, params: Tree, rows: jax.Array, batch: Tree, dx: Leaves
+    self, params: Tree, frozen: Tree, rows: jax.Array, batch: Tree, dx: Leaves
   ) -> tuple[Tree, jax.Array]:
     """Gradients of the embedding's own parameters and of the rows that it was given."""
 
     def enter(params: Tree, rows: jax.Array) -> Leaves:
-      return float_leaves(self.modules.enter(params, rows, batch))
+      return float_leaves(self.modules.enter(merged(params, frozen), rows, batch))
 
     dp, drows = jax.vjp(enter, params, rows)[1](dx)
     return dp, drows
 
   def _targets(self, m: jax.Array) -> Targets:
     """Where the targets of microbatch m lie in this shard of the head's table."""
-    params = self.context.params["head"]
+    params = self._all("head")
     targets, weights = self.modules.targets(params, self.context.microbatch(m))
     # Gradients alone read these weights; `_count` asks for its own.
     if self.context.loss_scale is not None:
@@ -263,7 +270,7 @@ class ShardedEnds:
 
   def _rows_of(self, batch: Tree) -> tuple[jax.Array, jax.Array]:
     """Rows within this shard that the microbatch looks up, and whether each lies in it."""
-    params = self.context.params["embed"]
+    params = self._all("embed")
     rows = len(self.modules.embed_table(params))
     ids = lenient(self.modules.ids)(params, batch)
     # Below zero they count from the end, as in the whole table.
@@ -274,10 +281,14 @@ class ShardedEnds:
   def _look_up(self, batch: Tree) -> jax.Array:
     """Sums over all shards the rows that each finds: rows of the whole table, [..., D]."""
     row, inside = self._rows_of(batch)
-    table = self.modules.embed_table(self.context.params["embed"])
+    table = self.modules.embed_table(self._all("embed"))
     rows = lax.psum(jnp.where(inside[..., None], table[row], 0), STAGE)
     looked_up: jax.Array = self.context.vary(rows)
     return looked_up
+
+  def _all(self, end: str) -> Tree:
+    """All variables of `embed` or `head`, those that are frozen among them."""
+    return merged(self.context.params[end], self.context.frozen_of(end))
 
   def _from_home(self, leaves: Leaves, now: Now, column: str) -> Leaves:
     """Sends leaves to all devices from the one that has them, its `home` in the table.

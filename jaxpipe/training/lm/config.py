@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxpipe.models.transformer.adapters import Lora, trained
 from jaxpipe.models.transformer.completep import CompleteP
 from jaxpipe.models.transformer.config import CHOICES, TransformerConfig
 from jaxpipe.models.transformer.moe import MoeConfig
@@ -37,6 +38,17 @@ class Config(RunConfig):
   )
   init_from: str = _free(
     "", "folder with config.json and *.safetensors: begins from its weights, and takes its shape"
+  )
+  lora_rank: int = _same(
+    0, "rank of adapters (LoRA) beside all matrices of the layers, which alone train; 0: none"
+  )
+  lora_alpha: float = _same(
+    0.0, "adapters are multiplied by this over their rank; 0: twice the rank"
+  )
+  freeze: str = _same(
+    "",
+    "regular expression of parameters that do not train, such as 'embed/.*|layers/[01]/.*';"
+    " adapters always do; default: none, and with --lora_rank all but the adapters",
   )
   vocabulary_size: int = _same(0, "rows of the tables; 0: as many as the tokenizer has ids")
   layers: int = _same(4, "layers of the model")
@@ -102,6 +114,11 @@ class Config(RunConfig):
     self._check_amounts("rope_base", "mlp_width", "sample_length", "temperature")
     self._check_amounts("experts", "capacity_factor", "capacity_group", "shared_width")
     self._check_amounts("balance_loss", "router_z_loss", "logits_chunk")
+    self._check_amounts("lora_rank", "lora_alpha")
+    alone = bool(self.lora_rank) or not self.lora_alpha
+    self._check("lora_alpha", alone, "scales adapters, and there are none; give --lora_rank, too")
+    with naming(self.flag("freeze")):
+      trained(None, self.freeze)
     self._check("dropout", 0 <= self.dropout < 1, "is no rate; use 0 or more, below 1")
     self._check("dtype", self.dtype in DTYPES, f"is unknown; use {' or '.join(DTYPES)}")
     for name in ("norm", "bias", "positions"):
@@ -152,17 +169,23 @@ class Config(RunConfig):
         ulysses=self.ulysses,
         logits_chunk=self.logits_chunk,
         moe=moe,
+        lora=self.lora(),
       )
 
   def completep(self) -> CompleteP | None:
     """The factors by which the model is larger than `--completep_base`; None without that flag."""
     base = self.completep_base
-    for name in ("experts", "init_from"):
+    for name in ("experts", "init_from", "lora_rank"):
       self._check(
         name, not (base and getattr(self, name)), "has no --completep_base; leave one of them out"
       )
     with naming(self.flag("completep_base")):
       return CompleteP.parse(base, self.width, self.layers) if base else None
+
+  def lora(self) -> Lora | None:
+    """The adapters beside the layers' matrices; None without `--lora_rank`."""
+    rank = self.lora_rank
+    return Lora(rank, self.lora_alpha or 2.0 * rank) if rank else None
 
   def _rope_scaling(self) -> RopeScaling | None:
     with naming(self.flag("rope_scaling")):

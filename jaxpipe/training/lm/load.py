@@ -15,6 +15,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from jaxpipe.data import Tokenizer
+from jaxpipe.models.transformer.adapters import merge
 from jaxpipe.models.transformer.decoder import transformer
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.flags.errors import ConfigError
@@ -32,8 +33,10 @@ class LoadedRun:
 
   Attributes:
     config: the flags of the run.
-    stack: the model. Its experts, if it has any, drop no token, whatever the run's capacity was.
-    params: canonical parameters, whole on one device.
+    stack: the model, without adapters. Its experts, if it has any, drop no token, whatever capacity
+      the run had.
+    params: canonical parameters, whole on one device; those that were frozen are among them, and
+      adapters are merged into their matrices.
     tokenizer: turns text into the model's ids and back.
     step: number of updates that the parameters have been trained for.
   """
@@ -95,8 +98,16 @@ def load(run_dir: str | os.PathLike[str]) -> LoadedRun:
   if model.moe:
     # With a capacity, positions that are not drawn yet would take slots from those that are.
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, capacity_factor=0))
-  stack = transformer(model)
+  stack = transformer(model, record.config.freeze)
   device = SingleDeviceSharding(jax.local_devices()[0])
   params = checkpoints.restore_params(step, stack.param_shapes(), device)
+  shapes = stack.state_shapes() if stack.has_state else {}
+  state = checkpoints.restore_model_state(step, shapes, device)
   checkpoints.close()
-  return LoadedRun(config=record.config, stack=stack, params=params, tokenizer=tokenizer, step=step)
+  return LoadedRun(
+    config=record.config,
+    stack=transformer(dataclasses.replace(model, lora=None)),
+    params=merge(stack, model.lora, params, state),
+    tokenizer=tokenizer,
+    step=step,
+  )

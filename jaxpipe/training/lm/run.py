@@ -24,14 +24,16 @@ from jax.sharding import Mesh
 from jaxpipe.data import EvaluationBatches, TextData, TokenBatches, prepare_text
 from jaxpipe.data.text.windows import Batch
 from jaxpipe.models.huggingface import check_weights, read_params
+from jaxpipe.models.transformer.adapters import divide, flops_saved
 from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
 from jaxpipe.models.transformer.cross_entropy import check_chunk
 from jaxpipe.models.transformer.decoder import check_sizes, transformer
 from jaxpipe.models.transformer.ends import check_positions
 from jaxpipe.parallel.mesh import SEQUENCE, TENSOR
-from jaxpipe.parallel.placing import layers_per_stage
+from jaxpipe.parallel.placing import layers_per_stage, place
 from jaxpipe.parallel.sequence import check_divides
 from jaxpipe.schedules import Schedule
+from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.command.cache import cache_folder
 from jaxpipe.training.flags.errors import naming
 from jaxpipe.training.lm.config import Config
@@ -63,11 +65,24 @@ class LmRun(Run):
   train: TokenBatches
   validation: EvaluationBatches
 
-  def first_params(self) -> Tree | None:
-    """Reads the weights of `--init_from` to their places; None without that flag."""
-    if not self.config.init_from:
+  def first_values(self, key: jax.Array) -> tuple[Tree, Tree] | None:
+    """Reads the weights of `--init_from` to their places; None without that flag.
+
+    Adapters, which no such folder has, are fresh.
+    """
+    folder, stack, order = self.config.init_from, self.stack, (self.schedule, self.mesh)
+    if not folder:
       return None
-    return read_params(self.config.init_from, self.model, self.stack, self.schedule, self.mesh)
+    base = _base(self.model)
+    if stack.uniform:
+      whole = read_params(folder, self.model, base, *order)
+      # Without anything frozen the base is the model.
+      fresh = stack.init(key, self.batch_shapes, *order) if stack.has_state else whole
+      return divide(stack, whole, fresh)
+    # Of layers that are not alike, stages lie packed, and a canonical tree is packed whole.
+    whole = read_params(folder, self.model, base)
+    params, state = divide(stack, whole, stack.init(key, self.batch_shapes))
+    return place(params, stack, *order), place(state, stack, *order)
 
   def begin(self) -> Self:
     """Makes the run directory, with the tokenizer in it, so that sampling needs no text."""
@@ -87,7 +102,7 @@ class LmRun(Run):
     """Returns `validate(state)`, which measures nats per byte over the whole held-out text."""
     tokenizer = self.data.tokenizer
     validate = make_validation(self.evaluate, self.validation, tokenizer, self.rows.put)
-    return lambda state: {"loss": validate(state.params)}
+    return lambda state: {"loss": validate(state.params, *filter(None, [state.model_state]))}
 
 
 def build_run(config: Config) -> LmRun:
@@ -118,10 +133,12 @@ def build_run(config: Config) -> LmRun:
   if record:
     check_data(folder.path, record, train.identity, lambda name: config.flag(_flag_of(name)))
   model = config.model(data.tokenizer.vocabulary_size)
-  stack, shared = transformer(model), ["shared_width"] * bool(config.shared_width)
+  shared = ["shared_width"] * bool(config.shared_width)
+  with naming(config.flag("freeze")):
+    stack = transformer(model, config.freeze)
   if config.init_from:
     with naming(config.flag("init_from")):
-      check_weights(config.init_from, model, stack)
+      check_weights(config.init_from, model, _base(model))
   planned = make_plan(
     config,
     mesh,
@@ -142,13 +159,18 @@ def build_run(config: Config) -> LmRun:
     f" {len(data.validation.tokens):,} held out",
     tokens=config.batch_size * config.sequence_length,
     loss_unit="nats per token",
-    flops_per_token=flops_per_token(model, config.sequence_length),
+    flops_per_token=flops_per_token(model, config.sequence_length) - flops_saved(stack),
     validation_unit="nats per byte",
     model=model,
     data=data,
     train=train,
     validation=validation,
   )
+
+
+def _base(model: TransformerConfig) -> LayerStack:
+  """The model without adapters, all of whose parameters train."""
+  return transformer(dataclasses.replace(model, lora=None))
 
 
 def batch_shapes(config: Config) -> Tree:

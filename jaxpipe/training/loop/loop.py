@@ -98,7 +98,7 @@ def _first_state(run: Run, checkpoints: Checkpoints, start: int) -> TrainState:
       run.batch_shapes,
       run.schedule,
       run.mesh,
-      params=run.first_params(),
+      values=run.first_values,
     )
   say(f"resuming from {run.folder.path} after {start} steps")
   shapes = state_shapes(run.stack, run.optimizer)

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxpipe.parallel.placing import shardings
 from jaxpipe.schedules import draw_text, simulate
+from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.chips import peak_flops
 from jaxpipe.training.loop.metrics import Record
 from jaxpipe.training.plan.run import Run
@@ -45,11 +46,17 @@ def describe(run: Run) -> str:
       f"mesh: {axes or 'stage 1'} = {run.mesh.size} devices ({device.device_kind})",
       *([f"schedules by estimate:\n{run.choice}"] if run.choice else []),
       draw_text(simulate(run.schedule), width),
-      f"parameters: {total:,} in total, {held:,} on each device",
+      f"parameters: {total:,} in total, {held:,} on each device{_besides(run.stack)}",
       f"expected memory of each device: {_mib(memory.total)} MiB ({parts})",
       *([run.data_line] if run.data_line else []),
     )
   )
+
+
+def _besides(stack: LayerStack) -> str:
+  """How many values the model has besides its parameters, for a model that has some."""
+  count = _count(stack.state_shapes()) if stack.has_state else 0
+  return f"; {count:,} values are not trained" if count else ""
 
 
 def count_parameters(run: Run) -> tuple[int, int]:

@@ -67,11 +67,12 @@ def make_validation(
   batches: EvaluationBatches,
   tokenizer: Tokenizer,
   put: Callable[[Tree], Tree],
-) -> Callable[[Tree], float]:
-  """Returns `validate(params) -> nats per byte` over the whole split.
+) -> Callable[..., float]:
+  """Returns `validate(params, *state) -> nats per byte` over the whole split.
 
   Args:
-    evaluate: `(params, batch) -> (mean loss, metrics)`, from `pipeline_forward`.
+    evaluate: `(params, batch, *state) -> (mean loss, metrics)`, from `pipeline_forward`; `state` is
+      given of a model that has some.
     batches: the held-out split; its last batch is padded with weight 0.
     tokenizer: knows how many bytes of text each target stands for.
     put: makes a batch on the mesh of the rows that this process has read.
@@ -84,8 +85,8 @@ def make_validation(
     for i, batch in enumerate(batches):
       yield put(batch), min(full, batches.target_count - i * full)
 
-  def validate(params: Tree) -> float:
-    totals = sum_over(lambda batch: evaluate(params, batch), weighed())
+  def validate(params: Tree, *state: Tree) -> float:
+    totals = sum_over(lambda batch: evaluate(params, batch, *state), weighed())
     # Of the text alone: what routers of experts add to the loss is no part of its likelihood.
     nats = totals.loss - totals.metrics.get("router_loss", 0)
     return float(nats) / total_bytes

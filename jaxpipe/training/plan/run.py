@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
+import jax
+
 from jaxpipe.training.flags.run_config import RunConfig
 from jaxpipe.training.plan.plan import Plan
 from jaxpipe.training.plan.rows import ProcessRows
@@ -57,8 +59,12 @@ class Run(Plan, abc.ABC):
     self.folder.begin(self.record)
     return self
 
-  def first_params(self) -> Any:
-    """Returns placed parameters that the run begins from; None for fresh ones."""
+  def first_values(self, key: jax.Array) -> tuple[Any, Any] | None:
+    """Returns the placed parameters and model state that the run begins from; None for fresh ones.
+
+    Args:
+      key: PRNG key of what is fresh among them.
+    """
     return None
 
   @abc.abstractmethod

@@ -71,7 +71,7 @@ def create_state(
   example_batch: Tree,
   schedule: Schedule,
   mesh: Mesh,
-  params: Tree | None = None,
+  values: Callable[[jax.Array], tuple[Tree, Tree] | None] = lambda key: None,
 ) -> TrainState:
   """Returns the state before step 0; no device ever holds more than its own part of it.
 
@@ -81,20 +81,20 @@ def create_state(
     seed: of fresh parameters.
     example_batch: a batch, or its shapes.
     schedule, mesh: they decide where the state lies.
-    params: placed parameters to begin from, which are donated; None: fresh ones.
+    values: given the key of fresh values, returns the placed parameters and model state to begin
+      from, which are donated; None: fresh ones.
   """
   key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _INIT)
-  if params is None:
-    params = stack.init(key, example_batch, schedule, mesh)
-  model_state = {}
-  if stack.has_state:
-    model_state = stack.init_state(key, example_batch, schedule, mesh)
+  begun = values(key)
+  if begun is None:
+    state = stack.init_state(key, example_batch, schedule, mesh) if stack.has_state else {}
+    begun = stack.init(key, example_batch, schedule, mesh), state
   fresh = _fresh(optimizer)
   # The moments are zeros made under these shardings, never sliced from a whole.
-  places = state_shardings(jax.eval_shape(fresh, params, model_state), stack, schedule, mesh)
+  places = state_shardings(jax.eval_shape(fresh, *begun), stack, schedule, mesh)
   make = jax.jit(fresh, out_shardings=places, donate_argnums=(0, 1))
-  state: TrainState = make(params, model_state)
-  return state
+  made: TrainState = make(*begun)
+  return made
 
 
 def _fresh(optimizer: optax.GradientTransformation) -> Callable[[Tree, Tree], TrainState]:
