@@ -46,7 +46,7 @@ from jaxpipe.training.lm.config import Config
 from jaxpipe.training.lm.model_flags import read_config
 from jaxpipe.training.lm.run import batch_shapes, build_schedule
 from jaxpipe.training.loop.step import make_train_step
-from jaxpipe.training.plan.optimizer import learning_rate, make_optimizer
+from jaxpipe.training.plan.optimizer import learning_rate, make_optimizer, placed_optimizer
 from jaxpipe.training.plan.plan import build_mesh, choose
 from jaxpipe.training.plan.state import state_shapes
 
@@ -142,17 +142,22 @@ def prepare(config: Config) -> Job:
   devices = find_devices()
   mesh, device = build_mesh(config, devices), DeviceSpec.of(devices)
   named = None if config.schedule == AUTO else build_schedule(config, mesh)
-  model, optimizer = config.model(vocabulary_size=1), make_optimizer(config)
-  stack = transformer(model)
+  model = config.model(vocabulary_size=1)
+  stack = transformer(model, config.freeze)
   shapes = batch_shapes(config)
-  schedule = named or choose(config, mesh, stack, shapes, optimizer, ["layers"]).schedule
-  state = placed_shapes(state_shapes(stack, optimizer), stack, schedule, mesh)
+  estimated = make_optimizer(config)
+  schedule = named or choose(config, mesh, stack, shapes, estimated, ["layers"]).schedule
+  optimizer = placed_optimizer(config, stack, schedule, mesh)
+  state = state_shapes(stack, optimizer, schedule, averages=config.ema > 0)
+  state = placed_shapes(state, stack, schedule, mesh)
   batch = on_all(shapes, mesh)
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
   with naming(*config.flags("schedule", "batch_size", "microbatches", "residuals", "slack")):
     run = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll=config.unroll, **options)
     known = jaxpipe.memory_report(stack, schedule, mesh, batch, optimizer=optimizer, **options)
-    step = make_train_step(run, optimizer, learning_rate(config), config.seed, state, mesh)
+    step = make_train_step(
+      run, optimizer, learning_rate(config), config.seed, state, mesh, config.ema
+    )
     traced = step.trace(state, batch)
   return Job(
     config=config,

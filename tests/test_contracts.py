@@ -274,7 +274,8 @@ def checkpoint() -> list[str]:
   schedule = jaxpipe.make_schedule("gpipe", devices=1, microbatches=1)
   with tempfile.TemporaryDirectory() as folder:
     checkpoints = Checkpoints(pathlib.Path(folder))
-    checkpoints.save(state, stack, schedule, {"seed": 0, "config": {}, "data": {}})
+    mesh, meta = jaxpipe.make_mesh("stage:1"), {"seed": 0, "config": {}, "data": {}}
+    checkpoints.save(state, stack, schedule, mesh, meta)
     checkpoints.wait()
     meta = checkpoints.meta(1)
     checkpoints.close()

@@ -196,7 +196,7 @@ class StateLayouts:
     mesh = self.variables.mesh
 
     def of_part(part: Tree) -> Tree:
-      if not self._by_leaf(part):
+      if not self.is_by_leaf(part):
         return other(part)
       slots = self._joined(part)
       specs = self.of(slots).specs
@@ -221,7 +221,7 @@ class StateLayouts:
 
     return jax.tree.map(one, state, is_leaf=lambda node: is_slots(node) or is_part(node))
 
-  def _by_leaf(self, part: Tree) -> bool:
+  def is_by_leaf(self, part: Tree) -> bool:
     """Whether a part of a state has one node per variable, and not layers that are stacked."""
     names = self.variables.tree["layers"].keys()
     return isinstance(part["layers"], dict) and part["layers"].keys() == names

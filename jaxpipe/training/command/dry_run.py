@@ -17,7 +17,6 @@ from jaxpipe.training.aot.aot import placed_shapes
 from jaxpipe.training.loop.report import describe
 from jaxpipe.training.loop.step import compile_step
 from jaxpipe.training.plan.run import Run
-from jaxpipe.training.plan.state import state_shapes
 
 
 def dry_run(run: Run) -> str:
@@ -50,8 +49,7 @@ def dry_run(run: Run) -> str:
 
 def place_lines(run: Run) -> Iterator[str]:
   """Yields a line for every parameter: its shape, the shape that a device holds, its mesh axes."""
-  state = state_shapes(run.stack.laid_out(run.schedule), run.optimizer)
-  placed = placed_shapes(state, run.stack, run.schedule, run.mesh).params
+  placed = placed_shapes(run.state_shapes(), run.stack, run.schedule, run.mesh).params
   leaves = jax.tree.leaves_with_path(placed)
   width = max(len(name_of(path)) for path, _ in leaves)
   for path, leaf in leaves:
@@ -66,8 +64,7 @@ def place_lines(run: Run) -> Iterator[str]:
 
 def count_traffic(run: Run) -> Traffic:
   """Compiles the step, from shapes, and counts the bytes that devices send each other in it."""
-  state = state_shapes(run.stack.laid_out(run.schedule), run.optimizer)
-  placed = placed_shapes(state, run.stack, run.schedule, run.mesh)
+  placed = placed_shapes(run.state_shapes(), run.stack, run.schedule, run.mesh)
   return traffic(compile_step(run, placed), run.mesh, run.schedule)
 
 

@@ -35,7 +35,7 @@ from jaxpipe.training.plan.plan import (
 from jaxpipe.training.plan.rows import ProcessRows
 from jaxpipe.training.plan.run import Run, Validate
 from jaxpipe.training.plan.run_dir import RunDir, check_config, check_data
-from jaxpipe.training.plan.state import TrainState, state_shapes
+from jaxpipe.training.plan.state import TrainState
 
 Tree = Any
 Kind = TypeVar("Kind", bound=TaskConfig)
@@ -80,7 +80,8 @@ class TaskRun(Run):
       for batch in self.task.validation:
         yield self.rows.put(self._own(batch)), self.task.weigh(batch)
 
-    totals = sum_over(lambda batch: self.evaluate(state.params, batch, *carried), weighed())
+    params = state.measured
+    totals = sum_over(lambda batch: self.evaluate(params, batch, *carried), weighed())
     loss, weight = float(totals.loss / totals.weight), float(totals.weight)
     return {"loss": loss, **self.task.summarize(loss, totals.metrics, weight)}
 
@@ -166,13 +167,14 @@ def _result(task: Task, record: Mapping[str, Any]) -> str:
 
 def _restore(run: TaskRun) -> tuple[Tree, Tree]:
   """Reads canonical parameters and model state from the newest checkpoint to one device."""
-  shapes = state_shapes(run.stack, run.optimizer)
   here = SingleDeviceSharding(jax.local_devices()[0])
   checkpoints = Checkpoints(run.folder.checkpoints, read_only=True, alone=True)
   step = checkpoints.newest
   assert step is not None  # a finished run has saved its last step
-  params = checkpoints.restore_params(step, shapes.params, here)
-  state = checkpoints.restore_model_state(step, shapes.model_state, here)
+  stack, average = run.stack, run.config.ema > 0
+  params = checkpoints.restore_params(step, stack.param_shapes(), here, average=average)
+  shapes = stack.state_shapes() if stack.has_state else {}
+  state = checkpoints.restore_model_state(step, shapes, here)
   checkpoints.close()
   return params, state
 

@@ -16,8 +16,10 @@ from typing import Any, NoReturn, TypeVar
 from absl import flags
 
 from jaxpipe.training.flags.errors import AgreedError, ConfigError
+from jaxpipe.training.flags.settings import Settings
 
-Settings = TypeVar("Settings")
+Ahead = TypeVar("Ahead")
+Kind = TypeVar("Kind", bound=Settings)
 
 _DEFINE: dict[type, Callable[..., Any]] = {
   bool: flags.DEFINE_bool,
@@ -73,7 +75,7 @@ def parse_flags(arguments: Sequence[str], values: flags.FlagValues = flags.FLAGS
   return rest
 
 
-def read_ahead(defaults: Settings, arguments: Sequence[str]) -> Settings:
+def read_ahead(defaults: Ahead, arguments: Sequence[str]) -> Ahead:
   """Reads the flags of one dataclass alone, whatever else stands on the command line.
 
   Args:
@@ -95,7 +97,7 @@ def read_ahead(defaults: Settings, arguments: Sequence[str]) -> Settings:
   return type(defaults)(**{name: values[name].value for name in vars(defaults)})
 
 
-def read_flags(kind: type[Settings], values: flags.FlagValues = flags.FLAGS) -> Settings:
+def read_flags(kind: type[Kind], values: flags.FlagValues = flags.FLAGS) -> Kind:
   """Returns the dataclass that the parsed flags describe.
 
   Args:
@@ -105,8 +107,10 @@ def read_flags(kind: type[Settings], values: flags.FlagValues = flags.FLAGS) -> 
   Raises:
     ConfigError: a value that the dataclass refuses.
   """
-  names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-  return kind(**{name: values[name].value for name in names})
+  names = [field.name for field in dataclasses.fields(kind)]
+  given = {name: values[name].value for name in names if values[name].present}
+  implied = {k: v for k, v in kind.implied(given).items() if k not in given}
+  return kind(**{name: values[name].value for name in names} | implied)
 
 
 def exit_with_error(error: Exception) -> NoReturn:

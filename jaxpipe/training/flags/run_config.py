@@ -9,6 +9,8 @@ and when.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jaxpipe.models.transformer.completep import CompleteP
 from jaxpipe.parallel.mesh import SLOW
@@ -17,6 +19,37 @@ from jaxpipe.pipeline.table.unroll import SHAPES
 from jaxpipe.training.flags.errors import naming
 from jaxpipe.training.flags.settings import Settings, free, same
 
+
+class Own(NamedTuple):
+  """What an optimizer takes where flags do not say otherwise.
+
+  Attributes:
+    beta1: decay of the first moment; None where there is none.
+    beta2: decay of the second moment; None where there is none.
+    epsilon: what is added to the divisor; None where there is none.
+    decays: whether its decoupled weight decay is that of the flag's default, and not 0.
+  """
+
+  beta1: float | None
+  beta2: float | None
+  epsilon: float | None
+  decays: bool
+
+
+OPTIMIZERS = {
+  # Decays as in GPT-3 (arXiv:2005.14165, appendix B), here and for its kin.
+  "adamw": Own(0.9, 0.95, 1e-8, True),
+  "nadamw": Own(0.9, 0.95, 1e-8, True),
+  "adam": Own(0.9, 0.95, 1e-8, False),
+  "sgd": Own(0.0, None, None, False),
+  "lion": Own(0.9, 0.99, None, True),
+  "rmsprop": Own(None, 0.9, 1e-8, False),
+  "adafactor": Own(None, None, None, False),
+  "lamb": Own(0.9, 0.999, 1e-6, True),
+  "muon": Own(0.95, 0.95, 1e-8, True),
+}
+RATES = ("cosine", "linear", "constant", "wsd")
+_OWN = -1.0  # in place of a value that the optimizer chooses itself
 AUTO = "auto"  # in place of a schedule's name: `plan/choose.py` chooses one
 RUN_DIR = "folder of checkpoints, metrics and plots; resumed if it is ours"
 
@@ -34,10 +67,35 @@ class RunConfig(Settings):
   batch_size: int = same(8, "rows B of a batch, over all microbatches and data shards")
   seed: int = same(0, "of parameters, data order and dropout")
 
+  optimizer: str = same("adamw", f"one of {', '.join(OPTIMIZERS)}")
   learning_rate: float = same(2e-3, "peak learning rate")
-  warmup_steps: int = same(100, "steps of linear warm-up; then cosine, to a tenth at --steps")
-  weight_decay: float = same(0.1, "decoupled decay of matrices; norm scales have none")
+  warmup_steps: int = same(100, "steps of linear warm-up; then the rate has the shape of --rate")
+  rate: str = same(
+    "cosine",
+    "cosine or linear, down to --final_rate at --steps; constant; or wsd, which stays and"
+    " falls in the last --decay_steps",
+  )
+  final_rate: float = same(0.1, "share of the peak rate that is left at the last step")
+  decay_steps: int = same(0, "steps in which wsd falls; 0: a tenth of those after the warm-up")
+  beta1: float = same(
+    _OWN, "decay of the first moment, sgd's momentum; default: the optimizer's own"
+  )
+  beta2: float = same(_OWN, "decay of the second moment; default: the optimizer's own")
+  epsilon: float = same(_OWN, "what is added to the divisor; default: the optimizer's own")
+  weight_decay: float = same(
+    0.1,
+    "decoupled decay of matrices; norm scales have none. Not given, it is 0 for"
+    f" {', '.join(name for name, own in OPTIMIZERS.items() if not own.decays)}",
+  )
   clip_norm: float = same(1.0, "largest global norm of the gradient; 0: not clipped")
+  gradient_noise: float = same(
+    0.0, "eta of noise added to gradients, of variance eta / (1 + step)^0.55; 0: none"
+  )
+  ema: float = same(
+    0.0,
+    "decay of a moving average of the parameters, which validation, samples and exports then use;"
+    " 0: none",
+  )
   steps: int = free(
     2000, "updates in total, those before a resume included; another number bends the cosine anew"
   )
@@ -83,6 +141,8 @@ class RunConfig(Settings):
     self._check_counts("batch_size", "steps", "microbatches")
     self._check_amounts("learning_rate", "warmup_steps", "weight_decay", "clip_norm", "chunks")
     self._check_amounts("checkpoint_every", "validate_every", "memory_limit")
+    self._check_amounts("final_rate", "decay_steps", "gradient_noise")
+    self._check_optimizer()
     self._check("seed", 0 <= self.seed < 2**32, "is no seed; use 0 to 4294967295")
     self._check_choice("unroll", ("auto", *SHAPES))
     self._check("slack", self.slack in (0, 1), "ticks cannot be executed; use 0 or 1")
@@ -95,6 +155,40 @@ class RunConfig(Settings):
     self._check("slow_axis", slow, f"cannot lie between hosts; use {' or '.join(SLOW)}")
     self._check("run_dir", bool(self.run_dir), "names no folder; use --run_dir=runs/NAME")
     self.profile_range()
+
+  @classmethod
+  def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values of flags that were not given, as those that were given imply them.
+
+    Args:
+      given: the flags that were given, by name.
+    """
+    own = OPTIMIZERS.get(given.get("optimizer", ""))
+    return {} if own is None or own.decays else {"weight_decay": 0.0}
+
+  def _check_optimizer(self) -> None:
+    """Refuses an unknown optimizer or rate, and flags that the optimizer would not read."""
+    self._check_choice("optimizer", OPTIMIZERS)
+    self._check_choice("rate", RATES)
+    self._check("ema", 0 <= self.ema < 1, "is no decay; use 0 or more, below 1")
+    alone = self.rate == "wsd" or not self.decay_steps
+    self._check("decay_steps", alone, "is for --rate=wsd; give that, too, or leave it out")
+    for name in ("beta1", "beta2", "epsilon"):
+      value, own = getattr(self, name), getattr(OPTIMIZERS[self.optimizer], name)
+      if value == _OWN:
+        continue
+      self._check(name, own is not None, f"is not read by {self.optimizer}; leave it out")
+      good = value >= 0 if name == "epsilon" else 0 <= value < 1
+      self._check(name, good, "is none; use 0 or more, and of a decay less than 1")
+
+  def moments(self) -> tuple[float, float, float]:
+    """Decays of both moments, and epsilon: as given, or the optimizer's own; 0 for one it lacks."""
+    own = OPTIMIZERS[self.optimizer]
+    first, second, epsilon = (
+      (getattr(own, name) or 0.0) if getattr(self, name) == _OWN else getattr(self, name)
+      for name in ("beta1", "beta2", "epsilon")
+    )
+    return first, second, epsilon
 
   def completep(self) -> CompleteP | None:
     """The rules by which learning rate, decay and epsilon differ between parameters; None: alike.

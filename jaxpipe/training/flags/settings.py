@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 from jaxpipe.training.flags.errors import ConfigError
@@ -43,6 +43,15 @@ def free(default: Any, help: str) -> Any:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
   """A configuration without fields; a subclass adds them by `same` and `free`."""
+
+  @classmethod
+  def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values of flags that were not given, by name, as those that were given imply them.
+
+    Args:
+      given: the flags that were given, by name.
+    """
+    return {}
 
   def flag(self, name: str) -> str:
     """The field as one would type it: `--layers=4`."""

@@ -175,6 +175,8 @@ class Config(RunConfig):
   def completep(self) -> CompleteP | None:
     """The factors by which the model is larger than `--completep_base`; None without that flag."""
     base = self.completep_base
+    other = base and self.optimizer != "adamw"
+    self._check("optimizer", not other, "has no --completep_base, whose rules are for adamw")
     for name in ("experts", "init_from", "lora_rank"):
       self._check(
         name, not (base and getattr(self, name)), "has no --completep_base; leave one of them out"

@@ -35,8 +35,8 @@ class LoadedRun:
     config: the flags of the run.
     stack: the model, without adapters. Its experts, if it has any, drop no token, whatever capacity
       the run had.
-    params: canonical parameters, whole on one device; those that were frozen are among them, and
-      adapters are merged into their matrices.
+    params: canonical parameters, whole on one device, or their moving average where the run kept
+      one; those that were frozen are among them, and adapters are merged into their matrices.
     tokenizer: turns text into the model's ids and back.
     step: number of updates that the parameters have been trained for.
   """
@@ -100,7 +100,8 @@ def load(run_dir: str | os.PathLike[str]) -> LoadedRun:
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, capacity_factor=0))
   stack = transformer(model, record.config.freeze)
   device = SingleDeviceSharding(jax.local_devices()[0])
-  params = checkpoints.restore_params(step, stack.param_shapes(), device)
+  average = record.config.ema > 0
+  params = checkpoints.restore_params(step, stack.param_shapes(), device, average=average)
   shapes = stack.state_shapes() if stack.has_state else {}
   state = checkpoints.restore_model_state(step, shapes, device)
   checkpoints.close()

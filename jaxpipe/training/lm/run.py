@@ -102,7 +102,7 @@ class LmRun(Run):
     """Returns `validate(state)`, which measures nats per byte over the whole held-out text."""
     tokenizer = self.data.tokenizer
     validate = make_validation(self.evaluate, self.validation, tokenizer, self.rows.put)
-    return lambda state: {"loss": validate(state.params, *filter(None, [state.model_state]))}
+    return lambda state: {"loss": validate(state.measured, *filter(None, [state.model_state]))}
 
 
 def build_run(config: Config) -> LmRun:

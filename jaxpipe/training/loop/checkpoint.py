@@ -7,6 +7,7 @@ whole, so that a killed run finds the one before.
     checkpoints/STEP/params      parameters
     checkpoints/STEP/optimizer   the optimizer's moments, and the step
     checkpoints/STEP/state       model state, such as moving averages, if the stack has any
+    checkpoints/STEP/average     the moving average of the parameters, if the run keeps one
     checkpoints/STEP/meta        JSON: step, seed, configuration, identity of the data
 
 Parameters stand alone, so that sampling reads them without knowing the optimizer.
@@ -19,10 +20,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, Sharding
-from jax.sharding import PartitionSpec as Spec
+from jax.sharding import Mesh, Sharding
 
-from jaxpipe.parallel.placing import map_param_trees
 from jaxpipe.schedules import Schedule
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.flags.errors import ConfigError
@@ -30,7 +29,7 @@ from jaxpipe.training.plan.state import TrainState, canonical_shardings, to_cano
 
 Tree = Any
 
-_ITEMS = ("params", "optimizer", "state", "meta")
+_ITEMS = ("params", "optimizer", "state", "average", "meta")
 _KEEP = 3  # the newest; older ones are deleted
 
 
@@ -67,16 +66,21 @@ class Checkpoints:
     return None if step is None else int(step)
 
   def save(
-    self, state: TrainState, stack: LayerStack, schedule: Schedule, meta: dict[str, Any]
+    self,
+    state: TrainState,
+    stack: LayerStack,
+    schedule: Schedule,
+    mesh: Mesh,
+    meta: dict[str, Any],
   ) -> None:
     """Starts writing a checkpoint; returns once the state has been copied from the devices.
 
     Args:
       state: as placed on the mesh; it may be donated as soon as this returns.
-      stack, schedule: they decide the order in which the state's layers lie.
+      stack, schedule, mesh: they decide the order in which the state's layers lie.
       meta: JSON values to keep beside it.
     """
-    canonical = to_canonical(state, stack, schedule)
+    canonical = to_canonical(state, stack, schedule, mesh)
     step = int(canonical.step)
     # The last step may be due by the interval and by the end; orbax refuses the second.
     if step == self.newest:
@@ -95,7 +99,7 @@ class Checkpoints:
 
     Args:
       step: of the checkpoint.
-      shapes: the canonical state as shapes, from `state_shapes`.
+      shapes: the canonical state as shapes, from `canonical_shapes`.
       stack, schedule, mesh: where the state is to lie; they need not be those that it was saved
         from.
 
@@ -105,31 +109,32 @@ class Checkpoints:
     Raises:
       ConfigError: no such checkpoint, a damaged one, or one of other shapes.
     """
-    everywhere = NamedSharding(mesh, Spec())
-    targets = map_param_trees(
-      lambda tree: jax.tree.map(_on, tree, canonical_shardings(tree, stack, schedule, mesh)),
-      shapes,
-      lambda leaf: _on(leaf, everywhere),
-    )
+    targets = jax.tree.map(_on, shapes, canonical_shardings(shapes, stack, schedule, mesh))
     trees = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(targets).items()}
     items = self._restore(step, **trees)
     state = TrainState(
-      params=items["params"], **items["optimizer"], model_state=items.get("state") or {}
+      params=items["params"],
+      **items["optimizer"],
+      model_state=items.get("state") or {},
+      average=items.get("average") or {},
     )
     return to_placed(state, stack, schedule, mesh)
 
-  def restore_params(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
+  def restore_params(
+    self, step: int, shapes: Tree, sharding: Sharding, *, average: bool = False
+  ) -> Tree:
     """Reads the canonical parameters alone.
 
     Args:
       step: of the checkpoint.
       shapes: of the canonical parameters.
       sharding: where every leaf is to lie.
+      average: reads their moving average, in the parameters' dtypes.
 
     Raises:
       ConfigError: no such checkpoint, a damaged one, or one of other shapes.
     """
-    return self._restore_item("params", step, shapes, sharding)
+    return self._restore_item("average" if average else "params", step, shapes, sharding)
 
   def restore_model_state(self, step: int, shapes: Tree, sharding: Sharding) -> Tree:
     """Reads the canonical model state alone, as `restore_params` reads parameters.
@@ -170,7 +175,9 @@ def _trees(state: TrainState) -> dict[str, Tree]:
   """Divides a state into the items of a checkpoint, by name."""
   optimizer = {"opt_state": state.opt_state, "step": state.step}
   trees = {"params": state.params, "optimizer": optimizer}
-  return {**trees, "state": state.model_state} if state.model_state else trees
+  if state.model_state:
+    trees["state"] = state.model_state
+  return {**trees, "average": state.average} if state.average else trees
 
 
 def _on(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:

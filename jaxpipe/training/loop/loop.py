@@ -26,7 +26,7 @@ from jaxpipe.training.loop.profiler import Profiler
 from jaxpipe.training.loop.report import Screen, StepLine, describe
 from jaxpipe.training.loop.step import StepResult, compile_step
 from jaxpipe.training.plan.run import Run
-from jaxpipe.training.plan.state import TrainState, create_state, state_shapes
+from jaxpipe.training.plan.state import TrainState, canonical_shapes, create_state
 from jaxpipe.training.processes.processes import Signals, from_first, is_first, say
 
 Step = Callable[[TrainState, Microbatches], tuple[TrainState, StepResult]]
@@ -98,11 +98,12 @@ def _first_state(run: Run, checkpoints: Checkpoints, start: int) -> TrainState:
       run.batch_shapes,
       run.schedule,
       run.mesh,
+      averages=run.config.ema > 0,
       values=run.first_values,
     )
   say(f"resuming from {run.folder.path} after {start} steps")
-  shapes = state_shapes(run.stack, run.optimizer)
-  return checkpoints.restore(start, shapes, run.stack, run.schedule, run.mesh)
+  how = run.stack, run.schedule, run.mesh
+  return checkpoints.restore(start, canonical_shapes(run.state_shapes(), *how), *how)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,7 +188,7 @@ class Loop:
       self.metrics.sync()
     config, data = self.job.config, self.job.record.data
     meta: dict[str, Any] = {"seed": config.seed, "config": config.to_dict(), "data": data}
-    self.checkpoints.save(state, self.job.stack, self.job.schedule, meta)
+    self.checkpoints.save(state, self.job.stack, self.job.schedule, self.job.mesh, meta)
 
 
 def _due(done: int, every: int) -> bool:

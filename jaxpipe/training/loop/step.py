@@ -41,6 +41,7 @@ def make_train_step(
   seed: int,
   state: TrainState,
   mesh: Mesh,
+  ema: float = 0.0,
 ) -> jax.stages.Wrapped:
   """Returns the jitted step of a run.
 
@@ -52,6 +53,7 @@ def make_train_step(
     seed: of dropout; step k draws from `fold_in(key(seed), k)`, whatever came before.
     state: a placed state or its placed shapes; the step's result lies like it.
     mesh: where the state lies.
+    ema: decay of the moving average of the parameters, which begins at the first ones; 0: none.
 
   Returns:
     `step(state, batch) -> (state, StepResult)`. The given state is donated: it is gone afterwards.
@@ -69,7 +71,14 @@ def make_train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, wide)
     new = optax.apply_updates(state.params, updates)
     result = StepResult(loss, optax.tree.norm(grads), learning_rate(state.step), metrics)
-    done = TrainState(params=new, opt_state=opt_state, step=state.step + 1, model_state=model_state)
+    average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.average, new if ema else {})
+    done = TrainState(
+      params=new,
+      opt_state=opt_state,
+      step=state.step + 1,
+      model_state=model_state,
+      average=average,
+    )
     return done, result
 
   # The result's shardings are fixed: left to the compiler, they may differ from those of the given
@@ -81,7 +90,14 @@ def make_train_step(
 
 def compile_step(run: Run, state: TrainState) -> jax.stages.Compiled:
   """Compiles the step of a run, for a placed state or its placed shapes; runs nothing."""
+  config = run.config
   step = make_train_step(
-    run.value_and_grad, run.optimizer, run.learning_rate, run.config.seed, state, run.mesh
+    run.value_and_grad,
+    run.optimizer,
+    run.learning_rate,
+    config.seed,
+    state,
+    run.mesh,
+    ema=config.ema,
   )
   return step.lower(state, run.rows.shapes(run.batch_shapes)).compile()

@@ -1,27 +1,38 @@
-"""The optimizer of a run: AdamW with warm-up, cosine decay and clipping, as an optax chain.
+"""The optimizer of a run, by its flags, as an optax chain on the parameters of a stack.
 
-It works on the parameter tree of a stack, canonical or as placed on the mesh.
+    clipping -> noise -> direction (Adam, Lion, ...) -> decoupled decay -> trust ratio -> rate
+
+`make_optimizer` is the chain itself, `placed_optimizer` the same for parameters on a mesh. What
+looks at whole matrices (Adafactor, LAMB, Muon) goes through `by_variable` there, all else works on
+placed arrays as it is.
 
 References:
-  AdamW: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
   Clipping by the global norm: Pascanu et al., arXiv:1211.5063.
+  Noise: Neelakantan et al., Adding Gradient Noise Improves Learning for Very Deep Networks,
+  arXiv:1511.06807.
+  Decoupled decay: Loshchilov & Hutter, arXiv:1711.05101. Lion: Chen et al., arXiv:2302.06675.
+  Adafactor: Shazeer & Stern, arXiv:1804.04235. LAMB: You et al., arXiv:1904.00962. Muon: Jordan et
+  al., 2024, its updates scaled to AdamW's size as in Liu et al., arXiv:2502.16982.
+  Rates that stay and then fall (wsd): Hu et al., MiniCPM, arXiv:2404.06395.
   Rates, decays and epsilons by parameter: CompleteP, see `jaxpipe.models.transformer.completep`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxpipe.models.transformer.completep import CompleteP, Factors
 from jaxpipe.parallel.flat import Flat
 from jaxpipe.parallel.placing import layer_order
 from jaxpipe.parallel.rules import describe
+from jaxpipe.pipeline.update.by_variable import by_variable
 from jaxpipe.schedules import Schedule
 from jaxpipe.stack.protocol import is_packed
 from jaxpipe.stack.stack import LayerStack
@@ -29,27 +40,42 @@ from jaxpipe.training.flags.run_config import RunConfig
 
 Tree = Any
 
-_FINAL_SHARE = 0.1  # of the peak learning rate, approached at the last step
-_B1, _B2, _EPSILON = 0.9, 0.95, 1e-8  # GPT-3's (arXiv:2005.14165, appendix B)
+# Folded into the seed of the noise, which so differs from all other draws of a run.
+_NOISE = 2**31 + 1
+_GAMMA = 0.55  # how the noise's variance falls with the steps; the paper's
 
 
 def learning_rate(config: RunConfig) -> optax.Schedule:
-  """Returns the schedule `step -> learning rate`: linear warm-up, then a cosine to a tenth.
+  """Returns the schedule `step -> learning rate`: linear warm-up, then the shape that flags name.
 
   The first update (step 0) already moves parameters: it takes the rate of one warm-up step, not 0.
 
   Args:
-    config: peak rate, and numbers of warm-up steps and of all steps.
+    config: peak rate, its shape, its share at the end, and numbers of steps.
   """
   peak, warmup = config.learning_rate, min(config.warmup_steps, config.steps)
-  cosine = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), alpha=_FINAL_SHARE)
+  later = _after_warmup(config, peak, max(config.steps - warmup, 1))
   if not warmup:
-    return cosine
+    return later
 
   def ramp(step: Any) -> Any:
     return peak * (step + 1) / warmup
 
-  return optax.join_schedules([ramp, cosine], [warmup])
+  return optax.join_schedules([ramp, later], [warmup])
+
+
+def _after_warmup(config: RunConfig, peak: float, steps: int) -> optax.Schedule:
+  """The rate of so many steps after the warm-up."""
+  final = config.final_rate
+  if config.rate == "constant":
+    return optax.constant_schedule(peak)
+  if config.rate == "linear":
+    return optax.linear_schedule(peak, final * peak, steps)
+  if config.rate == "wsd":
+    falling = min(config.decay_steps or max(steps // 10, 1), steps)
+    falls = optax.linear_schedule(peak, final * peak, falling)
+    return optax.join_schedules([optax.constant_schedule(peak), falls], [steps - falling])
+  return optax.cosine_decay_schedule(peak, steps, alpha=final)
 
 
 def decay_mask(params: Tree) -> Tree:
@@ -152,21 +178,145 @@ def decayed(weight_decay: float, mask: Callable[[Tree], Tree]) -> optax.Gradient
 def make_optimizer(
   config: RunConfig, mask: Callable[[Tree], Tree] = decay_mask
 ) -> optax.GradientTransformation:
-  """Returns the optimizer of a run: clipping, Adam, weight decay and learning rate.
+  """Returns the optimizer of a run for a canonical tree, or for one with a leaf per variable.
 
-  Its moments have the dtype of the parameters that `init` is given: `widen` these first.
+  Its moments have the dtype of the parameters that `init` is given: `widen` these first. There is
+  no noise in it, which `placed_optimizer` adds.
 
   Args:
-    config: rates and their schedule, and rules that differ by parameter (CompleteP).
-    mask: `params -> tree` that says what decays, of parameters as they are placed.
+    config: the optimizer, rates and their schedule, and rules that differ by parameter (CompleteP).
+    mask: `params -> tree` that says what decays.
   """
-  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  adam = optax.scale_by_adam(_B1, _B2, _EPSILON)
-  rate = optax.scale_by_learning_rate(learning_rate(config))
-  # Decay comes after Adam and before the rate: decoupled from the gradient, scaled by the rate.
-  if rules := config.completep():
-    return optax.chain(clip, *_by_parameter(adam, config.weight_decay, rules), rate)
-  return optax.chain(clip, adam, decayed(config.weight_decay, mask), rate)
+  return optax.chain(_clip(config), *_steps(config, mask))
+
+
+def placed_optimizer(
+  config: RunConfig, stack: LayerStack, schedule: Schedule, mesh: Mesh
+) -> optax.GradientTransformation:
+  """Returns the optimizer of a run for parameters as they are placed; see `make_optimizer`.
+
+  Args:
+    config: the flags.
+    stack, schedule, mesh: what is trained, in which order, and where.
+  """
+  noise = [_noise(config, stack, schedule)] * (config.gradient_noise > 0)
+  if config.optimizer not in _WHOLE:
+    mask = placed_mask(stack, schedule)
+    return optax.chain(_clip(config), *noise, *_steps(config, mask))
+  steps = optax.chain(*_steps(config, _matrices))
+  return optax.chain(_clip(config), *noise, by_variable(steps, stack, schedule, mesh))
+
+
+def _clip(config: RunConfig) -> optax.GradientTransformation:
+  """Clipping by the global norm, which is the same whatever arrays the gradients lie in."""
+  return optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+
+
+def _steps(
+  config: RunConfig, mask: Callable[[Tree], Tree]
+) -> Iterator[optax.GradientTransformation]:
+  """Yields what follows clipping and noise: direction, decay, trust ratio, rate."""
+  beta1, beta2, epsilon = config.moments()
+  directions: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.scale_by_adam(beta1, beta2, epsilon),
+    "nadamw": lambda: optax.scale_by_adam(beta1, beta2, epsilon, nesterov=True),
+    "adam": lambda: optax.scale_by_adam(beta1, beta2, epsilon),
+    "sgd": lambda: optax.trace(beta1) if beta1 else optax.identity(),
+    "lion": lambda: optax.scale_by_lion(beta1, beta2),
+    "rmsprop": lambda: optax.scale_by_rms(beta2, epsilon),
+    "adafactor": _adafactor,
+    "lamb": lambda: optax.scale_by_adam(beta1, beta2, epsilon),
+    "muon": lambda: _muon(beta1, beta2, epsilon),
+  }
+  direction = directions[config.optimizer]()
+  rules = config.completep()
+  # Decay comes after the direction and before the rate: decoupled from the gradient, scaled by the
+  # rate.
+  if rules:
+    yield from _by_parameter(direction, config.weight_decay, rules)
+  else:
+    yield direction
+    yield decayed(config.weight_decay, mask)
+  if config.optimizer == "lamb":
+    yield optax.scale_by_trust_ratio()
+  yield optax.scale_by_learning_rate(learning_rate(config))
+
+
+# Directions that look at whole matrices, and not at each element by itself.
+_WHOLE = ("adafactor", "lamb", "muon")
+
+
+def _matrices(params: Tree) -> Tree:
+  """Says of a tree with one leaf per variable what decays: matrices and tables."""
+  return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+
+def _adafactor() -> optax.GradientTransformation:
+  """Adafactor's direction without a first moment: `optax.adafactor` less rate, decay and sign."""
+  return optax.chain(
+    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+  )
+
+
+def _muon(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
+  """Muon for the matrices of layers; AdamW's direction for all else, tables among it."""
+
+  def dims(params: Tree) -> Tree:
+    def one(path: Any, leaf: Any) -> Any:
+      inner = path[0].key == "layers" and leaf.ndim == 2
+      return optax.contrib.MuonDimensionNumbers() if inner else None
+
+    return jax.tree.map_with_path(one, params)
+
+  # A rate of -1 undoes the sign that optax gives with the rate, which comes later here. Updates of
+  # the size of AdamW's, so that its rates and decays fit.
+  return optax.contrib.muon(
+    -1.0,
+    beta=beta1,
+    eps=epsilon,
+    adam_b1=0.9,
+    adam_b2=beta2,
+    muon_weight_dimension_numbers=dims,
+    consistent_rms=0.2,
+  )
+
+
+class _NoiseState(NamedTuple):
+  """Number of updates so far, int32 []."""
+
+  step: jax.Array
+
+
+def _noise(
+  config: RunConfig, stack: LayerStack, schedule: Schedule
+) -> optax.GradientTransformation:
+  """Adds normal values to placed gradients, of the variance `eta / (1 + step)^0.55`.
+
+  A layer's values depend on its number and not on where it lies, and so do a packed stage's.
+  """
+  order = layer_order(stack.laid_out(schedule).depth, schedule)
+
+  def update(updates: Tree, state: _NoiseState, params: Tree = None) -> tuple[Tree, _NoiseState]:
+    deviation = jnp.sqrt(config.gradient_noise / (1.0 + state.step) ** _GAMMA)
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), _NOISE)
+    key = jax.random.fold_in(key, state.step)
+
+    def one(path: Any, update: jax.Array, number: int) -> jax.Array:
+      own = jax.random.fold_in(key, number)
+      if path[0].key == "layers":
+        keys = jax.vmap(lambda layer: jax.random.fold_in(own, layer))(order)
+        shape = update.shape[1:]
+        drawn = jax.vmap(lambda key: jax.random.normal(key, shape, update.dtype))(keys)
+      else:
+        drawn = jax.random.normal(own, update.shape, update.dtype)
+      return update + deviation.astype(update.dtype) * drawn
+
+    leaves, structure = jax.tree.flatten(updates)
+    numbers = jax.tree.unflatten(structure, range(len(leaves)))
+    noisy = jax.tree.map_with_path(one, updates, numbers)
+    return noisy, _NoiseState(state.step + 1)
+
+  return optax.GradientTransformation(lambda _: _NoiseState(jnp.zeros((), jnp.int32)), update)
 
 
 def _by_parameter(

@@ -25,7 +25,7 @@ from jaxpipe.training.chips import DeviceSpec
 from jaxpipe.training.flags.errors import ConfigError, naming
 from jaxpipe.training.flags.run_config import AUTO, RunConfig
 from jaxpipe.training.plan.choose import Choice, choose_schedule
-from jaxpipe.training.plan.optimizer import learning_rate, make_optimizer, placed_mask
+from jaxpipe.training.plan.optimizer import learning_rate, make_optimizer, placed_optimizer
 
 Tree = Any
 
@@ -91,13 +91,13 @@ def make_plan(
   if config.schedule == AUTO:
     choice = choose(config, mesh, stack, batch_shapes, optimizer, chosen_by)
     schedule = choice.schedule
-  optimizer = make_optimizer(config, placed_mask(stack, schedule))
   with naming(*config.flags("mesh", *placed_by)):
     param_specs(stack.param_shapes(), stack, schedule, mesh)
   # Lowers the schedule to its tick table, which refuses what cannot be executed; traces nothing.
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
   with naming(*config.flags("schedule", *filled_by)):
     value_and_grad = pipeline_value_and_grad(stack, schedule, mesh, unroll=config.unroll, **options)
+  optimizer = placed_optimizer(config, stack, schedule, mesh)
   # Tracing a layer finds what its shapes alone do not say. A name is looked for there, too.
   named = bool(residual_policy(config.residuals).names)
   with naming(*config.flags(*(["residuals"] if named else ["mesh", *traced_by]))):

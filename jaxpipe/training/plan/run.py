@@ -17,7 +17,7 @@ from jaxpipe.training.flags.run_config import RunConfig
 from jaxpipe.training.plan.plan import Plan
 from jaxpipe.training.plan.rows import ProcessRows
 from jaxpipe.training.plan.run_dir import RunDir, RunRecord
-from jaxpipe.training.plan.state import TrainState
+from jaxpipe.training.plan.state import TrainState, state_shapes
 
 Batch = Any
 Validate = Callable[[TrainState], Mapping[str, float]]
@@ -53,6 +53,11 @@ class Run(Plan, abc.ABC):
   def record(self) -> RunRecord[Any]:
     """The record that marks a run directory as this run's: its flags and its data's identity."""
     return RunRecord(config=self.config, data=dict(self.identity))
+
+  def state_shapes(self) -> TrainState:
+    """The placed state that steps carry, as `jax.ShapeDtypeStruct`s."""
+    averages = self.config.ema > 0
+    return state_shapes(self.stack, self.optimizer, self.schedule, averages=averages)
 
   def begin(self) -> Self:
     """Makes the run directory, or brings its record up to date; returns this run."""

@@ -1,13 +1,15 @@
 """The state that a training run carries from step to step, and its places on the mesh.
 
-The optimizer's moments have the tree of the parameters. So whatever holds for parameters (their
-shardings, the canonical order of a checkpoint) holds for moments, by the same functions: they are
-applied to every subtree of the state that has the parts of a parameter tree.
+Moments that have the tree of the parameters lie as parameters do: whatever holds for these (their
+shardings, the canonical order of a checkpoint) holds for moments, by the same functions, applied to
+every subtree of the state that has the parts of a parameter tree. An optimizer that works variable
+by variable keeps `Slots` instead; in a checkpoint these have one leaf per variable.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,9 @@ from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.placing import map_param_trees, place, shardings, unplace
 from jaxpipe.pipeline.mode import mode_of
+from jaxpipe.pipeline.update.slots import StateLayouts, is_part, is_slots
+from jaxpipe.pipeline.update.variables import Variables
 from jaxpipe.schedules import Schedule
-from jaxpipe.stack.protocol import LaidOutStack
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.plan.optimizer import widen
 
@@ -41,12 +44,22 @@ class TrainState:
     step: int32 [], number of updates that have been done.
     model_state: variables of the stack that are not trained, such as moving averages, placed like
       parameters; empty for a stack that has none.
+    average: moving average of the parameters in float32 at least, which lies like them; empty for a
+      run that keeps none.
   """
 
   params: Tree
   opt_state: Tree
   step: jax.Array
   model_state: Tree = dataclasses.field(default_factory=dict)
+  average: Tree = dataclasses.field(default_factory=dict)
+
+  @property
+  def measured(self) -> Tree:
+    """Placed parameters to validate with: their moving average where there is one."""
+    if not self.average:
+      return self.params
+    return jax.tree.map(lambda mean, p: mean.astype(p.dtype), self.average, self.params)
 
 
 def state_shardings(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Tree:
@@ -58,10 +71,21 @@ def state_shardings(state: Tree, stack: LayerStack, schedule: Schedule, mesh: Me
   """
   everywhere = NamedSharding(mesh, Spec())
 
-  def like_params(tree: Tree) -> Tree:
-    return shardings(tree, stack, schedule, mesh)
+  def one(node: Any) -> Any:
+    if is_slots(node):
+      specs = _layouts(stack, schedule, mesh).of(node).specs
+      places = {name: NamedSharding(mesh, specs[name]) for name in node.arrays}
+      return dataclasses.replace(node, arrays=places)
+    return shardings(node, stack, schedule, mesh) if is_part(node) else everywhere
 
-  return map_param_trees(like_params, state, lambda _: everywhere)
+  return jax.tree.map(one, state, is_leaf=lambda node: is_slots(node) or is_part(node))
+
+
+# Laying out the state of a large model takes a while, and it is asked for several times.
+@functools.lru_cache(maxsize=4)
+def _layouts(stack: LayerStack, schedule: Schedule, mesh: Mesh) -> StateLayouts:
+  """Where an optimizer's state by variable lies."""
+  return StateLayouts(Variables.of(stack, schedule, mesh))
 
 
 def create_state(
@@ -71,6 +95,8 @@ def create_state(
   example_batch: Tree,
   schedule: Schedule,
   mesh: Mesh,
+  *,
+  averages: bool = False,
   values: Callable[[jax.Array], tuple[Tree, Tree] | None] = lambda key: None,
 ) -> TrainState:
   """Returns the state before step 0; no device ever holds more than its own part of it.
@@ -81,6 +107,7 @@ def create_state(
     seed: of fresh parameters.
     example_batch: a batch, or its shapes.
     schedule, mesh: they decide where the state lies.
+    averages: whether a moving average of the parameters is kept.
     values: given the key of fresh values, returns the placed parameters and model state to begin
       from, which are donated; None: fresh ones.
   """
@@ -89,7 +116,7 @@ def create_state(
   if begun is None:
     state = stack.init_state(key, example_batch, schedule, mesh) if stack.has_state else {}
     begun = stack.init(key, example_batch, schedule, mesh), state
-  fresh = _fresh(optimizer)
+  fresh = _fresh(optimizer, averages)
   # The moments are zeros made under these shardings, never sliced from a whole.
   places = state_shardings(jax.eval_shape(fresh, *begun), stack, schedule, mesh)
   make = jax.jit(fresh, out_shardings=places, donate_argnums=(0, 1))
@@ -97,44 +124,90 @@ def create_state(
   return made
 
 
-def _fresh(optimizer: optax.GradientTransformation) -> Callable[[Tree, Tree], TrainState]:
+def _fresh(
+  optimizer: optax.GradientTransformation, averages: bool
+) -> Callable[[Tree, Tree], TrainState]:
   """Returns `(params, model_state) -> TrainState`, the state before the first update."""
 
   def fresh(params: Tree, model_state: Tree) -> TrainState:
-    step, moments = jnp.zeros((), jnp.int32), optimizer.init(widen(params))
-    return TrainState(params=params, opt_state=moments, step=step, model_state=model_state)
+    wide = widen(params)
+    return TrainState(
+      params=params,
+      opt_state=optimizer.init(wide),
+      step=jnp.zeros((), jnp.int32),
+      model_state=model_state,
+      average=wide if averages else {},
+    )
 
   return fresh
 
 
-def state_shapes(stack: LaidOutStack, optimizer: optax.GradientTransformation) -> TrainState:
-  """Returns the canonical state as `jax.ShapeDtypeStruct`s."""
-  model_state = stack.state_shapes() if stack.has_state else {}
-  shapes: TrainState = jax.eval_shape(_fresh(optimizer), stack.param_shapes(), model_state)
+def state_shapes(
+  stack: LayerStack,
+  optimizer: optax.GradientTransformation,
+  schedule: Schedule,
+  *,
+  averages: bool = False,
+) -> TrainState:
+  """Returns the placed state as `jax.ShapeDtypeStruct`s.
+
+  Args:
+    stack, schedule: what is trained, in which order.
+    optimizer: for parameters as they are placed.
+    averages: whether a moving average of the parameters is kept.
+  """
+  laid = stack.laid_out(schedule)
+  model_state = laid.state_shapes() if laid.has_state else {}
+  fresh = _fresh(optimizer, averages)
+  shapes: TrainState = jax.eval_shape(fresh, laid.param_shapes(), model_state)
   return shapes
 
 
-def to_canonical(state: TrainState, stack: LayerStack, schedule: Schedule) -> TrainState:
+def to_canonical(
+  state: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh
+) -> TrainState:
   """Reorders a placed state to the canonical one: layers in model order, nothing packed."""
-  return map_param_trees(lambda p: unplace(p, stack, schedule), state, lambda leaf: leaf)
+  layouts = _layouts(stack, schedule, mesh)
+  canonical: TrainState = layouts.unplace(state, lambda tree: unplace(tree, stack, schedule))
+  return canonical
+
+
+def canonical_shapes(
+  shapes: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh
+) -> TrainState:
+  """The shapes of the canonical state, of those of a placed one from `state_shapes`."""
+  canonical: TrainState = jax.eval_shape(
+    lambda state: to_canonical(state, stack, schedule, mesh), shapes
+  )
+  return canonical
 
 
 def to_placed(state: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> TrainState:
   """Places a canonical state on the mesh; the inverse of `to_canonical`."""
-  return map_param_trees(lambda p: place(p, stack, schedule, mesh), state, lambda leaf: leaf)
+  layouts = _layouts(stack, schedule, mesh)
+  placed: TrainState = layouts.place(state, lambda tree: place(tree, stack, schedule, mesh))
+  return placed
 
 
-def canonical_shardings(tree: Tree, stack: LayerStack, schedule: Schedule, mesh: Mesh) -> Tree:
-  """Returns shardings for a canonical tree that is about to be placed.
+def canonical_shardings(
+  state: TrainState, stack: LayerStack, schedule: Schedule, mesh: Mesh
+) -> TrainState:
+  """Returns shardings for a canonical state that is about to be placed.
 
-  In uniform stacks the tree is spread like the placed one, which has the same shapes: what is left
-  to do is to exchange layers between devices, and often nothing. Otherwise it is whole on every
-  device.
+  In uniform stacks trees of parameters are spread like the placed ones, which have the same shapes:
+  what is left to do is to exchange layers between devices, and often nothing. All else is whole on
+  every device.
 
   Args:
-    tree: canonical parameters, moments or model state, or their shapes.
-    stack, schedule, mesh: where the tree will lie.
+    state: canonical, or its shapes.
+    stack, schedule, mesh: where it will lie.
   """
-  if mode_of(stack).looped:
-    return shardings(tree, stack, schedule, mesh)
-  return jax.tree.map(lambda _: NamedSharding(mesh, Spec()), tree)
+  everywhere, layouts = NamedSharding(mesh, Spec()), _layouts(stack, schedule, mesh)
+
+  def one(tree: Tree) -> Tree:
+    if mode_of(stack).looped and not layouts.is_by_leaf(tree):
+      return shardings(tree, stack, schedule, mesh)
+    return jax.tree.map(lambda _: everywhere, tree)
+
+  spread: TrainState = map_param_trees(one, state, lambda _: everywhere)
+  return spread

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxpipe import LayerStack, Schedule, make_mesh, make_schedule
 from jaxpipe.models.transformer.decoder import TransformerConfig, transformer
@@ -15,7 +16,13 @@ from jaxpipe.training.flags.errors import ConfigError
 from jaxpipe.training.lm.config import Config
 from jaxpipe.training.loop.checkpoint import Checkpoints
 from jaxpipe.training.plan.optimizer import make_optimizer
-from jaxpipe.training.plan.state import TrainState, create_state, state_shapes, to_canonical
+from jaxpipe.training.plan.state import (
+  TrainState,
+  canonical_shapes,
+  create_state,
+  state_shapes,
+  to_canonical,
+)
 
 SHAPES = {name: jax.ShapeDtypeStruct((2, 8), jnp.int32) for name in ("tokens", "targets")}
 SHAPES["weights"] = jax.ShapeDtypeStruct((2, 8), jnp.float32)
@@ -53,6 +60,11 @@ def labelled(stack: LayerStack, schedule: Schedule) -> TrainState:
   return dataclasses.replace(state, opt_state=(clip, adam, *rest), step=jnp.int32(7))
 
 
+def shapes_of(stack: LayerStack, schedule: Schedule, mesh: Mesh) -> TrainState:
+  shapes = state_shapes(stack, make_optimizer(Config()), schedule)
+  return canonical_shapes(shapes, stack, schedule, mesh)
+
+
 def assert_equal(a: TrainState, b: TrainState) -> None:
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
@@ -72,17 +84,17 @@ def test_any_placement_reads_what_any_other_wrote(
 ) -> None:
   state = labelled(stack, saved)
   key = jax.random.fold_in(jax.random.key(3), 2**31)
-  canonical = to_canonical(state, stack, saved)
+  old, mesh = make_mesh({"stage": saved.devices}), make_mesh({"stage": restored.devices})
+  canonical = to_canonical(state, stack, saved, old)
   jax.tree.map(np.testing.assert_array_equal, canonical.params, stack.init(key, SHAPES))
   checkpoints = Checkpoints(tmp_path / "checkpoints")
-  checkpoints.save(state, stack, saved, {"seed": 3})
+  checkpoints.save(state, stack, saved, old, {"seed": 3})
   checkpoints.wait()
   assert checkpoints.newest == 7 and checkpoints.meta(7) == {"seed": 3, "step": 7}
-  shapes = state_shapes(stack, make_optimizer(Config()))
-  mesh = make_mesh({"stage": restored.devices})
+  shapes = shapes_of(stack, restored, mesh)
   got = checkpoints.restore(7, shapes, stack, restored, mesh)
   checkpoints.close()
-  assert_equal(to_canonical(got, stack, restored), canonical)
+  assert_equal(to_canonical(got, stack, restored, mesh), canonical)
   assert_equal(got, labelled(stack, restored))
   share = {
     leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(got.params["layers"])
@@ -91,11 +103,11 @@ def test_any_placement_reads_what_any_other_wrote(
 
 
 def test_only_the_last_few_are_kept(tmp_path: Path, stack: LayerStack) -> None:
-  state = labelled(stack, one_chunk(1))
+  state, mesh = labelled(stack, one_chunk(1)), make_mesh("stage:1")
   checkpoints = Checkpoints(tmp_path)
   for step in range(1, 6):
     checkpoints.save(
-      dataclasses.replace(state, step=jnp.int32(step)), stack, one_chunk(1), {"seed": 0}
+      dataclasses.replace(state, step=jnp.int32(step)), stack, one_chunk(1), mesh, {"seed": 0}
     )
   checkpoints.close()
   assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 4, 5]
@@ -104,11 +116,11 @@ def test_only_the_last_few_are_kept(tmp_path: Path, stack: LayerStack) -> None:
 def test_a_damaged_checkpoint_says_what_to_delete(tmp_path: Path, stack: LayerStack) -> None:
   schedule, mesh = one_chunk(1), make_mesh("stage:1")
   checkpoints = Checkpoints(tmp_path)
-  checkpoints.save(labelled(stack, schedule), stack, schedule, {"seed": 0})
+  checkpoints.save(labelled(stack, schedule), stack, schedule, mesh, {"seed": 0})
   checkpoints.wait()
   (step,) = (int(path.name) for path in tmp_path.iterdir())
   shutil.rmtree(tmp_path / str(step) / "optimizer")
-  shapes = state_shapes(stack, make_optimizer(Config()))
+  shapes = shapes_of(stack, schedule, mesh)
   with pytest.raises(ConfigError, match=rf"{step}: cannot be read .* delete that folder to resume"):
     checkpoints.restore(step, shapes, stack, schedule, mesh)
   checkpoints.close()
