@@ -193,6 +193,24 @@ def given_state(stack: LaidOutStack, state: Tree | None) -> Tree:
   return state if stack.has_state else {}
 
 
+def look_at_draws(stack: LaidOutStack, batch: Tree) -> None:
+  """Traces a stack that no `init` has traced, so that its layers' draws are told apart by shape.
+
+  A run that is resumed begins so; without this its masks might be others than before.
+
+  Args:
+    stack: of the step.
+    batch: what the step is called with.
+  """
+  cut = isinstance(batch, Microbatches)
+  rows = batch.leaves if cut else batch.batch if isinstance(batch, Filled) else batch
+
+  def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf)[cut:], jnp.result_type(leaf))
+
+  stack.network.look(map_entries(shape, lambda entry: entry, rows), stack.uniform)
+
+
 def _check_cut(leaves: Tree, M: int, shards: int) -> Tree:
   """Returns the leaves of `Microbatches`, if they are M microbatches of equally many rows."""
   for path, leaf in leaves_of_rows(leaves):

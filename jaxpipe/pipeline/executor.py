@@ -29,7 +29,7 @@ from jaxpipe.parallel.check_placed import check_placed
 from jaxpipe.parallel.mesh import STAGE, TENSOR
 from jaxpipe.parallel.placing import gather_fsdp, own_pieces, scatter_fsdp
 from jaxpipe.parallel.rules import axes_of_entry
-from jaxpipe.pipeline.batch import given_state
+from jaxpipe.pipeline.batch import given_state, look_at_draws
 from jaxpipe.pipeline.device.carry import Carry, Totals
 from jaxpipe.pipeline.device.device import Device
 from jaxpipe.pipeline.device.probe import Probe
@@ -160,6 +160,8 @@ def compile_step(execution: Execution, unroll: str) -> Callable[..., Any]:
     check_key(key)
     check_leaves(batch)
     check_placed(params, execution.stack, execution.schedule, execution.mesh, state)
+    if key is not None:
+      look_at_draws(execution.stack, batch)
     out, weight = run(params, state, batch, key)
     weights.add(weight)
     return out

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.pipeline.batch import given_state, microbatch
+from jaxpipe.pipeline.batch import given_state, look_at_draws, microbatch
 from jaxpipe.pipeline.batch import microbatches as divide
 from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.interpret import opened
@@ -86,6 +86,8 @@ def reference_value_and_grad(
   ) -> Any:
     old = given_state(stack, state)
     check_key(key)
+    if key is not None:
+      look_at_draws(stack, batch)
     divided = divide(batch, microbatches, 1)
     first, rows = microbatch(divided, 0), leaves_of_rows(divided)[0][1].shape[1]
     # Traced once for its shapes alone; on the way, the policy refuses checkpoint names to keep that

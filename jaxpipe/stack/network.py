@@ -283,6 +283,16 @@ class Network:
     context = Context.create(training, **layer_inputs)
     return spec.run(params, state, training, x, context=context)
 
+  def look(self, batch: Tree, alike: bool) -> None:
+    """Traces all modules where that has not been done yet, by which it is known what layers draw.
+
+    Args:
+      batch, alike: as for `check_shapes`.
+    """
+    traced = range(1 if alike else self.depth)
+    if not all(self.specs[f"layers/{i}"].draws for i in traced):
+      self.check_shapes(batch, alike)
+
   def check_shapes(self, batch: Tree, alike: bool) -> Tree:
     """Traces all modules on a batch, without computing anything.
 

@@ -23,6 +23,7 @@ import jax
 from jaxpipe.parallel.flat import Flat
 from jaxpipe.parallel.protocol import PlaceableStack, ScheduleLike
 from jaxpipe.stack.context import LayerInputs, MicrobatchInputs
+from jaxpipe.stack.network import Network
 from jaxpipe.stack.vocabulary import VocabularyEnds
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ HeadSums = tuple[jax.Array, tuple[jax.Array, Tree]]
 
 class LaidOutStack(PlaceableStack, Protocol):
   """A stack as it lies on the devices of a schedule."""
+
+  @property
+  def network(self) -> Network:
+    """The modules as data."""
 
   @property
   def has_state(self) -> bool:

@@ -43,7 +43,7 @@ def test_a_run_is_exported_and_another_begins_from_it(
     assert (np.asarray(a) == np.asarray(c)).all() and (np.asarray(b) == np.asarray(c)).all()
 
 
-@pytest.mark.parametrize("freeze", ["", "embed/.*|head/.*|layers/[01]/.*"])
+@pytest.mark.sampled("freeze", ["", "embed/.*|head/.*|layers/[01]/.*"], 1)
 def test_adapters_begin_from_a_folder_resume_and_are_exported_merged(
   tiny: Callable[..., Config], tmp_path: pathlib.Path, freeze: str
 ) -> None:

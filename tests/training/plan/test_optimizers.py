@@ -96,7 +96,7 @@ def parts(mesh: str) -> tuple[Any, Any, Any, Any]:
   return stack, schedule, devices, drawn(stack)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.sampled("name", list(OPTIMIZERS), 5)
 @pytest.mark.sampled("mesh", ["stage:4", "stage:2,fsdp:2"], 1)
 def test_an_optimizer_is_that_of_optax_on_each_variable(mesh: str, name: str) -> None:
   assert PLAIN.keys() == OPTIMIZERS.keys()
