@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   from jaxpipe.pipeline.costs.memory import MemoryReport, memory_report
   from jaxpipe.pipeline.costs.packing import PackingReport, packing_report
   from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
+  from jaxpipe.pipeline.loss_scale import LossScale, all_finite
   from jaxpipe.pipeline.partitioned import partitioned
   from jaxpipe.pipeline.pipelined import pipeline
   from jaxpipe.pipeline.reference import reference_value_and_grad
@@ -49,6 +50,7 @@ _HOME = {
   "Kind": "jaxpipe.schedules",
   "LayerCost": "jaxpipe.schedules.partition",
   "LayerStack": "jaxpipe.stack.stack",
+  "LossScale": "jaxpipe.pipeline.loss_scale",
   "MemoryReport": "jaxpipe.pipeline.costs.memory",
   "MeshError": "jaxpipe.parallel.mesh",
   "Partition": "jaxpipe.schedules.partition",
@@ -60,6 +62,7 @@ _HOME = {
   "Tables": "jaxpipe.stack.vocabulary",
   "Whole": "jaxpipe.stack.context",
   "Timeline": "jaxpipe.schedules",
+  "all_finite": "jaxpipe.pipeline.loss_scale",
   "by_variable": "jaxpipe.pipeline.update.by_variable",
   "check": "jaxpipe.pipeline.check",
   "choose_schedule": "jaxpipe.training.plan.choose",

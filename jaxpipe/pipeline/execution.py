@@ -174,7 +174,7 @@ class Execution:
     return segments(self.program, unroll)
 
   def over_mesh(self, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
-    """Returns `run(params, state, batch, key)`, which runs `local` on every device's own part.
+    """Returns `run(params, state, batch, key, *more)`, which runs `local` on every device's part.
 
     Args:
       local: called inside `shard_map` with this device's part of placed parameters and state, and
@@ -182,18 +182,22 @@ class Execution:
       out_specs: how what it returns lies over the mesh.
 
     Returns:
-      A function of placed `params` and `state`, of a `batch` with leaves `[B, ...]`, and `key`.
+      A function of placed `params` and `state`, of a `batch` with leaves `[B, ...]`, and of `key`
+      and further arguments, which every device has whole.
     """
 
-    def run(params: Tree, state: Tree, batch: Tree, key: jax.Array | None) -> Any:
+    def run(params: Tree, state: Tree, batch: Tree, key: jax.Array | None, *more: Any) -> Any:
       divided = microbatches(batch, self.schedule.microbatches, self.shards)
       sharded = jax.shard_map(
         local,
         mesh=self.mesh,
-        in_specs=(self.specs, self.state_specs, batch_specs(divided, self.mesh), Spec()),
+        in_specs=(
+          *(self.specs, self.state_specs, batch_specs(divided, self.mesh), Spec()),
+          *(Spec() for _ in more),
+        ),
         out_specs=out_specs,
       )
-      return sharded(params, state, divided, key)
+      return sharded(params, state, divided, key, *more)
 
     return run
 
@@ -216,7 +220,9 @@ class Execution:
     # JAX may trace more than once; each trace finds the same.
     return found[-1]
 
-  def build(self, params: Tree, state: Tree, batch: Tree, key: Any) -> Device:
+  def build(
+    self, params: Tree, state: Tree, batch: Tree, key: Any, loss_scale: jax.Array | None = None
+  ) -> Device:
     """Builds the device that runs this code; called inside `over_mesh`, with its arguments."""
     layers = replicas.gather(params["layers"], self.schedule.placement, self.layers)
     layers = vary(layers, self.axes)
@@ -239,6 +245,7 @@ class Execution:
       predicts=self.predicts,
       state=self._state_rows(state),
       frozen=self._frozen(state),
+      loss_scale=loss_scale,
     )
     return Device.build(
       self.stack,

@@ -81,9 +81,10 @@ def pipeline_value_and_grad(
   Returns:
     `step(params, batch, key=None) -> ((loss, metrics), grads)`, or of a stack with state
     `step(params, batch, key, state) -> ((loss, metrics, state), grads)`, where floats of the new
-    state are the mean of what the microbatches made of the old, whole numbers the largest. It is
-    compiled at its first call. It may also be called inside `jax.jit`, where nothing checks that
-    `params` were placed.
+    state are the mean of what the microbatches made of the old, whole numbers the largest. It takes
+    `loss_scale=` besides, a power of two by which gradients are multiplied while they are computed;
+    see `LossScale`. It is compiled at its first call. It may also be called inside `jax.jit`, where
+    nothing checks that `params` were placed.
 
       params   placed, by `jaxpipe.place` or by `stack.init(key, batch, schedule, mesh)`
       batch    leaves `[B, ...]`; microbatch m is rows `m*B/M ... (m+1)*B/M`, and each data shard
@@ -141,7 +142,8 @@ def compile_step(execution: Execution, unroll: str) -> Callable[..., Any]:
     unroll: how ticks are divided into loops and straight lines, as for `pipeline_value_and_grad`.
 
   Returns:
-    `step(params, batch, key=None, state=None)`, which checks that its arguments were placed.
+    `step(params, batch, key=None, state=None, *, loss_scale=None)`, which checks that its arguments
+    were placed.
   """
   segments, trains = execution.segments(unroll), execution.policy is not None
   after = (execution.state_specs,) if trains and execution.stack.has_state else ()
@@ -154,7 +156,12 @@ def compile_step(execution: Execution, unroll: str) -> Callable[..., Any]:
   )
 
   def step(
-    params: Tree, batch: Tree, key: jax.Array | None = None, state: Tree | None = None
+    params: Tree,
+    batch: Tree,
+    key: jax.Array | None = None,
+    state: Tree | None = None,
+    *,
+    loss_scale: jax.Array | None = None,
   ) -> Any:
     state = given_state(execution.stack, state)
     check_key(key)
@@ -162,7 +169,8 @@ def compile_step(execution: Execution, unroll: str) -> Callable[..., Any]:
     check_placed(params, execution.stack, execution.schedule, execution.mesh, state)
     if key is not None:
       look_at_draws(execution.stack, batch)
-    out, weight = run(params, state, batch, key)
+    scale = [] if loss_scale is None else [jnp.asarray(loss_scale, jnp.float32)]
+    out, weight = run(params, state, batch, key, *scale)
     weights.add(weight)
     return out
 
@@ -176,6 +184,7 @@ def _run(
   state: Tree,
   batch: Tree,
   key: Any,
+  loss_scale: jax.Array | None = None,
 ) -> Any:
   """One device's step: walks the table, then reduces over the mesh; inside `shard_map`.
 
@@ -183,12 +192,13 @@ def _run(
     execution: what runs where.
     segments: its ticks, divided into loops and straight lines.
     params, state, batch, key: this device's part; see `Execution.over_mesh`.
+    loss_scale: the user's, float32 [].
 
   Returns:
     `(loss, metrics), grads`, or with model state `(loss, metrics, state), grads`; `grads` is empty
     where only forwards run. And the weight that both were divided by.
   """
-  device = execution.build(params, state, batch, key)
+  device = execution.build(params, state, batch, key, loss_scale)
   carry = walk(execution, segments, device)
   loss, metrics, weight = _reduce_totals(carry.totals, execution.axes)
   if not execution.policy:

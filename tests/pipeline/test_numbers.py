@@ -153,3 +153,40 @@ def test_only_float16_is_scaled(dtype):
     lm.batch(4), lambda device: device.context.loss_scale is not None
   )
   assert scaled == (dtype == "float16")
+
+
+def tiny_loss(y, batch):
+  """Its gradient is below the least number that float16 holds."""
+  return y.astype(jnp.float32).sum(-1) * 2.0**-26
+
+
+@pytest.mark.parametrize("uniform, name", [(True, "zb-h1"), (False, "1f1b")])
+def test_a_loss_scale_keeps_gradients_that_vanish_in_float16(uniform, name):
+  """Compared with float32, whose parameters are the same."""
+  batch, key = rows(), jax.random.key(0)
+  half = {**batch, "x": batch["x"].astype(np.float16)}
+  pipe = made(tiny_loss, modules(uniform, jnp.float16), half, name)
+  wide = made(tiny_loss, modules(uniform), batch, name)
+  params = pipe.init(key, half)
+  same = wide.place(jax.tree.map(lambda p: p.astype(jnp.float32), pipe.unplace(params)))
+  (value, _), true = wide.value_and_grad(same, batch)
+  (_, _), lost = pipe.value_and_grad(params, half)
+  (got, _), grads = pipe.value_and_grad(params, half, loss_scale=jnp.float32(2**20))
+  own, before = (jax.tree.leaves(pipe.unplace(tree)) for tree in (grads, lost))
+  for a, b, c in zip(own, jax.tree.leaves(wide.unplace(true)), before, strict=True):
+    scale = np.abs(b).max()
+    assert np.abs(a - b).max() < 1e-2 * scale < np.abs(c - b).max()
+  np.testing.assert_allclose(got, value, rtol=1e-2)
+
+
+def test_a_loss_scale_halves_and_doubles():
+  scale = jaxpipe.LossScale.start(8.0, interval=3)
+  values = []
+  for finite in (True, True, False, True, True, True, True, False, False, False, False, False):
+    scale = jax.jit(lambda s, f: s.adjust(f))(scale, jnp.array(finite))
+    values.append(float(scale.value))
+  assert values == [8, 8, 4, 4, 4, 8, 8, 4, 2, 1, 1, 1]
+  assert bool(jaxpipe.all_finite({"a": jnp.ones(2), "b": {}}))
+  assert not jaxpipe.all_finite({"a": jnp.ones(2), "b": jnp.array([1, jnp.nan])})
+  with pytest.raises(ValueError, match=r"loss scale of 3\.0 rounds; use a power of two"):
+    jaxpipe.LossScale.start(3.0)

@@ -234,7 +234,10 @@ def _scaled(
   whole = lax.psum(mine, tuple(axis for axis in context.axes if axis in (*ROWS, SEQUENCE)))
   # Of devices that have counted the same, so that the type says so: gradients are divided by it.
   same = lax.pmax(whole, tuple(axis for axis in context.axes if axis not in (*ROWS, SEQUENCE)))
-  return dataclasses.replace(context, loss_scale=scale_of(same))
+  scale = scale_of(same)
+  if context.loss_scale is not None:
+    scale = scale * context.loss_scale
+  return dataclasses.replace(context, loss_scale=scale)
 
 
 def _layer_inputs(context: DeviceContext) -> Tree:

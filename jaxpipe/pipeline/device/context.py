@@ -41,7 +41,8 @@ class DeviceContext:
     frozen: frozen variables of a uniform stack, by its parts `embed`, `layers`, `head`, leaves of
       `layers` [V * layers, ...]; empty where there are none.
     loss_scale: float32 [], a power of two by which `loss_sum` is multiplied before it is
-      differentiated, where anything computes in float16; None elsewhere. See `layer/weight.py`.
+      differentiated: the user's, times that of `layer/weight.py` where anything computes in
+      float16; None where there is neither.
     x: stands for the activation that travels between stages; only its type is ever used, and it is
       None until `build.py` has found it.
   """
