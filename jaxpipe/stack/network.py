@@ -32,7 +32,7 @@ from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.kinds import runs_of, same_computation
 from jaxpipe.stack.layer_trace import ShapeWalk
 from jaxpipe.stack.module.given import Given, Layer, shared
-from jaxpipe.stack.module.parts import Factory
+from jaxpipe.stack.module.parts import Factory, refuse_unsteady
 from jaxpipe.stack.module.trainable import refuse_unmatched
 from jaxpipe.stack.module_spec import ModuleSpec, same_structure, sums
 from jaxpipe.stack.paths import set_path, without
@@ -87,11 +87,15 @@ class Network:
         nothing, or a statistic that several modules share.
     """
     traced: dict[int, ModuleSpec] = {}
+    steady: set[int] = set()  # factories that have been called twice
     specs = {"embed": ModuleSpec.trace("embed", embed, trainable)}
     for i, factory in enumerate(layers):
       # Layers of one factory share the graph that was traced first.
       makes = id(factory.module if isinstance(factory, Layer) else factory)
       like = traced.get(makes)
+      if like is not None and makes not in steady:
+        refuse_unsteady(f"layers[{i}]", factory.module if isinstance(factory, Layer) else factory)
+        steady.add(makes)
       specs[f"layers/{i}"] = spec = ModuleSpec.trace(f"layers[{i}]", factory, trainable, like)
       traced.setdefault(makes, spec)
     specs["head"] = ModuleSpec.trace("head", head, trainable)

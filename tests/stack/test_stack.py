@@ -1,6 +1,7 @@
 """Stacks: what they refuse, how they are tied, and how they are initialised."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -274,3 +275,17 @@ def test_a_factory_of_many_layers_is_traced_once():
   once = len(made)
   make([factory] * 12)
   assert len(made) == 2 * once
+
+
+def test_a_factory_that_counts_its_calls_is_refused():
+  """All layers silently had the attributes of the first one."""
+  numbers = itertools.count()
+
+  class Numbered(Layer):
+    def __init__(self, rngs):
+      super().__init__(rngs)
+      self.number = next(numbers)
+
+  with pytest.raises(StackError, match=r"layers\[1\]: its factory makes number \d+ in one call"):
+    make([Numbered] * 2)
+  make([Numbered])

@@ -59,6 +59,43 @@ def built(factory: Any) -> tuple[Factory, nnx.Module]:
   return (Given(older[0]) if older else factory), module
 
 
+def refuse_unsteady(where: str, factory: Any) -> None:
+  """Refuses a factory of several layers that makes another module each time it is called.
+
+  Layers of one factory are traced once, and a factory that counts its calls would give all of them
+  the first one's attributes.
+
+  Args:
+    where: how messages name the layer.
+    factory: of several layers.
+
+  Raises:
+    StackError: names the attribute and its values in two calls.
+  """
+  if isinstance(factory, Given):
+    return
+  first, second = (_plain_attributes(factory) for _ in range(2))
+  for at in first.keys() | second.keys():
+    if first.get(at) != second.get(at):
+      raise StackError(
+        f"{where}: its factory makes {at} {first.get(at)!r} in one call and {second.get(at)!r} in"
+        " the next, and layers of one factory are alike: give each layer a factory of its own, such"
+        " as functools.partial(Layer, number=i)"
+      )
+
+
+def _plain_attributes(factory: Any) -> dict[str, Any]:
+  """Path -> value of each attribute of a new module that is a number, a text or a bool."""
+  module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+  return {
+    "/".join(map(str, (*path, name))): value
+    for path, node in nnx.iter_graph(module)
+    if isinstance(node, nnx.Module)
+    for name, value in vars(node).items()
+    if isinstance(value, (bool, int, float, str))
+  }
+
+
 def refuse_arrays(where: str, module: nnx.Module) -> None:
   """Refuses arrays that a module holds outside variables.
 
