@@ -30,8 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 import jaxpipe
-from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
-from jaxpipe.models.transformer.decoder import transformer
+from jaxpipe.models.transformer.decoder import training_flops, transformer
 from jaxpipe.pipeline.compiled.action_paths import SCOPES
 from jaxpipe.pipeline.compiled.step import read_compiled
 from jaxpipe.pipeline.execution import Execution
@@ -46,7 +45,7 @@ from jaxpipe.training.lm.config import Config
 from jaxpipe.training.lm.model_flags import read_config
 from jaxpipe.training.lm.run import batch_shapes, build_schedule
 from jaxpipe.training.loop.step import make_train_step
-from jaxpipe.training.plan.optimizer import learning_rate, make_optimizer, placed_optimizer
+from jaxpipe.training.plan.optimizer import learning_rate, placed_optimizer
 from jaxpipe.training.plan.plan import build_mesh, choose
 from jaxpipe.training.plan.state import state_shapes
 
@@ -115,8 +114,8 @@ class Job:
     device: limits of one device that is compiled for.
     mesh: of such devices.
     schedule: that the step runs.
-    model: configuration of the transformer.
-    parameters: how many the model has.
+    flops: model FLOPs of a training token.
+    parameters: how many of the model train.
     predicted: bytes of one device by kind, from `memory_report`.
     segments: the schedule's ticks, divided into loops and straight lines.
     step: the traced step.
@@ -126,7 +125,7 @@ class Job:
   device: DeviceSpec
   mesh: Mesh
   schedule: jaxpipe.Schedule
-  model: TransformerConfig
+  flops: int
   parameters: int
   predicted: Mapping[str, int]
   segments: Sequence[Segment]
@@ -143,10 +142,10 @@ def prepare(config: Config) -> Job:
   mesh, device = build_mesh(config, devices), DeviceSpec.of(devices)
   named = None if config.schedule == AUTO else build_schedule(config, mesh)
   model = config.model(vocabulary_size=1)
-  stack = transformer(model, config.freeze)
+  with naming(config.flag("freeze")):
+    stack = transformer(model, config.freeze)
   shapes = batch_shapes(config)
-  estimated = make_optimizer(config)
-  schedule = named or choose(config, mesh, stack, shapes, estimated, ["layers"]).schedule
+  schedule = named or choose(config, mesh, stack, shapes, ["layers"]).schedule
   optimizer = placed_optimizer(config, stack, schedule, mesh)
   state = state_shapes(stack, optimizer, schedule, averages=config.ema > 0)
   state = placed_shapes(state, stack, schedule, mesh)
@@ -154,7 +153,8 @@ def prepare(config: Config) -> Job:
   options: dict[str, Any] = dict(residuals=config.residuals, slack=config.slack)
   with naming(*config.flags("schedule", "batch_size", "microbatches", "residuals", "slack")):
     run = jaxpipe.pipeline_value_and_grad(stack, schedule, mesh, unroll=config.unroll, **options)
-    known = jaxpipe.memory_report(stack, schedule, mesh, batch, optimizer=optimizer, **options)
+    held = dict(optimizer=optimizer, averages=config.ema > 0)
+    known = jaxpipe.memory_report(stack, schedule, mesh, batch, **held, **options)
     step = make_train_step(
       run, optimizer, learning_rate(config), config.seed, state, mesh, config.ema
     )
@@ -164,7 +164,7 @@ def prepare(config: Config) -> Job:
     device=device,
     mesh=mesh,
     schedule=schedule,
-    model=model,
+    flops=training_flops(model, stack, config.sequence_length),
     parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(state.params)),
     predicted=known.bytes,
     segments=Execution.of(stack, schedule, mesh, **options).segments(config.unroll),
@@ -190,7 +190,7 @@ def compile_and_read(job: Job) -> dict[str, Any]:
   found = read_compiled(program, list(ring_shapes(job.step.jaxpr)), SCOPES)
   config, names = job.config, ("batch_size", "microbatches", "sequence_length", "residuals")
   tokens = config.batch_size * config.sequence_length
-  flops = tokens * flops_per_token(job.model, config.sequence_length)
+  flops = tokens * job.flops
   return {
     "jax": jax.__version__,
     "device": job.device.kind,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.stack.context import Context, leaves_of_rows, rows_alone
+from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.from_modules import Loss, as_given
 from jaxpipe.stack.module.given import Given, share_again
 from jaxpipe.stack.module.modes import set_mode
@@ -40,7 +41,12 @@ def modules(stack: LayerStack, params: Tree, state: Tree) -> list[Any]:
   Returns:
     Embedding, layers and head, in order. They are typed `Any`, so that methods of their own can be
     called.
+
+  Raises:
+    StackError: the stack has model state, and none is given.
   """
+  if stack.has_state and not state:
+    raise StackError("the stack has model state (statistics, frozen variables); give it as well")
   network = stack.network
   owned, states = network.split(params), network.split(state) if state else {}
   return [

@@ -43,7 +43,6 @@ def test_a_recipe_carries_values_to_another_mesh(tmp_path, name):
   exec(recipe(name), known)
   same = np.testing.assert_array_equal
   jax.tree.map(same, other.unplace(known["params"]), pipe.unplace(params))
-  assert pipe.unplace(params) is not known["params"]
   # `pipe`'s rows are other ones than `other`'s.
   assert jax.tree.leaves(params)[0].shape != jax.tree.leaves(known["params"])[0].shape
   if name == "orbax":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,9 +63,11 @@ class Unfrozen:
 
   Attributes:
     pattern: regular expression of whole paths, such as `embed/.*|layers/0/.*`.
+    tied: path of a parameter that is another module's own -> the owner's, which alone counts.
   """
 
   pattern: str
+  tied: Mapping[str, str]
 
   def __repr__(self) -> str:
     return f"all but freeze={self.pattern!r}"
@@ -78,16 +80,18 @@ class Unfrozen:
 
   def matches(self, path: Sequence[Any]) -> bool:
     """Whether the expression matches a path, whose first element is the place of a module."""
-    return bool(re.fullmatch(self.pattern, "/".join(map(str, path))))
+    name = "/".join(map(str, path))
+    return bool(re.fullmatch(self.pattern, self.tied.get(name, name)))
 
 
-def trained(lora: Lora | None, freeze: str) -> Any:
+def trained(lora: Lora | None, freeze: str, tied: Mapping[str, str]) -> Any:
   """Returns the filter of the parameters that train, as `LayerStack` takes it.
 
   Args:
     lora: the adapters; None: there are none.
     freeze: regular expression of the parameters that do not train; empty: with adapters all but
       these, else none.
+    tied: path of a parameter that is another module's own -> the owner's.
 
   Raises:
     ValueError: no regular expression.
@@ -98,7 +102,7 @@ def trained(lora: Lora | None, freeze: str) -> Any:
     re.compile(freeze)
   except re.error as error:
     raise ValueError(f"freeze {freeze!r} is no regular expression: {error}") from error
-  return Unfrozen(freeze)
+  return Unfrozen(freeze, tied)
 
 
 def check_frozen(stack: LayerStack, freeze: str) -> None:
@@ -187,30 +191,38 @@ def _without_adapters(tree: Tree, lora: Lora | None) -> Tree:
     kernel = tree["kernel"]
     # In the wider of the dtypes: it is rounded once, as it is stored.
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    added = lora.scale * jnp.matmul(a.astype(wide), b.astype(wide))
+    product = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    added = lora.scale * product
     tree["kernel"] = (kernel.astype(wide) + added).astype(kernel.dtype)
   return tree
 
 
-def flops_saved(stack: LayerStack) -> int:
-  """Returns by how many FLOPs a training token is cheaper than one of the base, less adapters.
+def flops_beside_base(stack: LayerStack, visited: float = 1.0) -> int:
+  """Returns by how many FLOPs a training token of a model differs from one of its base.
 
   A frozen weight takes 4 in place of 6, for it has no gradient; a weight of an adapter takes 6.
+
+  Args:
+    stack: the model with adapters or frozen parameters.
+    visited: share of the experts that a token visits.
   """
   state = stack.state_shapes() if stack.has_state else {}
   head = stack.head_state(state) if state else {}
-  multiplied = _matrices({"layers": state.get("layers", {}), "head": head})
-  adapters = _matrices(stack.param_shapes(), only=lambda name: "/lora_" in name)
-  return 2 * multiplied - 6 * adapters
+  frozen = _multiplied({"layers": state.get("layers", {}), "head": head}, visited)
+  params = jax.tree.leaves_with_path(stack.param_shapes())
+  adapters = sum(math.prod(p.shape) for path, p in params if "/lora_" in describe(path))
+  return 6 * adapters - 2 * frozen
 
 
-def _matrices(tree: Tree, only: Callable[[str], bool] = lambda name: True) -> int:
-  """Elements of the matrices of a tree of shapes, those of all layers."""
+def _multiplied(tree: Tree, visited: float) -> int:
+  """Elements of the matrices of a tree of shapes, of all layers, as far as a token meets them."""
   found = 0
   for path, leaf in jax.tree.leaves_with_path(tree):
     name = describe(path)
-    if only(name) and len(leaf.shape) - name.startswith("layers/") >= 2:
-      found += math.prod(leaf.shape)
+    rank = len(leaf.shape) - name.startswith("layers/")
+    # Matrices of experts have a leading dim of experts.
+    share = visited if rank == 3 else 1.0
+    found += round(math.prod(leaf.shape) * share) if rank >= 2 else 0
   return found
 
 

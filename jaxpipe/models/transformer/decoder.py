@@ -26,9 +26,9 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpipe.models.transformer.adapters import check_frozen, trained
+from jaxpipe.models.transformer.adapters import check_frozen, flops_beside_base, trained
 from jaxpipe.models.transformer.attention import attend, check_heads
-from jaxpipe.models.transformer.config import TransformerConfig
+from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
 from jaxpipe.models.transformer.dense import Dense, make_dense, make_norm
 from jaxpipe.models.transformer.ends import Embed, Head, Stream
 from jaxpipe.models.transformer.moe import Experts, check_experts, check_folded, expert_dims
@@ -162,19 +162,21 @@ def transformer(config: TransformerConfig, freeze: str = "") -> LayerStack:
   Args:
     config: of the model.
     freeze: regular expression of whole paths of parameters that do not train, such as
-      `embed/.*|layers/0/.*`; empty: with adapters (`config.lora`) all but these, else none.
+      `embed/.*|layers/0/.*`, a tied table by `embed/table`; empty: with adapters (`config.lora`)
+      all but these, else none.
       Layers of which others are frozen are not alike, and lie packed.
 
   Raises:
     ValueError: `freeze` is no regular expression, or matches nothing or everything.
   """
+  tied = {"head/table": "embed/table"} if config.tied else {}
   stack = LayerStack(
     embed=functools.partial(Embed, config),
     layers=[functools.partial(Layer, config)] * config.layers,
     head=functools.partial(Head, config),
-    tied={"head/table": "embed/table"} if config.tied else {},
+    tied=tied,
     vocabulary=Tables(embed="table", head="table"),
-    trainable=trained(config.lora, freeze),
+    trainable=trained(config.lora, freeze, tied),
   )
   check_frozen(stack, freeze)
   # Rules are written from the parameters' shapes, which a stack knows once it is made.
@@ -198,6 +200,18 @@ def _all_shapes(stack: LayerStack) -> Tree:
   return {**merged(params, state), "layers": dict(enumerate(runs))}
 
 
+def training_flops(config: TransformerConfig, stack: LayerStack, length: int) -> int:
+  """Returns the model FLOPs of one training token; see `flops_per_token`.
+
+  Args:
+    config: of the model.
+    stack: `transformer(config, ...)`. What is frozen in it has no gradients.
+    length: S, positions of a row.
+  """
+  visited = config.moe.top_k / config.moe.experts if config.moe else 1.0
+  return flops_per_token(config, length) + flops_beside_base(stack, visited)
+
+
 def check_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> None:
   """Checks that the model can be cut over a mesh.
 
@@ -218,7 +232,8 @@ def check_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> None:
 def _expert_rules(config: TransformerConfig) -> list[tuple[str, tuple[str | None, ...]]]:
   """Rules for the experts' parameters, which have more dims than Redco's rules cover."""
   dims = expert_dims(config.moe) if config.moe else {}
-  return [(f"layers/experts/{name}", names) for name, names in dims.items()]
+  # With the number of a run, where others of the layers' parameters are frozen.
+  return [(rf"layers/(\d+/)?experts/{name}", names) for name, names in dims.items()]
 
 
 def _expert_places(config: TransformerConfig) -> dict[str, tuple[str, ...]]:

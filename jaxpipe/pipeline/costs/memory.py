@@ -94,6 +94,7 @@ def memory_report(
   residuals: str | Policy = AUTO,
   slack: int = 0,
   optimizer: Any = None,
+  averages: bool = False,
 ) -> MemoryReport:
   """Predicts a step's memory.
 
@@ -103,6 +104,7 @@ def memory_report(
     example_batch: a batch or its shapes, leaves `[B, ...]`.
     optimizer: an optax transformation, whose state is in float32 at least and lies like the
       parameters.
+    averages: whether a moving average of the parameters is kept, in float32 at least.
 
   Raises:
     ValueError, ScheduleError: as for `pipeline_value_and_grad`.
@@ -118,8 +120,11 @@ def memory_report(
       math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for place, leaf in pairs
     )
 
+  def widened(params: Tree) -> Tree:
+    return jax.tree.map(lambda p: p.astype(wide(p.dtype)), params)
+
   def moments_of(params: Tree) -> Tree:
-    return optimizer.init(jax.tree.map(lambda p: p.astype(wide(p.dtype)), params))
+    return optimizer.init(widened(params))
 
   moments = jax.eval_shape(moments_of, shapes) if optimizer else ()
   # What a device owns of the parameters is an argument of the step, and stays beside what is
@@ -133,6 +138,7 @@ def memory_report(
     {
       "parameters": stored(shapes),
       "optimizer": _optimizer_bytes(moments, Variables.of(stack, schedule, mesh), stored),
+      **({"average": stored(jax.eval_shape(widened, shapes))} if averages else {}),
       "batch": tree_bytes(example_batch) // execution.shards,
       **({"state": stored(execution.state_shapes)} if laid_out.has_state else {}),
       **held,

@@ -48,9 +48,10 @@ def dry_run(run: Run) -> str:
 
 
 def place_lines(run: Run) -> Iterator[str]:
-  """Yields a line for every parameter: its shape, the shape that a device holds, its mesh axes."""
-  placed = placed_shapes(run.state_shapes(), run.stack, run.schedule, run.mesh).params
-  leaves = jax.tree.leaves_with_path(placed)
+  """Yields a line for every parameter, and for what is not trained: its shapes and mesh axes."""
+  placed = placed_shapes(run.state_shapes(), run.stack, run.schedule, run.mesh)
+  leaves = jax.tree.leaves_with_path(placed.params)
+  leaves += jax.tree.leaves_with_path({"not trained": placed.model_state})
   width = max(len(name_of(path)) for path, _ in leaves)
   for path, leaf in leaves:
     here = leaf.sharding.shard_shape(leaf.shape)

@@ -80,7 +80,7 @@ class TaskRun(Run):
       for batch in self.task.validation:
         yield self.rows.put(self._own(batch)), self.task.weigh(batch)
 
-    params = state.measured
+    params = state.validation_params
     totals = sum_over(lambda batch: self.evaluate(params, batch, *carried), weighed())
     loss, weight = float(totals.loss / totals.weight), float(totals.weight)
     return {"loss": loss, **self.task.summarize(loss, totals.metrics, weight)}

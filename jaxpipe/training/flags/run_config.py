@@ -20,7 +20,7 @@ from jaxpipe.training.flags.errors import naming
 from jaxpipe.training.flags.settings import Settings, free, same
 
 
-class Own(NamedTuple):
+class Defaults(NamedTuple):
   """What an optimizer takes where flags do not say otherwise.
 
   Attributes:
@@ -38,18 +38,19 @@ class Own(NamedTuple):
 
 OPTIMIZERS = {
   # Decays as in GPT-3 (arXiv:2005.14165, appendix B), here and for its kin.
-  "adamw": Own(0.9, 0.95, 1e-8, True),
-  "nadamw": Own(0.9, 0.95, 1e-8, True),
-  "adam": Own(0.9, 0.95, 1e-8, False),
-  "sgd": Own(0.0, None, None, False),
-  "lion": Own(0.9, 0.99, None, True),
-  "rmsprop": Own(None, 0.9, 1e-8, False),
-  "adafactor": Own(None, None, None, False),
-  "lamb": Own(0.9, 0.999, 1e-6, True),
-  "muon": Own(0.95, 0.95, 1e-8, True),
+  "adamw": Defaults(0.9, 0.95, 1e-8, True),
+  "nadamw": Defaults(0.9, 0.95, 1e-8, True),
+  "adam": Defaults(0.9, 0.95, 1e-8, False),
+  "sgd": Defaults(0.0, None, None, False),
+  "lion": Defaults(0.9, 0.99, None, True),
+  "rmsprop": Defaults(None, 0.9, 1e-8, False),
+  "adafactor": Defaults(None, None, None, False),
+  "lamb": Defaults(0.9, 0.999, 1e-6, True),
+  "muon": Defaults(0.95, 0.95, 1e-8, True),
 }
+_FINAL_RATE = 0.1
 RATES = ("cosine", "linear", "constant", "wsd")
-_OWN = -1.0  # in place of a value that the optimizer chooses itself
+_UNSET = -1.0  # in place of a value that the optimizer chooses itself
 AUTO = "auto"  # in place of a schedule's name: `plan/choose.py` chooses one
 RUN_DIR = "folder of checkpoints, metrics and plots; resumed if it is ours"
 
@@ -75,16 +76,16 @@ class RunConfig(Settings):
     "cosine or linear, down to --final_rate at --steps; constant; or wsd, which stays and"
     " falls in the last --decay_steps",
   )
-  final_rate: float = same(0.1, "share of the peak rate that is left at the last step")
+  final_rate: float = same(_FINAL_RATE, "share of the peak rate that is left at the last step")
   decay_steps: int = same(0, "steps in which wsd falls; 0: a tenth of those after the warm-up")
   beta1: float = same(
-    _OWN, "decay of the first moment, sgd's momentum; default: the optimizer's own"
+    _UNSET, "decay of the first moment, sgd's momentum; default: the optimizer's own"
   )
-  beta2: float = same(_OWN, "decay of the second moment; default: the optimizer's own")
-  epsilon: float = same(_OWN, "what is added to the divisor; default: the optimizer's own")
+  beta2: float = same(_UNSET, "decay of the second moment; default: the optimizer's own")
+  epsilon: float = same(_UNSET, "what is added to the divisor; default: the optimizer's own")
   weight_decay: float = same(
     0.1,
-    "decoupled decay of matrices; norm scales have none. Not given, it is 0 for"
+    "decoupled decay of matrices; norm scales have none. On a command line without it, 0 for"
     f" {', '.join(name for name, own in OPTIMIZERS.items() if not own.decays)}",
   )
   clip_norm: float = same(1.0, "largest global norm of the gradient; 0: not clipped")
@@ -97,7 +98,7 @@ class RunConfig(Settings):
     " 0: none",
   )
   steps: int = free(
-    2000, "updates in total, those before a resume included; another number bends the cosine anew"
+    2000, "updates in total, those before a resume included; another number bends --rate anew"
   )
 
   mesh: str = free(
@@ -158,11 +159,7 @@ class RunConfig(Settings):
 
   @classmethod
   def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Values of flags that were not given, as those that were given imply them.
-
-    Args:
-      given: the flags that were given, by name.
-    """
+    """On a command line without `--weight_decay`, the decay of an optimizer that has none: 0."""
     own = OPTIMIZERS.get(given.get("optimizer", ""))
     return {} if own is None or own.decays else {"weight_decay": 0.0}
 
@@ -173,19 +170,27 @@ class RunConfig(Settings):
     self._check("ema", 0 <= self.ema < 1, "is no decay; use 0 or more, below 1")
     alone = self.rate == "wsd" or not self.decay_steps
     self._check("decay_steps", alone, "is for --rate=wsd; give that, too, or leave it out")
+    left = max(self.steps - self.warmup_steps, 1)
+    most = f"is more than the {left} steps after the warm-up; use {left} or fewer"
+    self._check("decay_steps", self.decay_steps <= left, most)
+    self._check("final_rate", self.final_rate <= 1, "is more than the peak; use 1 or less")
+    falls = self.rate != "constant" or self.final_rate == _FINAL_RATE
+    self._check("final_rate", falls, "is not read by --rate=constant; leave it out")
     for name in ("beta1", "beta2", "epsilon"):
       value, own = getattr(self, name), getattr(OPTIMIZERS[self.optimizer], name)
-      if value == _OWN:
+      if value == _UNSET:
         continue
       self._check(name, own is not None, f"is not read by {self.optimizer}; leave it out")
       good = value >= 0 if name == "epsilon" else 0 <= value < 1
-      self._check(name, good, "is none; use 0 or more, and of a decay less than 1")
+      self._check(
+        name, good, f"is out of range; use 0 or more{'' if name == 'epsilon' else ', below 1'}"
+      )
 
   def moments(self) -> tuple[float, float, float]:
     """Decays of both moments, and epsilon: as given, or the optimizer's own; 0 for one it lacks."""
     own = OPTIMIZERS[self.optimizer]
     first, second, epsilon = (
-      (getattr(own, name) or 0.0) if getattr(self, name) == _OWN else getattr(self, name)
+      (getattr(own, name) or 0.0) if getattr(self, name) == _UNSET else getattr(self, name)
       for name in ("beta1", "beta2", "epsilon")
     )
     return first, second, epsilon

@@ -40,15 +40,17 @@ class Config(RunConfig):
     "", "folder with config.json and *.safetensors: begins from its weights, and takes its shape"
   )
   lora_rank: int = _same(
-    0, "rank of adapters (LoRA) beside all matrices of the layers, which alone train; 0: none"
+    0,
+    "rank of adapters (LoRA) beside the matrices of attention and MLPs, which alone train; experts"
+    " have none; 0: none",
   )
   lora_alpha: float = _same(
     0.0, "adapters are multiplied by this over their rank; 0: twice the rank"
   )
   freeze: str = _same(
     "",
-    "regular expression of parameters that do not train, such as 'embed/.*|layers/[01]/.*';"
-    " adapters always do; default: none, and with --lora_rank all but the adapters",
+    "regular expression of parameters that do not train, such as 'embed/.*|layers/[01]/.*'; all"
+    " others do, and adapters always; default: none, and with --lora_rank all but the adapters",
   )
   vocabulary_size: int = _same(0, "rows of the tables; 0: as many as the tokenizer has ids")
   layers: int = _same(4, "layers of the model")
@@ -118,7 +120,7 @@ class Config(RunConfig):
     alone = bool(self.lora_rank) or not self.lora_alpha
     self._check("lora_alpha", alone, "scales adapters, and there are none; give --lora_rank, too")
     with naming(self.flag("freeze")):
-      trained(None, self.freeze)
+      trained(None, self.freeze, {})
     self._check("dropout", 0 <= self.dropout < 1, "is no rate; use 0 or more, below 1")
     self._check("dtype", self.dtype in DTYPES, f"is unknown; use {' or '.join(DTYPES)}")
     for name in ("norm", "bias", "positions"):

@@ -24,10 +24,10 @@ from jax.sharding import Mesh
 from jaxpipe.data import EvaluationBatches, TextData, TokenBatches, prepare_text
 from jaxpipe.data.text.windows import Batch
 from jaxpipe.models.huggingface import check_weights, read_params
-from jaxpipe.models.transformer.adapters import divide, flops_saved
-from jaxpipe.models.transformer.config import TransformerConfig, flops_per_token
+from jaxpipe.models.transformer.adapters import divide
+from jaxpipe.models.transformer.config import TransformerConfig
 from jaxpipe.models.transformer.cross_entropy import check_chunk
-from jaxpipe.models.transformer.decoder import check_sizes, transformer
+from jaxpipe.models.transformer.decoder import check_sizes, training_flops, transformer
 from jaxpipe.models.transformer.ends import check_positions
 from jaxpipe.parallel.mesh import SEQUENCE, TENSOR
 from jaxpipe.parallel.placing import layers_per_stage, place
@@ -81,8 +81,10 @@ class LmRun(Run):
       return divide(stack, whole, fresh)
     # Of layers that are not alike, stages lie packed, and a canonical tree is packed whole.
     whole = read_params(folder, self.model, base)
-    params, state = divide(stack, whole, stack.init(key, self.batch_shapes))
-    return place(params, stack, *order), place(state, stack, *order)
+    divided = divide(stack, whole, stack.init(key, self.batch_shapes))
+    # Of NumPy arrays every process has the whole, and puts its own part on its own devices.
+    params, state = (place(jax.tree.map(np.asarray, tree), stack, *order) for tree in divided)
+    return params, state
 
   def begin(self) -> Self:
     """Makes the run directory, with the tokenizer in it, so that sampling needs no text."""
@@ -102,7 +104,9 @@ class LmRun(Run):
     """Returns `validate(state)`, which measures nats per byte over the whole held-out text."""
     tokenizer = self.data.tokenizer
     validate = make_validation(self.evaluate, self.validation, tokenizer, self.rows.put)
-    return lambda state: {"loss": validate(state.measured, *filter(None, [state.model_state]))}
+    return lambda state: {
+      "loss": validate(state.validation_params, *filter(None, [state.model_state]))
+    }
 
 
 def build_run(config: Config) -> LmRun:
@@ -133,7 +137,7 @@ def build_run(config: Config) -> LmRun:
   if record:
     check_data(folder.path, record, train.identity, lambda name: config.flag(_flag_of(name)))
   model = config.model(data.tokenizer.vocabulary_size)
-  shared = ["shared_width"] * bool(config.shared_width)
+  shared, freeze = ["shared_width"] * bool(config.shared_width), ["freeze"] * bool(config.freeze)
   with naming(config.flag("freeze")):
     stack = transformer(model, config.freeze)
   if config.init_from:
@@ -145,8 +149,10 @@ def build_run(config: Config) -> LmRun:
     schedule,
     stack,
     batch_shapes(config),
-    chosen_by=["layers"],
-    placed_by=["width", "mlp_width", *shared, "tokenizer", "head"],
+    # Frozen layers are not alike where others train, and what can be done with these is less.
+    chosen_by=["layers", *freeze],
+    placed_by=["width", "mlp_width", *shared, "tokenizer", "head", *freeze],
+    filled_by=freeze,
     traced_by=_traced_flags(config),
   )
   return LmRun(
@@ -159,7 +165,7 @@ def build_run(config: Config) -> LmRun:
     f" {len(data.validation.tokens):,} held out",
     tokens=config.batch_size * config.sequence_length,
     loss_unit="nats per token",
-    flops_per_token=flops_per_token(model, config.sequence_length) - flops_saved(stack),
+    flops_per_token=training_flops(model, stack, config.sequence_length),
     validation_unit="nats per byte",
     model=model,
     data=data,

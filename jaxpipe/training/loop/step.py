@@ -48,7 +48,7 @@ def make_train_step(
   Args:
     value_and_grad: `(params, batch, key) -> ((loss, metrics), grads)`, of the pipeline; of a stack
       with model state `(params, batch, key, state) -> ((loss, metrics, state), grads)`.
-    optimizer: from `make_optimizer`; clipping is part of it.
+    optimizer: from `placed_optimizer`; clipping is part of it.
     learning_rate: `step -> rate`, the one that the optimizer has, for the record.
     seed: of dropout; step k draws from `fold_in(key(seed), k)`, whatever came before.
     state: a placed state or its placed shapes; the step's result lies like it.

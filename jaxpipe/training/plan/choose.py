@@ -91,6 +91,7 @@ def choose_schedule(
   unroll: str = "auto",
   slack: int = 0,
   optimizer: Any = None,
+  averages: bool = False,
   memory_limit: float | None = None,
 ) -> Choice:
   """Chooses among the registered schedules that compute the whole model, with the head whole.
@@ -99,7 +100,9 @@ def choose_schedule(
     stack, mesh, residuals, unroll, slack: as for `pipeline_value_and_grad`.
     example_batch: a batch or its shapes, leaves `[B, ...]`.
     microbatches: M.
-    optimizer: an optax transformation, whose state counts as memory; None: nothing is counted.
+    optimizer: an optax transformation, whose state counts as memory, or a function that makes one
+      for a schedule; None: nothing is counted.
+    averages: whether a moving average of the parameters counts as memory, too.
     memory_limit: bytes that one device may hold; None: any number.
 
   Returns:
@@ -116,10 +119,11 @@ def choose_schedule(
       " example 1f1b or zb-h1"
     )
   sizes: dict[str, Any] = dict(devices=stages, microbatches=microbatches)
-  policy: dict[str, Any] = dict(residuals=residuals, slack=slack, optimizer=optimizer)
+  policy: dict[str, Any] = dict(residuals=residuals, slack=slack, averages=averages)
 
   def report(schedule: Schedule) -> Any:
-    return memory_report(stack, schedule, mesh, example_batch, **policy)
+    tx = optimizer(schedule) if callable(optimizer) else optimizer
+    return memory_report(stack, schedule, mesh, example_batch, optimizer=tx, **policy)
 
   # Families that plan within a limit want it in units of what F keeps of a P-th part of the layers;
   # theirs is what the limit leaves beside the bytes that do not depend on the schedule.

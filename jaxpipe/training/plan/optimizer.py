@@ -36,6 +36,7 @@ from jaxpipe.pipeline.update.by_variable import by_variable
 from jaxpipe.schedules import Schedule
 from jaxpipe.stack.protocol import is_packed
 from jaxpipe.stack.stack import LayerStack
+from jaxpipe.training.flags.errors import ConfigError
 from jaxpipe.training.flags.run_config import RunConfig
 
 Tree = Any
@@ -178,14 +179,14 @@ def decayed(weight_decay: float, mask: Callable[[Tree], Tree]) -> optax.Gradient
 def make_optimizer(
   config: RunConfig, mask: Callable[[Tree], Tree] = decay_mask
 ) -> optax.GradientTransformation:
-  """Returns the optimizer of a run for a canonical tree, or for one with a leaf per variable.
+  """Returns the optimizer of a run for parameters that are not placed, without noise.
 
-  Its moments have the dtype of the parameters that `init` is given: `widen` these first. There is
-  no noise in it, which `placed_optimizer` adds.
+  Its moments have the dtype of the parameters that `init` is given: `widen` these first. What looks
+  at whole matrices wants a tree with one leaf per variable, and `mask=matrices`.
 
   Args:
     config: the optimizer, rates and their schedule, and rules that differ by parameter (CompleteP).
-    mask: `params -> tree` that says what decays.
+    mask: `params -> tree` that says what decays; the default is for a canonical tree.
   """
   return optax.chain(_clip(config), *_steps(config, mask))
 
@@ -203,7 +204,7 @@ def placed_optimizer(
   if config.optimizer not in _WHOLE:
     mask = placed_mask(stack, schedule)
     return optax.chain(_clip(config), *noise, *_steps(config, mask))
-  steps = optax.chain(*_steps(config, _matrices))
+  steps = optax.chain(*_steps(config, matrices))
   return optax.chain(_clip(config), *noise, by_variable(steps, stack, schedule, mesh))
 
 
@@ -246,7 +247,7 @@ def _steps(
 _WHOLE = ("adafactor", "lamb", "muon")
 
 
-def _matrices(params: Tree) -> Tree:
+def matrices(params: Tree) -> Tree:
   """Says of a tree with one leaf per variable what decays: matrices and tables."""
   return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
 
@@ -259,7 +260,12 @@ def _adafactor() -> optax.GradientTransformation:
 
 
 def _muon(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
-  """Muon for the matrices of layers; AdamW's direction for all else, tables among it."""
+  """Muon for the matrices of layers; AdamW's direction for all else, tables and experts among it.
+
+  Args:
+    beta1: momentum of matrices; AdamW's own is 0.9.
+    beta2, epsilon: of both.
+  """
 
   def dims(params: Tree) -> Tree:
     def one(path: Any, leaf: Any) -> Any:
@@ -292,9 +298,18 @@ def _noise(
 ) -> optax.GradientTransformation:
   """Adds normal values to placed gradients, of the variance `eta / (1 + step)^0.55`.
 
-  A layer's values depend on its number and not on where it lies, and so do a packed stage's.
+  A layer's values depend on its number and not on where it lies.
+
+  Raises:
+    ConfigError: layers that are not alike. Their stages lie in rows, whose values would depend on
+      where the stack is cut.
   """
-  order = layer_order(stack.laid_out(schedule).depth, schedule)
+  if is_packed(stack.laid_out(schedule)):
+    raise ConfigError(
+      f"{config.flag('gradient_noise')}: is for layers of one kind, and the stack's are not alike;"
+      " leave it out"
+    )
+  order = layer_order(stack.depth, schedule)
 
   def update(updates: Tree, state: _NoiseState, params: Tree = None) -> tuple[Tree, _NoiseState]:
     deviation = jnp.sqrt(config.gradient_noise / (1.0 + state.step) ** _GAMMA)

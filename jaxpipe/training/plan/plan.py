@@ -25,7 +25,7 @@ from jaxpipe.training.chips import DeviceSpec
 from jaxpipe.training.flags.errors import ConfigError, naming
 from jaxpipe.training.flags.run_config import AUTO, RunConfig
 from jaxpipe.training.plan.choose import Choice, choose_schedule
-from jaxpipe.training.plan.optimizer import learning_rate, make_optimizer, placed_optimizer
+from jaxpipe.training.plan.optimizer import learning_rate, placed_optimizer
 
 Tree = Any
 
@@ -87,9 +87,9 @@ def make_plan(
   Raises:
     ConfigError: the run cannot be executed.
   """
-  optimizer, choice = make_optimizer(config), None
+  choice = None
   if config.schedule == AUTO:
-    choice = choose(config, mesh, stack, batch_shapes, optimizer, chosen_by)
+    choice = choose(config, mesh, stack, batch_shapes, chosen_by)
     schedule = choice.schedule
   with naming(*config.flags("mesh", *placed_by)):
     param_specs(stack.param_shapes(), stack, schedule, mesh)
@@ -101,7 +101,8 @@ def make_plan(
   # Tracing a layer finds what its shapes alone do not say. A name is looked for there, too.
   named = bool(residual_policy(config.residuals).names)
   with naming(*config.flags(*(["residuals"] if named else ["mesh", *traced_by]))):
-    memory = memory_report(stack, schedule, mesh, batch_shapes, optimizer=optimizer, **options)
+    options |= dict(optimizer=optimizer, averages=config.ema > 0)
+    memory = memory_report(stack, schedule, mesh, batch_shapes, **options)
   return Plan(
     mesh=mesh,
     schedule=schedule,
@@ -176,7 +177,6 @@ def choose(
   mesh: Mesh,
   stack: LayerStack,
   shapes: Tree,
-  optimizer: optax.GradientTransformation,
   flags: Collection[str] = (),
 ) -> Choice:
   """Chooses the schedule of `--schedule=auto`, within `--memory_limit` or the devices' memory.
@@ -185,7 +185,6 @@ def choose(
     config: the flags.
     mesh, stack: what is trained, and where.
     shapes: of a whole batch, leaves [B, ...].
-    optimizer: whose state counts as memory.
     flags: names of flags for the message where nothing fits, besides those read here.
 
   Raises:
@@ -203,6 +202,7 @@ def choose(
       residuals=config.residuals,
       unroll=config.unroll,
       slack=config.slack,
-      optimizer=optimizer,
+      optimizer=lambda schedule: placed_optimizer(config, stack, schedule, mesh),
+      averages=config.ema > 0,
       memory_limit=limit,
     )

@@ -55,7 +55,7 @@ class TrainState:
   average: Tree = dataclasses.field(default_factory=dict)
 
   @property
-  def measured(self) -> Tree:
+  def validation_params(self) -> Tree:
     """Placed parameters to validate with: their moving average where there is one."""
     if not self.average:
       return self.params
@@ -103,7 +103,7 @@ def create_state(
 
   Args:
     stack: the model.
-    optimizer: from `make_optimizer`.
+    optimizer: from `placed_optimizer`.
     seed: of fresh parameters.
     example_batch: a batch, or its shapes.
     schedule, mesh: they decide where the state lies.

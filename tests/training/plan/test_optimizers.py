@@ -39,7 +39,8 @@ from jaxpipe.training.plan.state import (
 )
 
 RATE, DECAY = 0.01, 0.2
-MODEL = dict(vocabulary_size=8, layers=4, width=8, heads=2, kv_heads=1, mlp_width=12)
+# Adafactor factors what has 128 rows and columns or more.
+MODEL = dict(vocabulary_size=128, layers=4, width=128, heads=2, kv_heads=1, mlp_width=136)
 
 
 def is_matrix(params: Any) -> Any:
@@ -89,7 +90,8 @@ PLAIN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 
 def parts(mesh: str) -> tuple[Any, Any, Any, Any]:
-  stack = transformer(TransformerConfig(**MODEL))
+  mesh, _, freeze = mesh.partition(" ")
+  stack = transformer(TransformerConfig(**MODEL), freeze)
   devices = jaxpipe.make_mesh(mesh)
   name = "interleaved-1f1b" if "fsdp" in mesh else "1f1b"
   schedule = jaxpipe.make_schedule(name, devices=devices.shape["stage"], microbatches=2)
@@ -97,7 +99,7 @@ def parts(mesh: str) -> tuple[Any, Any, Any, Any]:
 
 
 @pytest.mark.sampled("name", list(OPTIMIZERS), 5)
-@pytest.mark.sampled("mesh", ["stage:4", "stage:2,fsdp:2"], 1)
+@pytest.mark.sampled("mesh", ["stage:4", "stage:2,fsdp:2", "stage:2 layers/0/query/.*"], 1)
 def test_an_optimizer_is_that_of_optax_on_each_variable(mesh: str, name: str) -> None:
   assert PLAIN.keys() == OPTIMIZERS.keys()
   plain, given = PLAIN[name]
@@ -156,7 +158,11 @@ def test_shapes_of_the_rate() -> None:
     return np.array([rate(k) for k in range(111)])
 
   ramp = 2 * np.arange(1, 11) / 10
-  linear, constant, wsd = (rates(rate=name) for name in ("linear", "constant", "wsd"))
+  linear, constant, wsd = (
+    rates(rate="linear"),
+    rates(rate="constant", final_rate=0.1),
+    rates(rate="wsd"),
+  )
   for found in (linear, constant, wsd):
     np.testing.assert_allclose(found[:10], ramp, rtol=1e-6)
   np.testing.assert_allclose(linear[10:], np.linspace(2, 0.5, 101), rtol=1e-5)
@@ -188,7 +194,7 @@ def test_noise_has_its_variance_and_does_not_depend_on_the_mesh() -> None:
   for step, tree in enumerate(found):
     values = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     np.testing.assert_allclose(values.var(), 0.3 / (1 + step) ** 0.55, rtol=0.1)
-    assert abs(values.mean()) < 0.05 and len(np.unique(values)) > len(values) - 5
+    assert abs(values.mean()) < 0.05 and len(np.unique(values)) > 0.97 * len(values)
   flat = [np.ravel(tree["layers"]["down"]["kernel"]) for tree in found]
   assert abs(np.corrcoef(flat[0], flat[1])[0, 1]) < 0.2
 
@@ -204,10 +210,10 @@ def test_averages_are_those_of_the_steps_and_are_what_is_measured_and_sampled(
   checkpoints = Checkpoints(setup.folder.checkpoints, read_only=True)
   each = [checkpoints.restore_params(k, shapes, here) for k in (1, 2, 3)]
   got = checkpoints.restore_params(3, shapes, here, average=True)
-  begun = checkpoints.restore_params(1, shapes, here, average=True)
   checkpoints.close()
-  want = begun
-  for params in each[1:]:
+  key = jax.random.fold_in(jax.random.key(setup.config.seed), 2**31)
+  want = setup.stack.init(key, setup.batch_shapes)
+  for params in each:
     want = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, want, params)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
   jax.tree.map(close, got, want)
@@ -226,7 +232,10 @@ def test_averages_are_those_of_the_steps_and_are_what_is_measured_and_sampled(
     (dict(decay_steps=5), "--decay_steps=5 is for --rate=wsd"),
     (dict(optimizer="sgd", beta2=0.9), "--beta2=0.9 is not read by sgd"),
     (dict(optimizer="adafactor", epsilon=1e-6), "--epsilon=1e-06 is not read by adafactor"),
-    (dict(beta1=1.0), "--beta1=1.0 is none; use 0 or more"),
+    (dict(beta1=1.0), "--beta1=1.0 is out of range; use 0 or more, below 1"),
+    (dict(rate="wsd", decay_steps=5000), "is more than the 1900 steps after the warm-up"),
+    (dict(rate="constant", final_rate=0.5), "--final_rate=0.5 is not read by --rate=constant"),
+    (dict(final_rate=3.0), "--final_rate=3.0 is more than the peak"),
     (dict(ema=1.0), "--ema=1.0 is no decay"),
     (dict(gradient_noise=-1.0), "--gradient_noise=-1.0 is negative"),
     (dict(optimizer="lion", completep_base="64x2"), "--optimizer=lion has no --completep_base"),
@@ -235,6 +244,23 @@ def test_averages_are_those_of_the_steps_and_are_what_is_measured_and_sampled(
 def test_flags_that_no_optimizer_reads(changes: dict[str, Any], message: str) -> None:
   with pytest.raises(ConfigError, match=message):
     Config(**changes)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_auto_counts_what_the_placed_optimizer_holds(
+  tiny: Callable[..., Config], name: str
+) -> None:
+  """The state was that of stacked arrays, which Adafactor cannot be placed for."""
+  setup = build_run(tiny(schedule="auto", optimizer=name, mesh="stage:2", ema=0.5))
+  assert setup.choice is not None
+  chosen = next(c for c in setup.choice.candidates if c is setup.choice.best)
+  assert chosen.bytes == setup.memory.total
+  assert setup.memory.bytes["average"] == setup.memory.bytes["parameters"]
+
+
+def test_noise_in_packed_rows_is_refused(tiny: Callable[..., Config]) -> None:
+  with pytest.raises(ConfigError, match=r"--gradient_noise=0\.1: is for layers of one kind"):
+    build_run(tiny(freeze="layers/0/.*", gradient_noise=0.1))
 
 
 @pytest.mark.parametrize(
