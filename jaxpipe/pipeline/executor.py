@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel import axes, replicas
 from jaxpipe.parallel.check_placed import check_placed
-from jaxpipe.parallel.mesh import STAGE, TENSOR
+from jaxpipe.parallel.mesh import FSDP, STAGE, TENSOR
 from jaxpipe.parallel.placing import gather_fsdp, own_pieces, scatter_fsdp
 from jaxpipe.parallel.rules import axes_of_entry
 from jaxpipe.pipeline.batch import given_state, look_at_draws
@@ -322,26 +322,35 @@ def _next_state(execution: Execution, state: Tree, counted: Tree) -> Tree:
   Args:
     execution: what runs where.
     state: this device's part of the state before.
-    counted: sums over microbatches of what F has made of it, dtype -> [V, width].
+    counted: sums over microbatches of what F has made of it, a list of arrays [V * layers, ...].
 
   Returns:
     Floats are the mean of what all microbatches and shards of rows made, whole numbers the largest.
   """
   if not counted:
     return state  # nothing of it changes
-  others = tuple(axis for axis in execution.axes if axis != STAGE)
-  times = execution.schedule.microbatches * execution.shards
+  M = execution.schedule.microbatches
   mine = replicas.reduce(counted, execution.schedule.placement, execution.layers)
 
-  def whole(leaf: jax.Array) -> jax.Array:
+  def whole(leaf: jax.Array, spec: Spec) -> jax.Array:
+    cut = {axis for entry in spec for axis in axes_of_entry(entry)}
+    others = tuple(axis for axis in execution.axes if axis not in (STAGE, *cut))
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
-      return lax.psum(leaf, others) / times
+      return lax.psum(leaf, others) / (M * axes.size(others))
     return lax.pmax(leaf, others)
 
   def over_stages(tree: Tree) -> Tree:
     return vary(tree, {STAGE})
 
+  specs = execution.state_specs["layers"]
   rows = gather_fsdp(execution.state_specs, state)["layers"]
-  new = execution.stack.renewed(rows, jax.tree.map(whole, mine), over_stages)
-  inner = jax.tree.map(lambda spec: Spec(None, *spec[1:]), execution.state_specs["layers"])
-  return {**state, "layers": own_pieces(inner, new)}
+  means = list(map(whole, mine, execution.stack.changing_specs(specs)))
+  new = execution.stack.renewed(rows, means, over_stages)
+  # Only what was gathered is cut again.
+  pieces = jax.tree.map(lambda spec: Spec(*(_fsdp_alone(entry) for entry in spec)), specs)
+  return {**state, "layers": own_pieces(pieces, new)}
+
+
+def _fsdp_alone(entry: Any) -> str | None:
+  """The entry of a partition spec without any axis but `fsdp`."""
+  return FSDP if FSDP in axes_of_entry(entry) else None

@@ -189,39 +189,42 @@ def _run_layers_alike(
     whole: whether every microbatch passes all layers, in their order; `orders` is not read then.
     keep: what the backward finds kept, within a layer.
     params: canonical.
-    state: canonical; returned as it is, for layers that are alike change none.
+    state: canonical. That of the layers is returned as they make it.
     inputs: of the microbatch.
   """
 
   frozen = state["layers"] if state else {}
 
-  def layer(x: Tree, layer_trees: Tree, i: jax.Array) -> Tree:
+  def layer(x: Tree, layer_trees: Tree, i: jax.Array) -> tuple[Tree, list[Any]]:
     layer_params, layer_state = layer_trees
     layer_inputs: LayerInputs = {**inputs, "layer": i, "state": layer_state}
-    return stack.apply_layer(layer_params, x, True, layer_inputs)
+    return stack.run_layer(layer_params, x, True, layer_inputs)
 
   kept = _keeping(keep, layer)
 
-  def layers(x: Tree, params: Tree) -> Tree:
+  def layers(x: Tree, params: Tree) -> tuple[Tree, list[Any]]:
     # Layers in their order are looped over as they lie; other paths need a gathered copy of them.
     if whole:
       each = ((params, frozen), jnp.arange(stack.depth))
-      return lax.scan(lambda x, args: (kept(x, *args), None), x, each)[0]
+      out: tuple[Tree, list[Any]] = lax.scan(lambda x, args: kept(x, *args), x, each)
+      return out
 
     # Paths shorter than the longest end in -1, where x passes unchanged.
     def passed(x: Tree, layer: Tree, i: jax.Array) -> Tree:
-      return lax.cond(i < 0, lambda x, *_: x, kept, x, layer, i)
+      return lax.cond(i < 0, lambda x, *_: x, lambda *args: kept(*args)[0], x, layer, i)
 
     order = orders[inputs["microbatch"]]
     each = (jax.tree.map(lambda p: p[order], (params, frozen)), order)
-    return lax.scan(lambda x, args: (passed(x, *args), None), x, each)[0]
+    return lax.scan(lambda x, args: (passed(x, *args), None), x, each)[0], []
 
   # Under `full`, the backward begins with a second forward of all layers, which are one stage here.
   run = jax.checkpoint(layers) if policy.stage_input else layers
   batch = inputs["batch"]
   ends = state or {"embed": {}, "head": {}}
   x = stack.apply_embed(params["embed"], batch, state=ends["embed"])
-  y = run(x, params["layers"])
+  y, changed = run(x, params["layers"])
+  if changed:
+    state = {**state, "layers": stack.renewed(frozen, changed, lambda tree: tree)}
   loss, (weight, metrics) = stack.apply_head(
     stack.head_params(params), y, batch, state=stack.head_state(ends)
   )

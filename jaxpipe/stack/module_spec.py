@@ -24,7 +24,7 @@ from flax import linen as nn
 from flax import nnx
 
 from jaxpipe.parallel import axes
-from jaxpipe.parallel.mesh import ROWS
+from jaxpipe.parallel.mesh import ROWS, SEQUENCE
 from jaxpipe.stack.context import Context
 from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.module.given import Given, Layer
@@ -235,7 +235,8 @@ class ModuleSpec:
     for _, inner in nnx.iter_graph(module):
       if isinstance(inner, nnx.BatchNorm) and inner.axis_name is None:
         # Asked for here alone: a module without norms may be traced off the mesh.
-        over = tuple(axis for axis in ROWS if axes.size(axis) > 1) or None
+        # Along `sequence`, devices have other positions of the same rows.
+        over = tuple(axis for axis in (*ROWS, SEQUENCE) if axes.size(axis) > 1) or None
         inner.axis_name = over  # type: ignore[assignment]  # `lax.pmean` takes several names
     batch = None if context is None else context.batch
     args, named = self.plan.arguments(training, given, context, batch)

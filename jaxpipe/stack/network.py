@@ -250,6 +250,9 @@ class Network:
 
     def one(i: jax.Array) -> Tree:
       made = jax.lax.switch(which[i], list(makers.values()), jax.random.fold_in(key, i + 2))
+      # Constants, such as fresh statistics, are made to depend on i: XLA refuses a program over a
+      # mesh whose results depend on nothing (jaxlib 0.10.2).
+      made = jax.tree.map(lambda leaf: jnp.where(i < 0, jnp.zeros_like(leaf), leaf), made)
       return cut("layers", made)
 
     # lax.map, not vmap: one compiled body gives every layer, so that values do not depend on how

@@ -31,9 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.flat import Flat, widest
-from jaxpipe.parallel.mesh import EXPERT, SEQUENCE, TENSOR
+from jaxpipe.parallel.mesh import EXPERT, SEQUENCE, STAGE, TENSOR
 from jaxpipe.parallel.protocol import Cut, PlacementLike, ScheduleLike
 from jaxpipe.parallel.rules import NONE, Rules
 from jaxpipe.stack.context import MicrobatchInputs
@@ -285,23 +286,26 @@ class Packed:
       widths=self.state_widths,
     )
 
-  def renewed(
-    self, rows: Tree, counted: Mapping[str, jax.Array], vary: Callable[[Tree], Tree]
-  ) -> Tree:
+  def changing_specs(self, specs: Tree) -> list[Any]:
+    """Nothing but `stage` cuts the rows of sums."""
+    return [Spec(STAGE, None) for _ in self.changing_widths]
+
+  def renewed(self, rows: Tree, counted: Sequence[jax.Array], vary: Callable[[Tree], Tree]) -> Tree:
     """Replaces the changing leaves by the step's averages; all others stay bit for bit.
 
     It runs inside `shard_map`.
 
     Args:
       rows: `state` -> dtype -> [owned, width] before the step, of the stages that this device owns.
-      counted: dtype -> [owned, width], the changing leaves as the step has made them: of floats the
-        mean over microbatches and data shards, of whole numbers the largest.
+      counted: for each dtype [owned, width], the changing leaves as the step has made them: of
+        floats the mean over microbatches and data shards, of whole numbers the largest.
       vary: marks a tree as differing between stages.
 
     Returns:
       The rows after the step, `state` -> dtype -> [owned, width].
     """
-    return {_STATE: self._state_rows.renewed(rows[_STATE], counted, vary)}
+    by_dtype = dict(zip(self.changing_widths, counted, strict=True))
+    return {_STATE: self._state_rows.renewed(rows[_STATE], by_dtype, vary)}
 
   # Leaves that several stages read
 

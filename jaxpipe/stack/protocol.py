@@ -73,15 +73,22 @@ class LaidOutStack(PlaceableStack, Protocol):
     """
 
   def renewed(
-    self, rows: Tree, means: Mapping[str, jax.Array], vary: Callable[[Tree], Tree], /
+    self, rows: Tree, means: Sequence[jax.Array], vary: Callable[[Tree], Tree], /
   ) -> Tree:
     """The model state of this device's rows after a step; inside `shard_map`.
 
     Args:
-      rows: the part `layers` of the state before the step, leaves [owned, width].
-      means: dtype -> [owned, width], the state that changes, as the step has made it: of floats the
-        mean over microbatches and shards of rows, of whole numbers the largest.
+      rows: the part `layers` of the state before the step, leaves [owned, ...].
+      means: the state that changes, as the step has made it, in the order in which F sums it: of
+        floats the mean over microbatches and shards of rows, of whole numbers the largest.
       vary: marks a tree as differing between stages.
+    """
+
+  def changing_specs(self, specs: Tree, /) -> list[Any]:
+    """Partition specs of the arrays in which F sums what it makes of the state, without `fsdp`.
+
+    Args:
+      specs: of the part `layers` of the state.
     """
 
 
@@ -115,6 +122,16 @@ class UniformStack(LaidOutStack, Protocol):
 
     Returns:
       A tree of the structure, shapes and dtypes of x.
+    """
+
+  def run_layer(
+    self, params: Tree, x: Tree, training: bool, inputs: LayerInputs
+  ) -> tuple[Tree, list[Any]]:
+    """Runs one layer; arguments as for `apply_layer`.
+
+    Returns:
+      What `apply_layer` returns, and the leaves of the layer's state that a forward in training
+      changes, after the call; none in evaluation.
     """
 
   def apply_head(

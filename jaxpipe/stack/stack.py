@@ -24,13 +24,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Spec
 
+from jaxpipe.parallel.mesh import FSDP
 from jaxpipe.parallel.placing import Tree, init_placed, place
 from jaxpipe.parallel.protocol import Cut, ScheduleLike
-from jaxpipe.parallel.rules import NONE, Rules
+from jaxpipe.parallel.rules import NONE, Rules, axes_of_entry
 from jaxpipe.stack.context import Context, LayerInputs, check_key, check_leaves
 from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.from_modules import factories_of
+from jaxpipe.stack.model_state import refuse_counters
 from jaxpipe.stack.module.parts import Factory
 from jaxpipe.stack.module_spec import ModuleSpec, sums
 from jaxpipe.stack.network import Network, keep_whole
@@ -157,10 +160,11 @@ class LayerStack:
     """Whether the layers are of one kind and lie stacked, so that stages can loop over them.
 
     A stack with a partition lies packed even if its layers are alike, and so does one with ties
-    between layers, or with variables that a forward changes: a loop over stacked layers knows
-    neither. Frozen variables are stacked as parameters are.
+    between layers, or with statistics in its embedding or head. Frozen variables and statistics of
+    layers are stacked as parameters are.
     """
-    if self.has_state and any(jax.tree.leaves(self.changing())):
+    specs = self.network.specs
+    if any(jax.tree.leaves((specs["embed"].changing, specs["head"].changing))):
       return False
     ties_of_ends_only = len(self._head_ties) == len(self.network.ties)
     one_kind = len(self.network.runs) == 1
@@ -179,8 +183,25 @@ class LayerStack:
         cannot follow.
     """
     if self.uniform:
+      self._check_statistics(schedule)
       return self
     return Packed.of(self.network, schedule, self.partition, self.rules)
+
+  def _check_statistics(self, schedule: ScheduleLike) -> None:
+    """Refuses a schedule under which statistics of layers would not be means over microbatches.
+
+    Raises:
+      StackError: microbatches skip stages, or each of two homes of a stage counts whole numbers.
+    """
+    if not any(jax.tree.leaves(self._layer.changing)):
+      return
+    if schedule.paths is not None:
+      raise StackError(
+        f"schedule {schedule.name} lets microbatches skip stages, whose statistics would be of some"
+        " microbatches only; take another schedule"
+      )
+    if schedule.placement.replicated:
+      refuse_counters(self.network, schedule.name)
 
   def pack(self, tree: Tree) -> Tree:
     """Returns the canonical tree itself, which is what a uniform stack places.
@@ -341,9 +362,25 @@ class LayerStack:
       training: False in evaluation, where dropout is the identity.
       inputs: of this layer and microbatch.
     """
+    return self.run_layer(params, x, training, inputs)[0]
+
+  def run_layer(
+    self, params: Tree, x: Tree, training: bool, inputs: LayerInputs
+  ) -> tuple[Tree, list[Any]]:
+    """Runs one layer as `apply_layer`; returns also what the call makes of its statistics.
+
+    Returns:
+      x, and the leaves of the layer's state that a forward in training changes; none in evaluation.
+    """
     state = inputs.get("state") or {}
     context = Context.create(training, **inputs)
-    return self._layer.run(params, state, training, x, context=context)[0]
+    x, after = self._layer.run(params, state, training, x, context=context)
+    return x, self._changing_leaves(after) if training else []
+
+  def _changing_leaves(self, state: Tree) -> list[Any]:
+    """Leaves of a layer's state, or of the layers', that a forward changes."""
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(self._layer.changing), strict=True)
+    return [leaf for leaf, changes in pairs if changes]
 
   def apply_head(
     self, params: Tree, x: Tree, batch: Tree, training: bool = True, state: Tree | None = None
@@ -400,11 +437,31 @@ class LayerStack:
       embed = set_path(embed, ours, get_path(embed, ours) + get_path(head, theirs))
     return {**grads, "embed": embed, "head": without(head, self._head_ties)}
 
-  def renewed(
-    self, rows: Tree, counted: Mapping[str, jax.Array], vary: Callable[[Tree], Tree]
-  ) -> Tree:
-    """The model state after a step: as it was, for a uniform stack changes none."""
-    return rows
+  def changing_specs(self, specs: Tree) -> list[Any]:
+    """Partition specs of the statistics' sums: as their own, but whole along `fsdp`."""
+    return [
+      Spec(*(tuple(axis for axis in axes_of_entry(entry) if axis != FSDP) for entry in spec))
+      for spec in self._changing_leaves(specs)
+    ]
+
+  def renewed(self, rows: Tree, counted: Sequence[jax.Array], vary: Callable[[Tree], Tree]) -> Tree:
+    """The state of this device's layers after a step; statistics are replaced by their means.
+
+    Args:
+      rows: before the step, leaves [owned, ...].
+      counted: the leaves that change, as the step has made them.
+      vary: not needed here.
+    """
+    leaves, structure = jax.tree.flatten(rows)
+    new = iter(counted)
+    changes = jax.tree.leaves(self._layer.changing)
+    return jax.tree.unflatten(
+      structure,
+      [
+        next(new).astype(old.dtype) if yes else old
+        for old, yes in zip(leaves, changes, strict=True)
+      ],
+    )
 
   # Where a schedule cuts the vocabulary
 

@@ -123,6 +123,7 @@ def _looped(
     },
     layers,
     policy,
+    held=layers * context.program.schedule.placement.chunks,
     recompute=Kind.R in context.program.kinds,
     # On TPU, XLA then computes the attention of I more than once: a third more cycles.
     fetch=context.blocking,

@@ -90,6 +90,29 @@ class DeviceContext:
     leaves: list[jax.Array] = self.vary([blank(leaf) for leaf in like])
     return leaves
 
+  def pools(
+    self, shapes: Sequence[jax.ShapeDtypeStruct], lengths: Sequence[int], sums: int
+  ) -> list[jax.Array]:
+    """Pools of cells of undefined contents; the last `sums` of them begin at nothing.
+
+    Args:
+      shapes: of one cell of each pool.
+      lengths: cells of each pool.
+      sums: how many are added to by every F, and so need a defined start: zero, or the least whole
+        number where the largest is kept.
+    """
+    first = len(shapes) - sums
+    return [
+      self.ring(shape, n) if i < first else self.vary(_nothing(shape, n))
+      for i, (shape, n) in enumerate(zip(shapes, lengths, strict=True))
+    ]
+
   def ring(self, shapes: Tree, slots: int) -> Tree:
     """A ring of `slots` slots of these shapes, its contents undefined, or NaN under `poison`."""
     return rings.allocate(shapes, slots, self.axes, self.poison)
+
+
+def _nothing(shape: jax.ShapeDtypeStruct, length: int) -> jax.Array:
+  """Cells at which sums begin: zeros, or the least whole number where the largest is kept."""
+  start = 0 if is_float(shape) else jnp.iinfo(shape.dtype).min
+  return jnp.full((length, *shape.shape), start, shape.dtype)

@@ -119,7 +119,7 @@ class Device:
     return Carry(
       activations=context.ring(x, length("activations")),
       gradients=context.ring(float_leaves(x), length("gradients")),
-      pools=self.stage.allocate(self.stage.layout.pools, self.lengths),
+      pools=self.stage.allocate(self.stage.layout, self.lengths),
       weights=context.ring(self.weights.slot(), length("weights")),
       vocabulary=context.ring({} if context.predicts else self.ends.held(), length("vocabulary")),
       flight=context.idle(x) if context.program.slack else None,
@@ -332,7 +332,7 @@ class Device:
       return self.act(carry, now, kind, lambda pools: run(idle, pools, pools), idle)
     cells, lengths = scratch.layout.one_each()
     pools = Storage(self.stage.layout, carry.pools, now.cells)
-    small = self.stage.allocate(scratch.layout.pools, lengths)
+    small = self.stage.allocate(scratch.layout, lengths)
     if scratch.before:
 
       def fetch(small: list[jax.Array]) -> list[jax.Array]:

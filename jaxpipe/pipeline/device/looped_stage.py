@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -32,9 +33,10 @@ from jaxpipe.pipeline.device.protocols import ActionArguments, Leaves, Scratch
 from jaxpipe.pipeline.layer.residuals import Policy, Residuals
 from jaxpipe.pipeline.layer.slices import LayerSplit, Saved
 from jaxpipe.pipeline.layer.split import forward_only, split
+from jaxpipe.pipeline.layer.trace import lenient
 from jaxpipe.pipeline.layer.varying import axes_of, vary
 from jaxpipe.pipeline.storage import rings
-from jaxpipe.pipeline.storage.pools import PoolLayout, Pools, Storage
+from jaxpipe.pipeline.storage.pools import PoolLayout, Pools, SavedLayout, Storage
 from jaxpipe.pipeline.storage.rings import Index, Tree
 from jaxpipe.pipeline.table.program import Program
 from jaxpipe.schedules import Kind
@@ -50,7 +52,8 @@ class LoopedStage:
     context: the device.
     split: slices of the one layer that stands for all.
     layers: L, layers of a stage.
-    layout: where saved values lie between actions.
+    held: layers of all stages that the device holds.
+    layout: where saved values lie between actions, and where F sums what it makes of statistics.
     rerun_layout: pools for what a backward's own second forward makes, alive inside that action
       only; None where no backward runs one.
     scratch: how R and I keep apart the pools that they read and those that they write.
@@ -59,6 +62,7 @@ class LoopedStage:
   context: DeviceContext
   split: LayerSplit
   layers: int
+  held: int
   layout: PoolLayout
   rerun_layout: PoolLayout | None
   scratch: Mapping[Kind, Scratch]
@@ -87,19 +91,20 @@ class LoopedStage:
 
   def cells(self, program: Program) -> tuple[np.ndarray, tuple[int, ...]]:
     """Cells of every saved value of every stage and microbatch, and the pools' lengths."""
-    return program.cells(self.layout.values)
+    table, lengths = program.cells(self.layout.values)
+    return table, (*lengths, *(self.held for _ in self.layout.sums))
 
-  def allocate(self, shapes: Sequence[jax.ShapeDtypeStruct], lengths: Sequence[int]) -> Pools:
-    """Pools of these cells' shapes and lengths, their contents undefined."""
-    return [self.context.ring(shape, n) for shape, n in zip(shapes, lengths, strict=True)]
+  def allocate(self, layout: SavedLayout, lengths: Sequence[int]) -> Pools:
+    """Pools of these lengths, their contents undefined, and sums of statistics."""
+    return self.context.pools(layout.pools, lengths, len(layout.sums))
 
-  def counted(self, pools: Pools) -> dict[str, jax.Array]:
-    """No sums of model state: a uniform stack has none."""
-    return {}
+  def counted(self, pools: Pools) -> list[jax.Array]:
+    """Sums over microbatches of what F has made of each leaf of statistics, [V * layers, ...]."""
+    return pools[len(self.layout.cells) :]
 
   def saved_bytes(self) -> tuple[int, int]:
     """Bytes that F keeps of one stage and microbatch, and bytes that wait for its W."""
-    cells = self.layout.pools
+    cells = self.layout.cells
     sizes = [
       (value, math.prod(cells[value.pool].shape) * cells[value.pool].dtype.itemsize)
       for value in self.layout.values
@@ -109,19 +114,39 @@ class LoopedStage:
 
   def primal(self, arguments: ActionArguments, x: Leaves) -> Leaves:
     """Runs the layers on the stage's input and keeps nothing."""
-    return lax.fori_loop(0, self.layers, lambda i, x: self.split.primal(*arguments.given(i), *x), x)
+
+    def layer(i: Index, x: Leaves) -> Leaves:
+      return self.split.primal(*arguments.given(i), *x)[: self.split.y_count]
+
+    return lax.fori_loop(0, self.layers, layer, x)
 
   def forward(
     self, arguments: ActionArguments, x: Leaves, storage: Storage
   ) -> tuple[Leaves, Storage]:
-    """F, or R from the stage's input: runs the layers and keeps what the backward wants."""
-    forward = self.split.forward
+    """F: runs the layers, keeps what the backward wants, and sums their statistics."""
+    keeps = any(value.made is Kind.F for value in self.layout.values)
+    return self._run(arguments, x, storage, keeps=keeps, counts=True)
+
+  def _run(
+    self, arguments: ActionArguments, x: Leaves, storage: Storage, *, keeps: bool, counts: bool
+  ) -> tuple[Leaves, Storage]:
+    """Runs the layers.
+
+    Args:
+      arguments, x, storage: as for `forward`.
+      keeps: whether `storage` holds what the slice F makes.
+      counts: whether statistics are summed; a second forward would sum them twice.
+    """
+    one = self.split
+    forward = one.forward if keeps else one.primal
 
     def layer(i: Index, carry: tuple[Leaves, Storage]) -> tuple[Leaves, Storage]:
       x, storage = carry
       out = forward(*arguments.given(i), *x)
-      y, saved = out[: self.split.y_count], out[self.split.y_count :]
-      return y, storage.write(forward.makes, i, saved)
+      y, changed = out[: one.y_count], out[one.y_count : one.y_count + one.aux_count]
+      if keeps:
+        storage = storage.write(forward.makes, i, out[one.y_count + one.aux_count :])
+      return y, storage.count(changed, arguments.first_layer + i) if counts else storage
 
     return _loop(self.layers, layer, (x, storage))
 
@@ -129,7 +154,7 @@ class LoopedStage:
     self, arguments: ActionArguments, x: Leaves, storage: Storage
   ) -> Storage:
     """R from the stage's input: the forward again, whose output nobody reads."""
-    return self.forward(arguments, x, storage)[1]
+    return self._run(arguments, x, storage, keeps=True, counts=False)[1]
 
   def recompute_from_kept(
     self, arguments: ActionArguments, storage: Storage, made: Storage
@@ -201,8 +226,8 @@ class LoopedStage:
     if self.rerun_layout is None:
       return storage
     cells, lengths = self.rerun_layout.one_each()
-    pools = self.allocate(self.rerun_layout.pools, lengths)
-    return self.forward(arguments, x, Storage(self.rerun_layout, pools, cells))[1]
+    storage = Storage(self.rerun_layout, self.allocate(self.rerun_layout, lengths), cells)
+    return self._run(arguments, x, storage, keeps=True, counts=False)[1]
 
 
 def _loop(
@@ -232,6 +257,7 @@ def split_stack(
   layers: int,
   policy: Residuals | None,
   *,
+  held: int,
   recompute: bool = False,
   fetch: bool = True,
 ) -> LoopedStage:
@@ -244,6 +270,7 @@ def split_stack(
     inputs: stand-ins of its further inputs, `LayerInputs`.
     layers: L, layers of a stage.
     policy: what F keeps; None where only forwards run.
+    held: layers of all stages that the device holds.
     recompute: whether the schedule has R.
     fetch: whether R and I may fetch what they read into scratch before they run; else what they
       make goes through the scratch.
@@ -258,9 +285,12 @@ def split_stack(
   def layer(params: Tree, inputs: Tree, x: Tree) -> tuple[Tree, Tree]:
     # y is cast to vary like x, whichever way the layer is traced: a leaf of y that depends on
     # nothing has a cotangent like every other.
-    y = stack.apply_layer(params, x, training, inputs)
+    y, changed = stack.run_layer(params, x, training, inputs)
     check_alike(x, y)
-    return vary(y, axes_of(jax.tree.leaves(x))), ()
+    out: tuple[Tree, Tree] = vary(
+      (y, jax.tree.map(jnp.asarray, changed)), axes_of(jax.tree.leaves(x))
+    )
+    return out
 
   def split_layer(keep: Policy | None) -> LayerSplit:
     return split(layer, params, inputs, context.x, keep, recompute=recompute and not keeps_input)
@@ -276,6 +306,8 @@ def split_stack(
     # W reads waits in a pool.
     rerun_layout = PoolLayout.of({n: v for n, v in saved.items() if v.made is Kind.F}, layers)
     saved = {n: _made_by(Kind.I, v) for n, v in saved.items() if v.last is Kind.W}
+  changed = jax.eval_shape(lenient(layer), params, inputs, context.x)[1]
+  sums = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in changed]
   # A second forward inside I leaves nothing to be read from the pools.
   reads = {Kind.I: one.input_grad.reads if rerun_layout is None else ()}
   if one.recompute is not None:
@@ -284,7 +316,8 @@ def split_stack(
     context=context,
     split=one,
     layers=layers,
-    layout=PoolLayout.of(saved, layers),
+    held=held,
+    layout=PoolLayout.of(saved, layers, sums),
     rerun_layout=rerun_layout,
     scratch={kind: _scratch(saved, read, kind, layers, fetch) for kind, read in reads.items()},
   )

@@ -124,11 +124,11 @@ class StageActions(Protocol):
       each pool has.
     """
 
-  def allocate(self, shapes: Sequence[jax.ShapeDtypeStruct], lengths: Sequence[int]) -> Pools:
-    """Makes pools of these cells' shapes and these numbers of cells, their contents undefined."""
+  def allocate(self, layout: SavedLayout, lengths: Sequence[int]) -> Pools:
+    """Makes pools of these numbers of cells, their contents undefined; sums begin at nothing."""
 
-  def counted(self, pools: Pools) -> dict[str, jax.Array]:
-    """Sums over microbatches of the model state that F has made, dtype -> [V, width]; or none."""
+  def counted(self, pools: Pools) -> Sequence[jax.Array]:
+    """Sums over microbatches of the model state that F has made: one array for each of the sums."""
 
   def saved_bytes(self) -> tuple[int, int]:
     """Bytes that F keeps of one stage and microbatch, and bytes that wait for its W."""

@@ -41,7 +41,7 @@ from jaxpipe.pipeline.layer.trace import lenient
 from jaxpipe.pipeline.layer.varying import axes_of, vary
 from jaxpipe.pipeline.storage.arena_layout import ArenaLayout
 from jaxpipe.pipeline.storage.arenas import Arenas
-from jaxpipe.pipeline.storage.pools import PoolLayout, Pools, Storage
+from jaxpipe.pipeline.storage.pools import PoolLayout, Pools, SavedLayout, Storage
 from jaxpipe.pipeline.storage.rings import Tree
 from jaxpipe.pipeline.table.program import Program
 from jaxpipe.schedules import Kind
@@ -106,20 +106,13 @@ class SwitchedStages:
   def _chunks(self) -> int:
     return next((len(leaf) for leaf in self.state.values()), 1)
 
-  def allocate(self, shapes: Sequence[jax.ShapeDtypeStruct], lengths: Sequence[int]) -> Pools:
-    """Arenas of undefined contents, then sums that start at zero, or at the least whole number."""
-    n = len(self.layout.arenas.pools)
-    arenas = [
-      self.context.ring(shape, length)
-      for shape, length in zip(shapes[:n], lengths[:n], strict=True)
-    ]
-    # Every F adds to them, so they need a defined start.
-    sums = zip(shapes[n:], lengths[n:], strict=True)
-    return [*arenas, *(self.context.vary(_start(shape, length)) for shape, length in sums)]
+  def allocate(self, layout: SavedLayout, lengths: Sequence[int]) -> Pools:
+    """Arenas, then sums of model state."""
+    return self.context.pools(layout.pools, lengths, len(layout.sums))
 
-  def counted(self, pools: Pools) -> dict[str, jax.Array]:
-    """Dtype -> sums over microbatches of what F has made of the state, [V, width]."""
-    return {name: pools[self.layout.sum_of(name)] for name in self.layout.sums}
+  def counted(self, pools: Pools) -> list[jax.Array]:
+    """Sums over microbatches of what F has made of the state: for each dtype [V, width]."""
+    return [pools[self.layout.sum_of(name)] for name in self.layout.sums]
 
   def saved_bytes(self) -> tuple[int, int]:
     """Bytes that F keeps of one microbatch and that wait for its W, at the stage with most."""
@@ -404,9 +397,3 @@ def _stage_function(
     return out
 
   return stage
-
-
-def _start(shape: jax.ShapeDtypeStruct, length: int) -> jax.Array:
-  """Rows at which sums begin: zeros, or the least whole number where the largest is kept."""
-  start = 0 if is_float(shape) else jnp.iinfo(shape.dtype).min
-  return jnp.full((length, *shape.shape), start, shape.dtype)

@@ -23,7 +23,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
+from jaxpipe.pipeline.layer.floats import is_float
 from jaxpipe.pipeline.layer.slices import Saved
 from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.rings import Index
@@ -42,7 +44,11 @@ class SavedLayout(Protocol):
 
   @property
   def pools(self) -> Sequence[jax.ShapeDtypeStruct]:
-    """Shape and dtype of one cell of each pool."""
+    """Shape and dtype of one cell of each pool; the last ones are those of `sums`."""
+
+  @property
+  def sums(self) -> Sequence[Any]:
+    """One entry for each pool in which F sums what it makes of the model state."""
 
   def pools_of(self, kind: Kind) -> list[int]:
     """Returns the numbers of the pools that an action of this kind writes to, ascending."""
@@ -56,20 +62,32 @@ class PoolLayout:
     values: the saved values that lie in pools, in the order of the tick table's cells.
     position: number of a saved value (`LayerSplit.saved`) -> its index in `values`. Values that
       live inside one action only are not in it.
-    pools: shape `[layers, *shape]` and dtype of one cell of each pool.
+    cells: shape `[layers, *shape]` and dtype of one cell of each pool of saved values.
+    sums: shape and dtype of a layer's model state that a forward changes, a leaf each. For each a
+      pool follows, with one cell for every layer of the device, in which F sums over microbatches
+      what it makes of that leaf.
   """
 
   values: tuple[Value, ...]
   position: Mapping[int, int]
-  pools: tuple[jax.ShapeDtypeStruct, ...]
+  cells: tuple[jax.ShapeDtypeStruct, ...]
+  sums: tuple[jax.ShapeDtypeStruct, ...] = ()
+
+  @property
+  def pools(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shape and dtype of one cell of each pool."""
+    return (*self.cells, *(jax.ShapeDtypeStruct(s.shape, rings.wide(s.dtype)) for s in self.sums))
 
   @classmethod
-  def of(cls, saved: Mapping[int, Saved], layers: int) -> PoolLayout:
+  def of(
+    cls, saved: Mapping[int, Saved], layers: int, sums: Sequence[jax.ShapeDtypeStruct] = ()
+  ) -> PoolLayout:
     """Gives each shape and dtype of value a pool.
 
     Args:
       saved: number -> saved value of one layer, of all the values that are to lie here.
       layers: layers of a stage; a cell holds a value of each.
+      sums: shapes and dtypes of the model state that a layer's forward changes.
     """
     pools: dict[tuple[Any, ...], int] = {}  # numbered as their sizes are first met
     values = []
@@ -80,15 +98,17 @@ class PoolLayout:
       tuple(values),
       {number: i for i, number in enumerate(saved)},
       tuple(jax.ShapeDtypeStruct(*size) for size in pools),
+      tuple(sums),
     )
 
   def pools_of(self, kind: Kind) -> list[int]:
     """Returns the numbers of the pools that an action of this kind writes to, ascending."""
-    return sorted({value.pool for value in self.values if value.made is kind})
+    sums = range(len(self.cells), len(self.pools)) if kind is Kind.F else ()
+    return [*sorted({value.pool for value in self.values if value.made is kind}), *sums]
 
   def one_each_bytes(self) -> int:
     """Returns the bytes of pools in which every value has a cell of its own."""
-    cells = (self.pools[value.pool] for value in self.values)
+    cells = (self.cells[value.pool] for value in self.values)
     return sum(math.prod(cell.shape) * cell.dtype.itemsize for cell in cells)
 
   def one_each(self) -> tuple[list[int], list[int]]:
@@ -97,7 +117,7 @@ class PoolLayout:
     Returns:
       The cell of each value within its pool, in the order of `values`; and each pool's length.
     """
-    lengths = [0] * len(self.pools)
+    lengths = [0] * len(self.cells)
     cells = []
     for value in self.values:
       cells.append(lengths[value.pool])
@@ -151,6 +171,21 @@ class Storage:
       i = layout.position[n]
       pool = layout.values[i].pool
       pools[pool] = rings.store(pools[pool], value, self.cells[i], layer)
+    return dataclasses.replace(self, pools=pools)
+
+  def count(self, new: Sequence[jax.Array], layer: Index) -> Storage:
+    """Returns a storage that counts what a forward has made of a layer's model state.
+
+    Args:
+      new: the leaves that it changes, of floats added to the sums; of whole numbers the largest is
+        kept.
+      layer: which layer of the device.
+    """
+    layout, pools = self._pool_layout, list(self.pools)
+    for p, leaf in enumerate(new, len(layout.cells)):
+      old = rings.get(pools[p], layer)
+      leaf = leaf.astype(old.dtype)
+      pools[p] = rings.put(pools[p], old + leaf if is_float(old) else jnp.maximum(old, leaf), layer)
     return dataclasses.replace(self, pools=pools)
 
   def take(self, other: Storage) -> Storage:
