@@ -140,7 +140,7 @@ FAULTS = [
   Fault(
     "statistics of a shard",
     "stack/module_spec.py",
-    "over = tuple(axis for axis in ROWS if axes.size(axis) > 1)",
+    "over = tuple(axis for axis in (*ROWS, SEQUENCE) if axes.size(axis) > 1)",
     "over = ()",
     OF_STAGES,
   ),

@@ -264,7 +264,7 @@ class Execution:
     return vary(replicas.gather(whole, self.schedule.placement, self.layers), self.axes)
 
   def _frozen(self, state: Tree) -> Tree:
-    """Frozen variables of a uniform stack, of the layers that a device holds and of the ends."""
+    """Model state of a uniform stack, of the layers that a device holds and of the ends."""
     if not state or is_packed(self.stack):
       return {}
     whole = gather_fsdp(self.state_specs, state)

@@ -333,8 +333,8 @@ def _next_state(execution: Execution, state: Tree, counted: Tree) -> Tree:
   mine = replicas.reduce(counted, execution.schedule.placement, execution.layers)
 
   def whole(leaf: jax.Array, spec: Spec) -> jax.Array:
-    cut = {axis for entry in spec for axis in axes_of_entry(entry)}
-    others = tuple(axis for axis in execution.axes if axis not in (STAGE, *cut))
+    cut = {STAGE}.union(*map(axes_of_entry, spec))
+    others = tuple(axis for axis in execution.axes if axis not in cut)
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
       return lax.psum(leaf, others) / (M * axes.size(others))
     return lax.pmax(leaf, others)

@@ -28,7 +28,7 @@ from flax.core import meta
 from flax.errors import InvalidRngError
 
 from jaxpipe.parallel import axes
-from jaxpipe.parallel.mesh import ROWS
+from jaxpipe.parallel.mesh import ROWS, SEQUENCE
 from jaxpipe.stack.context import Context
 from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.module.given import Given
@@ -258,7 +258,8 @@ def _normalize_over_all_rows(call: Any, args: Any, kwargs: Any, where: Any) -> A
   Each device holds some rows of a microbatch; with statistics of these alone, outputs and gradients
   would depend on the mesh.
   """
-  over = tuple(axis for axis in ROWS if axes.size(axis) > 1)
+  # Along `sequence`, devices have other positions of the same rows.
+  over = tuple(axis for axis in (*ROWS, SEQUENCE) if axes.size(axis) > 1)
   if over and isinstance(where.module, nn.BatchNorm) and where.module.axis_name is None:
     # The module is bound to this call alone; as a dataclass it is frozen.
     object.__setattr__(where.module, "axis_name", over)

@@ -118,7 +118,7 @@ class UniformStack(LaidOutStack, Protocol):
       x: its input, leaves [rows, ...].
       training: False in evaluation, where dropout is the identity.
       inputs: the microbatch's own inputs, its and the layer's number, the step's key, the layer's
-        frozen variables.
+        model state.
 
     Returns:
       A tree of the structure, shapes and dtypes of x.

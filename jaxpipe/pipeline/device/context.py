@@ -38,8 +38,9 @@ class DeviceContext:
     training: False where only forwards run.
     predicts: whether the last layer's outputs are wanted, and the head does not run.
     state: model state of a packed stack, dtype -> [V, width]; empty where there is none.
-    frozen: frozen variables of a uniform stack, by its parts `embed`, `layers`, `head`, leaves of
-      `layers` [V * layers, ...]; empty where there are none.
+    frozen: model state of a uniform stack as it is before the step, by its parts `embed`, `layers`,
+      `head`, leaves of `layers` [V * layers, ...]; empty where there is none. Statistics are of
+      `layers` alone; all else never changes.
     loss_scale: float32 [], a power of two by which `loss_sum` is multiplied before it is
       differentiated: the user's, times that of `layer/weight.py` where anything computes in
       float16; None where there is neither.
