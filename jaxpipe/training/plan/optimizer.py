@@ -200,7 +200,7 @@ def placed_optimizer(
     config: the flags.
     stack, schedule, mesh: what is trained, in which order, and where.
   """
-  noise = [_noise(config, stack, schedule)] * (config.gradient_noise > 0)
+  noise = [_noise(config, stack, schedule)] if config.gradient_noise else []
   if config.optimizer not in _WHOLE:
     mask = placed_mask(stack, schedule)
     return optax.chain(_clip(config), *noise, *_steps(config, mask))
