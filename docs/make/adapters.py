@@ -132,7 +132,9 @@ seconds are median and least of {ROUNDS}, taken in turn.
 Adapters take {wall:.2f} of the time (median of the pairs) and
 {_compiled(few) / _compiled(full):.2f} of the memory. What is frozen has no weight gradient: of the
 three products of a matrix one is left out. Under `dots` both results that are added, the matrix's
-and the adapter's, are kept for the backward. Written by `.venv/bin/python docs/make/adapters.py`."""
+and the adapter's, are kept for the backward.
+
+Written by `.venv/bin/python docs/make/adapters.py`."""
 
 
 def _compiled(seen: Seen) -> float:
