@@ -10,6 +10,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from jaxpipe.stack.layer_trace import ShapeWalk, module_call
 from jaxpipe.stack.module.computation import difference, traced
 from jaxpipe.stack.module_spec import ModuleSpec
@@ -36,6 +38,8 @@ def same_computation(specs: Mapping[str, ModuleSpec], batch: Tree) -> dict[int, 
     if layers[i].graph is not layers[i - 1].graph
     and not layers[i].same_kind(layers[i - 1])
     and layers[i].same_variables(layers[i - 1])
+    # What becomes of statistics is no output that is compared here.
+    and not any(jax.tree.leaves(layers[i].changing))
   ]
   if not unlike:
     return {}

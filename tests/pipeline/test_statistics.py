@@ -161,3 +161,22 @@ def test_statistics_over_a_mesh_that_cuts_positions_or_units(float64, mesh):
   assert jax.tree.all(
     jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), after, placed[1])
   )
+
+
+class Tracked(nnx.Module):
+  def __init__(self, rngs, track):
+    self.track, self.seen = track, nnx.BatchStat(jnp.zeros(D))
+
+  def __call__(self, x):
+    m = x.mean(0)
+    if self.track:
+      self.seen[...] = m
+    return x - m[None]
+
+
+def test_layers_that_change_other_statistics_are_not_alike():
+  """All of them changed those of the first, and the reference did so, too."""
+  modules = [functools.partial(Tracked, track=track) for track in (True, False)]
+  batch = {"x": BATCH["x"].astype(np.float32)}
+  pipe = jaxpipe.pipeline(loss, modules, batch, mesh="stage:2", schedule="gpipe", microbatches=M)
+  assert not pipe.stack.uniform
