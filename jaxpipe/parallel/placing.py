@@ -217,7 +217,7 @@ def init_placed(
     key: PRNG key; a layer's values depend on it and on the layer's canonical number alone.
     schedule: says which device holds which layers.
     mesh: mesh with a `stage` axis of `schedule.devices`.
-    state: whether to make the model state in place of the parameters; for packed stacks only.
+    state: whether to make the model state in place of the parameters.
 
   Returns:
     The placed tree; its whole never exists in one place.

@@ -243,8 +243,8 @@ class Execution:
       rows=rows,
       training=self.policy is not None,
       predicts=self.predicts,
-      state=self._state_rows(state),
-      frozen=self._frozen(state),
+      packed_state=self._packed_state(state),
+      uniform_state=self._uniform_state(state),
       loss_scale=loss_scale,
     )
     return Device.build(
@@ -256,14 +256,14 @@ class Execution:
       policy=self.policy,
     )
 
-  def _state_rows(self, state: Tree) -> Tree:
+  def _packed_state(self, state: Tree) -> Tree:
     """Rows of the model state of all stages that a device holds, dtype -> [V, width]."""
     if not state or not is_packed(self.stack):
       return {}
     whole = gather_fsdp(self.state_specs, state)["layers"]["state"]
     return vary(replicas.gather(whole, self.schedule.placement, self.layers), self.axes)
 
-  def _frozen(self, state: Tree) -> Tree:
+  def _uniform_state(self, state: Tree) -> Tree:
     """Model state of a uniform stack, of the layers that a device holds and of the ends."""
     if not state or is_packed(self.stack):
       return {}

@@ -14,6 +14,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -21,39 +22,43 @@ import jax.numpy as jnp
 
 Tree = Any
 
+_LARGEST = 2.0**24
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossScale:
   """A loss scale, and for how long gradients have been finite under it.
 
-  It halves at every step whose gradients are not finite, and doubles after so many finite ones.
+  It halves at every step whose gradients are not finite, and doubles after so many finite ones; it
+  stays between 1 and 2^24.
 
   Attributes:
     value: float32 [], a power of two.
     finite: int32 [], finite steps since it last changed.
     interval: finite steps after which it doubles.
-    largest: it never grows beyond this.
   """
 
   value: jax.Array
   finite: jax.Array
   interval: int = dataclasses.field(default=2000, metadata={"static": True})
-  largest: float = dataclasses.field(default=2.0**24, metadata={"static": True})
 
   @classmethod
   def start(cls, value: float = 2.0**15, *, interval: int = 2000) -> LossScale:
     """The scale before the first step.
 
     Args:
-      value: a power of two.
+      value: a power of two from 1 to 2^24.
       interval: finite steps after which it doubles.
 
     Raises:
-      ValueError: a value that is no positive power of two, or an interval below 1.
+      ValueError: a value that is no such power of two, or an interval below 1.
     """
-    if not value > 0 or jnp.frexp(value)[0] != 0.5:
-      raise ValueError(f"a loss scale of {value} rounds; use a power of two, such as 32768")
+    if not 1 <= value <= _LARGEST or math.frexp(value)[0] != 0.5:
+      raise ValueError(
+        f"a loss scale of {value} is no power of two from 1 to {_LARGEST:,.0f}; use one, such as"
+        " 32768"
+      )
     if interval < 1:
       raise ValueError(f"a loss scale cannot double after {interval} steps; use 1 or more")
     return cls(value=jnp.float32(value), finite=jnp.int32(0), interval=interval)
@@ -66,7 +71,7 @@ class LossScale:
     """
     count = jnp.where(finite, self.finite + 1, 0)
     grows = count >= self.interval
-    grown = jnp.minimum(2 * self.value, self.largest)
+    grown = jnp.minimum(2 * self.value, _LARGEST)
     kept = jnp.where(grows, grown, self.value)
     value = jnp.where(finite, kept, jnp.maximum(self.value / 2, 1))
     return dataclasses.replace(self, value=value, finite=jnp.where(grows, 0, count))

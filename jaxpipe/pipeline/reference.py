@@ -62,6 +62,11 @@ def reference_value_and_grad(
   policy = residual_policy(residuals)
   orders = _orders(stack.depth, microbatches, paths)
   forward: Callable[..., Any]
+  if paths is not None and any(jax.tree.leaves(stack.changing())):
+    raise ValueError(
+      "paths= lets microbatches skip layers whose statistics would be of some microbatches only;"
+      " leave it out"
+    )
   if stack.uniform:
     forward = functools.partial(_run_layers_alike, stack, policy, orders, paths is None)
   else:
@@ -193,7 +198,7 @@ def _run_layers_alike(
     inputs: of the microbatch.
   """
 
-  frozen = state["layers"] if state else {}
+  old = state["layers"] if state else {}
 
   def layer(x: Tree, layer_trees: Tree, i: jax.Array) -> tuple[Tree, list[Any]]:
     layer_params, layer_state = layer_trees
@@ -205,7 +210,7 @@ def _run_layers_alike(
   def layers(x: Tree, params: Tree) -> tuple[Tree, list[Any]]:
     # Layers in their order are looped over as they lie; other paths need a gathered copy of them.
     if whole:
-      each = ((params, frozen), jnp.arange(stack.depth))
+      each = ((params, old), jnp.arange(stack.depth))
       out: tuple[Tree, list[Any]] = lax.scan(lambda x, args: kept(x, *args), x, each)
       return out
 
@@ -214,7 +219,7 @@ def _run_layers_alike(
       return lax.cond(i < 0, lambda x, *_: x, lambda *args: kept(*args)[0], x, layer, i)
 
     order = orders[inputs["microbatch"]]
-    each = (jax.tree.map(lambda p: p[order], (params, frozen)), order)
+    each = (jax.tree.map(lambda p: p[order], (params, old)), order)
     return lax.scan(lambda x, args: (passed(x, *args), None), x, each)[0], []
 
   # Under `full`, the backward begins with a second forward of all layers, which are one stage here.
@@ -224,7 +229,8 @@ def _run_layers_alike(
   x = stack.apply_embed(params["embed"], batch, state=ends["embed"])
   y, changed = run(x, params["layers"])
   if changed:
-    state = {**state, "layers": stack.renewed(frozen, changed, lambda tree: tree)}
+    # As they are made: they are rounded to their own dtype once, as a mean over microbatches.
+    state = {**state, "layers": stack.with_statistics(old, changed)}
   loss, (weight, metrics) = stack.apply_head(
     stack.head_params(params), y, batch, state=stack.head_state(ends)
   )

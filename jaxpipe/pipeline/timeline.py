@@ -109,6 +109,7 @@ def measure(
   params: Tree,
   batch: Tree,
   key: jax.Array | None = None,
+  state: Tree | None = None,
   *,
   steps: int = 5,
   residuals: str | Policy = "dots",
@@ -121,7 +122,7 @@ def measure(
 
   Args:
     stack, schedule, mesh, residuals, slack, unroll: as for `pipeline_value_and_grad`.
-    params, batch, key: as for the step that it returns.
+    params, batch, key, state: as for the step that it returns.
     steps: how many of each are timed, after one of each that is not.
 
   Raises:
@@ -139,7 +140,7 @@ def measure(
   seconds, times = [], []
   for _ in range(1 + steps):
     # In turn, so that whatever else the machine does meets both alike.
-    pair = [_seconds(run, params, batch, key) for run in (plain, probed)]
+    pair = [_seconds(run, params, batch, key, state) for run in (plain, probed)]
     seconds.append(pair)
     times.append(_times(clock, program, mesh))
     clock.readings.clear()

@@ -242,8 +242,10 @@ class ModuleSpec:
     args, named = self.plan.arguments(training, given, context, batch)
     out = module(*args, **named)
     self._refuse_new_variables(module)
-    after = nnx.to_pure_dict(nnx.state(module))
-    return out, _select(after, self.shapes), _select(after, self.state)
+    all_after = nnx.to_pure_dict(nnx.state(module))
+    after = _select(all_after, self.state)
+    jax.tree.map_with_path(self._check_statistic, self.changing, state, after)
+    return out, _select(all_after, self.shapes), after
 
   def check_draws(self, rows: int) -> None:
     """Refuses a number of rows for which two unlike draws of the module have one shape.
@@ -290,6 +292,25 @@ class ModuleSpec:
         f"{self.name} ({self.label}) makes the variable {at} ({variable.type.__name__}) in its"
         " call, which nothing in a pipeline would read: make it in __init__, return it as part of"
         " x, or sow it as an nnx.Intermediate, which is dropped"
+      )
+
+  def _check_statistic(self, path: Any, changes: bool, before: Any, after: Any) -> None:
+    """Refuses a statistic that becomes an array of another shape, or of whole numbers or floats.
+
+    Floats are averaged and of whole numbers the largest is kept, by what the call makes of them.
+
+    Raises:
+      StackError: names the variable, what it was and what it becomes.
+    """
+    if not changes:
+      return
+    was, now = (f"{jnp.result_type(v)}{list(jnp.shape(v))}" for v in (before, after))
+    floats = [jnp.issubdtype(jnp.result_type(v), jnp.inexact) for v in (before, after)]
+    if jnp.shape(before) != jnp.shape(after) or floats[0] != floats[1]:
+      raise StackError(
+        f"{self.name} ({self.label}) makes its statistic {jax.tree_util.keystr(path)} {now}, which"
+        f" was {was}: assign it by variable[...] = value, which keeps shape and dtype, or make it"
+        " such an array in __init__"
       )
 
   def _check_kept(self, path: Any, changes: bool, before: Any, after: Any) -> None:

@@ -452,16 +452,15 @@ class LayerStack:
       counted: the leaves that change, as the step has made them.
       vary: not needed here.
     """
-    leaves, structure = jax.tree.flatten(rows)
-    new = iter(counted)
-    changes = jax.tree.leaves(self._layer.changing)
-    return jax.tree.unflatten(
-      structure,
-      [
-        next(new).astype(old.dtype) if yes else old
-        for old, yes in zip(leaves, changes, strict=True)
-      ],
-    )
+    after = self.with_statistics(rows, counted)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), after, rows)
+
+  def with_statistics(self, state: Tree, new: Sequence[jax.Array]) -> Tree:
+    """The layers' state with other leaves in the place of those that a forward changes."""
+    leaves, structure = jax.tree.flatten(state)
+    others = iter(new)
+    pairs = zip(leaves, jax.tree.leaves(self._layer.changing), strict=True)
+    return jax.tree.unflatten(structure, [next(others) if yes else old for old, yes in pairs])
 
   # Where a schedule cuts the vocabulary
 

@@ -188,5 +188,6 @@ def test_a_loss_scale_halves_and_doubles():
   assert values == [8, 8, 4, 4, 4, 8, 8, 4, 2, 1, 1, 1]
   assert bool(jaxpipe.all_finite({"a": jnp.ones(2), "b": {}}))
   assert not jaxpipe.all_finite({"a": jnp.ones(2), "b": jnp.array([1, jnp.nan])})
-  with pytest.raises(ValueError, match=r"loss scale of 3\.0 rounds; use a power of two"):
-    jaxpipe.LossScale.start(3.0)
+  for value in 3.0, 0.25, 2.0**25:
+    with pytest.raises(ValueError, match=rf"loss scale of {value} is no power of two from 1"):
+      jaxpipe.LossScale.start(value)

@@ -12,6 +12,7 @@ import jaxpipe
 from jaxpipe.parallel.sequence import take_own
 from jaxpipe.parallel.tensor import enter_tensor, leave_tensor
 from jaxpipe.pipeline.check import leaf_errors
+from jaxpipe.pipeline.timeline import measure
 from jaxpipe.stack.errors import StackError
 
 D, B, M = 6, 16, 2
@@ -180,3 +181,107 @@ def test_layers_that_change_other_statistics_are_not_alike():
   batch = {"x": BATCH["x"].astype(np.float32)}
   pipe = jaxpipe.pipeline(loss, modules, batch, mesh="stage:2", schedule="gpipe", microbatches=M)
   assert not pipe.stack.uniform
+
+
+class Counts(nnx.Module):
+  """Assigns whole numbers, or another shape, to a statistic that was made as floats [6]."""
+
+  def __init__(self, rngs, made):
+    self.made, self.seen = made, nnx.BatchStat(jnp.zeros(D))
+
+  def __call__(self, x):
+    self.seen.set_value(self.made(x))
+    return x
+
+
+@pytest.mark.parametrize("partition", [None, [1, 1]])
+@pytest.mark.parametrize(
+  "made, message",
+  [
+    (lambda x: (x > 0).sum(0), r"statistic \['seen'\] int\d+\[6\], which was float32\[6\]"),
+    (lambda x: x.mean(), r"statistic \['seen'\] float32\[\], which was float32\[6\]"),
+  ],
+)
+def test_a_statistic_of_another_kind_or_shape_is_refused(made, message, partition):
+  """Whole numbers were not averaged, as floats are, and the reference averaged them."""
+  batch = {"x": BATCH["x"].astype(np.float32)}
+  with pytest.raises(StackError, match=message):
+    jaxpipe.pipeline(
+      loss, [functools.partial(Counts, made=made)] * 2, batch, mesh="stage:2", microbatches=M,
+      partition=partition,
+    )  # fmt: skip
+
+
+def test_paths_beside_statistics_are_refused_by_the_reference(float64):
+  stack = pipeline("stage:2", "gpipe").stack
+  with pytest.raises(ValueError, match="paths= lets microbatches skip layers whose statistics"):
+    jaxpipe.reference_value_and_grad(stack, M, paths=[(0, 1, 2, 3), (0, 3)])
+
+
+def test_narrow_statistics_are_rounded_once_as_a_mean():
+  """The reference rounded what every microbatch had made of them."""
+
+  class Narrow(nnx.Module):
+    def __init__(self, rngs):
+      self.inner = nnx.Linear(D, D, rngs=rngs)
+      self.seen = nnx.BatchStat(jnp.zeros(D, jnp.bfloat16))
+
+    def __call__(self, x):
+      x = self.inner(x)
+      self.seen.set_value(x.mean(0))
+      return x
+
+  batch = {"x": BATCH["x"].astype(np.float32)}
+  pipe = jaxpipe.pipeline(
+    loss, [Narrow] * 2, batch, mesh="stage:2", schedule="gpipe", microbatches=M
+  )
+  params, state = pipe.init(KEY, batch), pipe.init_state(KEY, batch)
+  whole = pipe.unplace(params), pipe.unplace(state)
+  made = []
+  for m in range(M):
+    layer, x = pipe.modules(params, state)[0], batch["x"][m * B // M : (m + 1) * B // M]
+    made.append(layer.inner(x).mean(0))
+  want = (sum(made) / M).astype(jnp.bfloat16)
+  got = pipe.unplace(pipe.value_and_grad(params, batch, None, state)[0][2])
+  one = jaxpipe.reference_value_and_grad(pipe.stack, M)(whole[0], batch, None, whole[1])[0][2]
+  for after in got, one:
+    np.testing.assert_array_equal(after["layers"]["seen"][0], want)
+
+
+def test_actions_are_timed_of_a_stack_with_statistics():
+  pipe = jaxpipe.pipeline(
+    loss,
+    [functools.partial(nnx.BatchNorm, D)] * 2,
+    {"x": BATCH["x"].astype(np.float32)},
+    mesh="stage:2",
+    schedule="gpipe",
+    microbatches=M,
+  )
+  batch = {"x": BATCH["x"].astype(np.float32)}
+  params, state = pipe.init(KEY, batch), pipe.init_state(KEY, batch)
+  measured = measure(
+    *(pipe.stack, pipe.schedule, pipe.mesh, params, batch), state=state, steps=1, unroll="none"
+  )
+  assert measured.step > 0
+
+
+def test_schedules_that_cannot_count_are_left_out_of_a_choice():
+  """The choice ended with the first of them, which holds a stage on two devices."""
+
+  class Counter(nnx.Module):
+    def __init__(self, rngs):
+      self.inner = nnx.Linear(D, D, rngs=rngs)
+      self.seen = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+      self.seen.set_value(self.seen[...] + 1)
+      return self.inner(x)
+
+  batch = {"x": BATCH["x"].astype(np.float32)}
+  pipe = jaxpipe.pipeline(
+    loss, [Counter] * 4, batch, mesh="stage:2", schedule="gpipe", microbatches=M
+  )
+  choice = jaxpipe.choose_schedule(pipe.stack, pipe.mesh, batch, microbatches=M)
+  assert not choice.schedule.placement.replicated
+  with pytest.raises(StackError, match="counts in whole numbers"):
+    pipe.stack.laid_out(jaxpipe.make_schedule("chimera", devices=2, microbatches=M))

@@ -289,3 +289,19 @@ def test_a_factory_that_counts_its_calls_is_refused():
   with pytest.raises(StackError, match=r"layers\[1\]: its factory makes number \d+ in one call"):
     make([Numbered] * 2)
   make([Numbered])
+
+  class Shaped(Layer):
+    def __init__(self, rngs):
+      super().__init__(rngs)
+      self.steady, self.pair = float("nan"), (1, 2.0)
+      self.more = nnx.Param(jnp.zeros(next(numbers)))
+
+  with pytest.raises(StackError, match=r"makes more float32\[\d+\] in one call"):
+    make([Shaped] * 2)
+
+  class Steady(Layer):
+    def __init__(self, rngs):
+      super().__init__(rngs)
+      self.steady, self.pair = float("nan"), (1, 2.0)
+
+  make([Steady] * 2)

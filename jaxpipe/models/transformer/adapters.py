@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.parallel.rules import describe
-from jaxpipe.stack.paths import get_path, merged
+from jaxpipe.stack.paths import get_path, leaf_paths, merged
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -112,9 +112,7 @@ def check_frozen(stack: LayerStack, freeze: str) -> None:
     ValueError: names the expression and some paths that there are.
   """
   if freeze and not stack.has_state:
-    some = [
-      f"{n}/{path}" for n, spec in stack.network.specs.items() for path in _names(spec.shapes)
-    ]
+    some = [at for n, spec in stack.network.specs.items() for at in leaf_paths(spec.shapes, n)]
     shown = ", ".join([*some[:2], some[-1]])
     raise ValueError(f"freeze {freeze!r} matches no parameter's whole path; there are {shown}, ...")
 
@@ -224,8 +222,3 @@ def _multiplied(tree: Tree, visited: float) -> int:
     share = visited if rank == 3 else 1.0
     found += round(math.prod(leaf.shape) * share) if rank >= 2 else 0
   return found
-
-
-def _names(tree: Tree) -> list[str]:
-  """Paths of all leaves of a nested dict."""
-  return [describe(path) for path, _ in jax.tree.leaves_with_path(tree)]

@@ -119,7 +119,7 @@ def _looped(
     layer,
     {
       **_layer_inputs(context),
-      **({"state": rings.get(context.frozen["layers"], 0)} if context.frozen else {}),
+      **({"state": rings.get(context.uniform_state["layers"], 0)} if context.uniform_state else {}),
     },
     layers,
     policy,
@@ -197,7 +197,7 @@ def _switched(
       rows=weights.layers,
       chunk=jnp.int32(0),
       shared=shared,
-      state=context.state,
+      state=context.packed_state,
       inputs=_layer_inputs(context),
     )
     is_batch = [False for _ in jax.tree.leaves(params)]

@@ -37,10 +37,10 @@ class DeviceContext:
     rows: int32 [rows], the number of each of this device's rows within the whole microbatch.
     training: False where only forwards run.
     predicts: whether the last layer's outputs are wanted, and the head does not run.
-    state: model state of a packed stack, dtype -> [V, width]; empty where there is none.
-    frozen: model state of a uniform stack as it is before the step, by its parts `embed`, `layers`,
-      `head`, leaves of `layers` [V * layers, ...]; empty where there is none. Statistics are of
-      `layers` alone; all else never changes.
+    packed_state: model state of a packed stack, dtype -> [V, width]; empty where there is none.
+    uniform_state: model state of a uniform stack as it is before the step, by its parts `embed`,
+      `layers` and `head`, leaves of `layers` [V * layers, ...]; empty where there is none.
+      Statistics are of `layers` alone; all else never changes.
     loss_scale: float32 [], a power of two by which `loss_sum` is multiplied before it is
       differentiated: the user's, times that of `layer/weight.py` where anything computes in
       float16; None where there is neither.
@@ -58,15 +58,15 @@ class DeviceContext:
   key: jax.Array | None
   rows: jax.Array
   training: bool
-  state: Tree
-  frozen: Tree
+  packed_state: Tree
+  uniform_state: Tree
   predicts: bool = False
   loss_scale: jax.Array | None = None
   x: Tree = None
 
   def frozen_of(self, end: str) -> Tree:
-    """Frozen variables of `embed` or `head`; empty where there are none."""
-    return self.frozen[end] if self.frozen else {}
+    """Frozen variables of `embed` or `head` of a uniform stack; empty where there are none."""
+    return self.uniform_state[end] if self.uniform_state else {}
 
   def microbatch(self, m: jax.Array) -> Tree:
     """A microbatch's own inputs, leaves `[rows, ...]`."""

@@ -400,8 +400,8 @@ class Device:
       given = dict(
         batch=batch, key=context.key, layer=first + i, microbatch=now.microbatch, rows=context.rows
       )
-      if context.frozen:
-        given["state"] = rings.get(context.frozen["layers"], held + i)
+      if context.uniform_state:
+        given["state"] = rings.get(context.uniform_state["layers"], held + i)
       return given
 
     read = self.weights.reader(carry.weights, now.weights, held)

@@ -12,6 +12,9 @@ on the number of layers:
 Nothing is stacked over layers and copied afterwards: what a layer leaves for a later action is
 written straight into its place in a pool, and its gradient is added straight into the sum.
 
+Running statistics that a layer's forward changes are summed over microbatches by F, at the layer's
+place in pools of their own; a second forward does not sum them again.
+
 What F keeps is the residual policy's choice. Under a policy that keeps the stage's input alone
 (`full`), R runs the stage's forward again and fills the cells that F would have filled; where the
 schedule has no R, each backward does so in pools that live inside that action only.
@@ -33,7 +36,6 @@ from jaxpipe.pipeline.device.protocols import ActionArguments, Leaves, Scratch
 from jaxpipe.pipeline.layer.residuals import Policy, Residuals
 from jaxpipe.pipeline.layer.slices import LayerSplit, Saved
 from jaxpipe.pipeline.layer.split import forward_only, split
-from jaxpipe.pipeline.layer.trace import lenient
 from jaxpipe.pipeline.layer.varying import axes_of, vary
 from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.pools import PoolLayout, Pools, SavedLayout, Storage
@@ -306,8 +308,8 @@ def split_stack(
     # W reads waits in a pool.
     rerun_layout = PoolLayout.of({n: v for n, v in saved.items() if v.made is Kind.F}, layers)
     saved = {n: _made_by(Kind.I, v) for n, v in saved.items() if v.last is Kind.W}
-  changed = jax.eval_shape(lenient(layer), params, inputs, context.x)[1]
-  sums = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in changed]
+  changed = one.primal.outputs[one.y_count : one.y_count + one.aux_count]
+  sums = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in changed]
   # A second forward inside I leaves nothing to be read from the pools.
   reads = {Kind.I: one.input_grad.reads if rerun_layout is None else ()}
   if one.recompute is not None:

@@ -347,7 +347,7 @@ def split_stages(
         rows=rows,
         chunk=jnp.int32(0),
         shared=shared,
-        state=context.state,
+        state=context.packed_state,
         inputs=inputs,
       )
       stage = _stage_function(packed, s, training, context.axes, not context.predicts)
@@ -378,7 +378,7 @@ def split_stages(
     ),
     rereads_input=from_input and not recompute,
     shared=shared,
-    state=context.state,
+    state=context.packed_state,
   )
 
 

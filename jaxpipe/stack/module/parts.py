@@ -63,7 +63,8 @@ def refuse_unsteady(where: str, factory: Any) -> None:
   """Refuses a factory of several layers that makes another module each time it is called.
 
   Layers of one factory are traced once, and a factory that counts its calls would give all of them
-  the first one's attributes.
+  the first one's attributes. Looked at are shapes, numbers, texts and tuples of these; functions
+  and other objects are not.
 
   Args:
     where: how messages name the layer.
@@ -78,22 +79,31 @@ def refuse_unsteady(where: str, factory: Any) -> None:
   for at in first.keys() | second.keys():
     if first.get(at) != second.get(at):
       raise StackError(
-        f"{where}: its factory makes {at} {first.get(at)!r} in one call and {second.get(at)!r} in"
-        " the next, and layers of one factory are alike: give each layer a factory of its own, such"
+        f"{where}: its factory makes {at} {first.get(at)} in one call and {second.get(at)} in the"
+        " next, and layers of one factory are alike: give each layer a factory of its own, such"
         " as functools.partial(Layer, number=i)"
       )
 
 
-def _plain_attributes(factory: Any) -> dict[str, Any]:
-  """Path -> value of each attribute of a new module that is a number, a text or a bool."""
+def _plain_attributes(factory: Any) -> dict[str, str]:
+  """Path -> attribute of a new module, written out: shapes of variables, and what is plain."""
   module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
-  return {
-    "/".join(map(str, (*path, name))): value
-    for path, node in nnx.iter_graph(module)
-    if isinstance(node, nnx.Module)
-    for name, value in vars(node).items()
-    if isinstance(value, (bool, int, float, str))
-  }
+  found = {}
+  for path, node in nnx.iter_graph(module):
+    at = "/".join(map(str, path))
+    if isinstance(node, nnx.Variable):
+      leaves = jax.tree.leaves(node.get_value())
+      found[at] = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
+    elif isinstance(node, nnx.Module):
+      found |= {f"{at}/{k}".strip("/"): repr(v) for k, v in vars(node).items() if _is_plain(v)}
+  return found
+
+
+def _is_plain(value: Any) -> bool:
+  """Whether a value is a number, a text or a bool, or a tuple of such."""
+  if isinstance(value, tuple):
+    return all(map(_is_plain, value))
+  return isinstance(value, (bool, int, float, str))
 
 
 def refuse_arrays(where: str, module: nnx.Module) -> None:

@@ -71,7 +71,8 @@ def make_train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, wide)
     new = optax.apply_updates(state.params, updates)
     result = StepResult(loss, optax.tree.norm(grads), learning_rate(state.step), metrics)
-    average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.average, new if ema else {})
+    # In the average's own precision: what one step adds to it is small.
+    average = optax.incremental_update(widen(new), state.average, 1 - ema) if ema else {}
     done = TrainState(
       params=new,
       opt_state=opt_state,

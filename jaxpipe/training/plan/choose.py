@@ -28,6 +28,7 @@ from jaxpipe.pipeline.table.tick_times import estimated_time
 from jaxpipe.schedules import Costs, Schedule, make_schedule
 from jaxpipe.schedules.command.compare import compare, scale_costs
 from jaxpipe.stack.context import map_entries
+from jaxpipe.stack.errors import StackError
 from jaxpipe.stack.stack import LayerStack
 
 Tree = Any
@@ -138,7 +139,10 @@ def choose_schedule(
       schedule = entry.timeline and entry.timeline.schedule
       # A schedule whose microbatches skip layers trains another model.
       if schedule and not schedule.paths and stack.depth % schedule.stages == 0:
-        execution = Execution.of(stack, schedule, mesh, residuals=residuals, slack=slack)
+        try:
+          execution = Execution.of(stack, schedule, mesh, residuals=residuals, slack=slack)
+        except StackError:  # such as two homes of a stage, beside statistics that count
+          continue
         times = scale_costs(costs, schedule.devices, schedule.stages)
         segments = execution.segments(unroll)
         time = estimated_time(execution.program, segments, times, blocking=blocks(mesh))

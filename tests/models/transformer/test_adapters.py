@@ -14,7 +14,6 @@ from jaxpipe.models.transformer.config import TransformerConfig
 from jaxpipe.models.transformer.decoder import transformer
 from jaxpipe.models.transformer.moe import MoeConfig
 from jaxpipe.pipeline.execution import Execution
-from jaxpipe.schedules import Kind
 from jaxpipe.stack.forward import modules
 
 LORA = Lora(rank=2, alpha=3.0)
@@ -106,7 +105,7 @@ def test_a_frozen_table_that_is_tied_exists_once_and_is_placed_alike(float64):
   np.testing.assert_array_equal(head.table[...], whole["embed"]["table"])
 
 
-def test_nothing_of_a_frozen_matrix_waits_or_is_summed(float64):
+def test_w_computes_gradients_of_adapters_alone(float64):
   schedule, mesh = schedule_of("zb-h1"), jaxpipe.make_mesh("stage:2")
 
   def split(**options):
@@ -120,9 +119,6 @@ def test_nothing_of_a_frozen_matrix_waits_or_is_summed(float64):
   kernels = {(8, 8), (8, 4), (8, 32), (32, 8)}
   assert gradients(base) >= kernels and not gradients(adapted) & kernels
   assert {shape for shape in gradients(adapted) if 2 not in shape} == set()
-  # Of the MLP's hidden units, what a product needs for the gradient of its matrix.
-  waits = [sum(v.last is Kind.W for v in one.saved) for one in (adapted, base)]
-  assert waits[0] > 0 and waits[1] > 0
 
 
 def test_what_is_frozen_takes_four_flops_and_an_adapter_six():
