@@ -5,6 +5,7 @@ the `sample_grid` fixture run a sample of it, another one each run; the seed is 
 start, `--grid-seed` repeats it, and `--whole-grid` runs every case.
 """
 
+import gc
 import os
 import random
 import shutil
@@ -68,6 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   # Broadcasting over a missing dim hides transposed arguments.
   jax.config.update("jax_numpy_rank_promotion", "raise")
+  # The collector goes over millions of objects that JAX caches. Most garbage is freed without it.
+  gc.set_threshold(20_000, 20, 50)
   # Drawn once, by the process that xdist starts its workers from, and theirs by inheritance: all
   # of them must collect the same tests.
   if not hasattr(config, "workerinput"):

@@ -17,15 +17,16 @@ With one chunk a device the two orders are the same. A stack whose layers are no
 first: each stage becomes one row of an array [S, width] (see `flat`), and these rows take the place
 of the layers.
 
-The other dims of a leaf lie as the stack's rules say (see `rules`). Embedding and head are
-replicated over `stage`, except for tables that a schedule cuts over the stages: of such a table
-every device holds one P-th of the rows.
+The other dims of a leaf lie as the stack's rules say (see `rules`). A leaf that layers share has a
+row for each layer that owns one, in canonical order, and every stage has them all. Embedding and
+head are replicated over `stage`, except for tables that a schedule cuts over the stages: of such a
+table every device holds one P-th of the rows.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -117,6 +118,7 @@ def param_specs(tree: Tree, stack: PlaceableStack, schedule: ScheduleLike, mesh:
   sizes = dict(mesh.shape)
   check_axes(stack.rules, sizes)
   cut = stack.tables(schedule.devices) if schedule.vocabulary else frozenset()
+  shared = stack.shared_rows
   if cut and sizes.get(TENSOR, 1) > 1:
     raise ValueError(
       f"schedule {schedule.name} cuts the vocabulary over {schedule.devices} stages, and the mesh"
@@ -132,8 +134,9 @@ def param_specs(tree: Tree, stack: PlaceableStack, schedule: ScheduleLike, mesh:
       inner = stack.rules.spec(name, (rows, *leaf.shape[1:]), {FSDP: sizes.get(FSDP, 1)})
       return Spec((STAGE, *axes_of_entry(inner[0])), *inner[1:])
     if name.startswith("layers/") or name == "layers":
-      # Rules describe one layer: the leading dim is not theirs, it always lies over `stage`.
-      return Spec(STAGE, *stack.rules.spec(name, leaf.shape[1:], sizes))
+      # Rules describe one layer: the leading dim is not theirs.
+      dealt_out = None if name in shared else STAGE
+      return Spec(dealt_out, *stack.rules.spec(name, leaf.shape[1:], sizes))
     return stack.rules.spec(name, leaf.shape, sizes)
 
   return jax.tree.map_with_path(spec, tree)
@@ -182,7 +185,7 @@ def arranged(tree: Tree, stack: PlaceableStack, schedule: ScheduleLike) -> Tree:
   """
   laid = stack.laid_out(schedule)
   rows = tree if laid.uniform else pack(tree, laid, stack, schedule.placement)
-  return _reorder(rows, layer_order(laid.depth, schedule))
+  return _reorder(rows, laid, layer_order(laid.depth, schedule))
 
 
 def unplace(params: Tree, stack: PlaceableStack, schedule: ScheduleLike) -> Tree:
@@ -198,7 +201,7 @@ def unplace(params: Tree, stack: PlaceableStack, schedule: ScheduleLike) -> Tree
     leaf lies on the mesh is left as it comes.
   """
   laid = stack.laid_out(schedule)
-  rows = _reorder(params, np.argsort(layer_order(laid.depth, schedule)).astype(np.int32))
+  rows = _reorder(params, laid, np.argsort(layer_order(laid.depth, schedule)).astype(np.int32))
   return rows if laid.uniform else unpack(rows, laid, stack, schedule.placement)
 
 
@@ -338,11 +341,27 @@ def check_mesh(schedule: ScheduleLike, mesh: Mesh) -> None:
     )
 
 
-def _reorder(tree: Tree, order: np.ndarray) -> Tree:
+def map_rows(fn: Callable[[Any], Any], layers: Tree, shared: Container[str]) -> Tree:
+  """Maps over the leaves of `layers` whose rows are dealt out to the stages.
+
+  Args:
+    fn: applied to each of them.
+    layers: the part `layers` of a tree.
+    shared: paths of the leaves that stay as they are, such as `layers/kernel`: `shared_rows`.
+  """
+
+  def one(path: Any, leaf: Any) -> Any:
+    return leaf if f"layers/{describe(path)}" in shared else fn(leaf)
+
+  return jax.tree.map_with_path(one, layers)
+
+
+def _reorder(tree: Tree, stack: PlaceableStack, order: np.ndarray) -> Tree:
   """Puts the layers of a tree in another order; the very same tree where the order is its own."""
   if (order == np.arange(len(order))).all():
     return tree
-  return {**tree, "layers": jax.tree.map(lambda leaf: _taken(leaf, order), tree["layers"])}
+  taken = map_rows(lambda leaf: _taken(leaf, order), tree["layers"], stack.shared_rows)
+  return {**tree, "layers": taken}
 
 
 def _taken(leaf: Any, order: np.ndarray) -> jax.Array:

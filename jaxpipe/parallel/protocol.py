@@ -7,7 +7,7 @@ one is passed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -89,7 +89,8 @@ class PlaceableStack(Protocol):
   """What placing asks of a stack; `jaxpipe.stack.protocol` says what the executor asks besides.
 
   Its parameters are a tree `{"embed": ..., "layers": ..., "head": ...}`. Leaves below `layers` have
-  a leading dim of `depth` rows, which is what is dealt out to the devices.
+  a leading dim of `depth` rows, which is what is dealt out to the devices; but those of
+  `shared_rows` have fewer, and every device has them all.
   """
 
   @property
@@ -103,6 +104,10 @@ class PlaceableStack(Protocol):
   @property
   def uniform(self) -> bool:
     """Whether the layers lie stacked, so that the placed tree has the canonical tree's shapes."""
+
+  @property
+  def shared_rows(self) -> Mapping[str, Sequence[int]]:
+    """Path of a leaf that layers share, such as `layers/kernel` -> the row that each reads, [L]."""
 
   def tables(self, devices: int, /) -> frozenset[str]:
     """Paths of the tables [V, D] that lie in shards of V / P rows on each of P devices.

@@ -24,7 +24,13 @@ from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel import axes, replicas
 from jaxpipe.parallel.mesh import FSDP, ROWS, row_shards
-from jaxpipe.parallel.placing import check_mesh, gather_fsdp, layers_per_stage, param_specs
+from jaxpipe.parallel.placing import (
+  check_mesh,
+  gather_fsdp,
+  layers_per_stage,
+  map_rows,
+  param_specs,
+)
 from jaxpipe.pipeline.batch import batch_specs, microbatches
 from jaxpipe.pipeline.device.context import DeviceContext
 from jaxpipe.pipeline.device.device import Device
@@ -224,8 +230,10 @@ class Execution:
     self, params: Tree, state: Tree, batch: Tree, key: Any, loss_scale: jax.Array | None = None
   ) -> Device:
     """Builds the device that runs this code; called inside `over_mesh`, with its arguments."""
-    layers = replicas.gather(params["layers"], self.schedule.placement, self.layers)
-    layers = vary(layers, self.axes)
+    gather = functools.partial(
+      replicas.gather, placement=self.schedule.placement, layers=self.layers
+    )
+    layers = vary(map_rows(gather, params["layers"], self.stack.shared_rows), self.axes)
     ends = {part: gather_fsdp(self.specs[part], params[part]) for part in ("embed", "head")}
     ends = vary({**ends, "head": self.stack.head_params(ends)}, self.axes)
     rows = jnp.arange(leaves_of_rows(batch)[0][1].shape[1], dtype=jnp.int32)

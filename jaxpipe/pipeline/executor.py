@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as Spec
 from jaxpipe.parallel import axes, replicas
 from jaxpipe.parallel.check_placed import check_placed
 from jaxpipe.parallel.mesh import FSDP, STAGE, TENSOR
-from jaxpipe.parallel.placing import gather_fsdp, own_pieces, scatter_fsdp
+from jaxpipe.parallel.placing import gather_fsdp, map_rows, own_pieces, scatter_fsdp
 from jaxpipe.parallel.rules import axes_of_entry
 from jaxpipe.pipeline.batch import given_state, look_at_draws
 from jaxpipe.pipeline.device.carry import Carry, Totals
@@ -305,8 +305,10 @@ def _reduce_grads(execution: Execution, grads: Tree, weight: jax.Array) -> Tree:
   summed over every axis that does not cut the leaf.
   """
   grads = scatter_fsdp(execution.specs, execution.stack.untie(grads))
-  placement = execution.schedule.placement
-  layers = replicas.reduce(grads["layers"], placement, execution.layers)
+  reduce_replicas = functools.partial(
+    replicas.reduce, placement=execution.schedule.placement, layers=execution.layers
+  )
+  layers = map_rows(reduce_replicas, grads["layers"], execution.stack.shared_rows)
 
   def reduce(spec: Spec, grad: jax.Array) -> jax.Array:
     cut = {axis for entry in spec for axis in axes_of_entry(entry)}

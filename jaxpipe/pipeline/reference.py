@@ -227,7 +227,7 @@ def _run_layers_alike(
   batch = inputs["batch"]
   ends = state or {"embed": {}, "head": {}}
   x = stack.apply_embed(params["embed"], batch, state=ends["embed"])
-  y, changed = run(x, params["layers"])
+  y, changed = run(x, stack.network.shared.repeated(params["layers"]))
   if changed:
     # As they are made: they are rounded to their own dtype once, as a mean over microbatches.
     state = {**state, "layers": stack.with_statistics(old, changed)}

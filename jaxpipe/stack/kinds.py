@@ -7,7 +7,7 @@ they compute the same: the number of a layer, or an initializer of its own, make
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -60,7 +60,10 @@ def same_computation(specs: Mapping[str, ModuleSpec], batch: Tree) -> dict[int, 
 
 
 def runs_of(
-  specs: Mapping[str, ModuleSpec], ties: Mapping[str, str], same: Mapping[int, str | None]
+  specs: Mapping[str, ModuleSpec],
+  ties: Mapping[str, str],
+  same: Mapping[int, str | None],
+  shared: Container[str] = (),
 ) -> tuple[tuple[range, ...], dict[int, str]]:
   """Numbers of the layers of each run: neighbours of one kind that own the same leaves.
 
@@ -68,10 +71,15 @@ def runs_of(
     specs: all modules.
     ties: path of a tied leaf -> its owner's path.
     same: as `same_computation` returns it.
+    shared: paths of leaves below a layer that may be another layer's own, and yet be stacked.
 
   Returns:
     The runs; and number of the first layer of a run -> how it differs from the layer before.
   """
+
+  def owned_by_others(i: int) -> list[str]:
+    return [path for path in below(f"layers/{i}", ties) if path not in shared]
+
   starts = {0: ""}
   depth = len(specs) - 2
   for i in range(1, depth):
@@ -80,7 +88,7 @@ def runs_of(
     alike = (spec.graph is before.graph and spec.same_variables(before)) or spec.same_kind(before)
     if not alike and not (i in same and same[i] is None):
       starts[i] = _reason(spec, before, same.get(i))
-    elif below(f"layers/{i}", ties) != below(f"layers/{i - 1}", ties):
+    elif owned_by_others(i) != owned_by_others(i - 1):
       # A tied leaf is missing from its layer's tree, and only equal trees can be stacked.
       starts[i] = "its tied variables are other ones"
   ends = [*list(starts)[1:], depth]

@@ -11,7 +11,8 @@ This tree is the *canonical* one: it is what optimizers, checkpoints and the unp
 see. Model state has a tree of its own, made in the same way.
 
 A variable may be *tied* to another module's: it exists once, in its owner's tree, and is put back
-into the tree of each module that reads it just before the module is called.
+into the tree of each module that reads it just before the module is called. What layers of one run
+share has a row for each layer that owns one (see `shared_rows`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from jaxpipe.stack.module.given import Given, Layer, shared
 from jaxpipe.stack.module.parts import Factory, refuse_unsteady
 from jaxpipe.stack.module.trainable import refuse_unmatched
 from jaxpipe.stack.module_spec import ModuleSpec, same_structure, sums
-from jaxpipe.stack.paths import set_path, without
+from jaxpipe.stack.paths import get_path, set_path, without
+from jaxpipe.stack.shared_rows import NOTHING_SHARED, SharedRows
 from jaxpipe.stack.ties import below, get_owned, ties_of_leaves
 
 Tree = Any
@@ -53,6 +55,7 @@ class Network:
     runs: numbers of the layers of each run, first to last; together all layers.
     reasons: number of the first layer of a run, but the first run -> how it differs from the layer
       before.
+    shared: which leaves the layers share, where all of them are one run.
   """
 
   specs: Mapping[str, ModuleSpec]
@@ -60,6 +63,7 @@ class Network:
   frozen_ties: Mapping[str, str]
   runs: tuple[range, ...]
   reasons: Mapping[int, str]
+  shared: SharedRows
 
   @classmethod
   def trace(
@@ -102,7 +106,11 @@ class Network:
     refuse_unmatched(trainable, _variables(specs))
     ties, frozen = ties_of_leaves(specs, {**_shared(specs), **tied})
     same = {} if example is None else same_computation(specs, example)
-    return cls(specs, ties, frozen, *runs_of(specs, ties, same))
+    rows = SharedRows.of(ties, len(layers))
+    runs, reasons = runs_of(specs, ties, same, rows.owners)
+    if len(runs) > 1:
+      rows, (runs, reasons) = NOTHING_SHARED, runs_of(specs, ties, same)
+    return cls(specs, ties, frozen, runs, reasons, rows)
 
   @property
   def depth(self) -> int:
@@ -169,7 +177,7 @@ class Network:
 
   def join(self, trees: Mapping[str, Tree]) -> Tree:
     """The canonical tree of all modules' trees, which may be of arrays or of shapes."""
-    runs = tuple(_stacked([trees[f"layers/{i}"] for i in run]) for run in self.runs)
+    runs = tuple(self.shared.stack([trees[f"layers/{i}"] for i in run]) for run in self.runs)
     # Of one run the stacked tree itself, not a tuple of one: what most stacks have stays plain.
     layers = runs[0] if len(runs) == 1 else runs
     return {"embed": trees["embed"], "layers": layers, "head": trees["head"]}
@@ -180,7 +188,7 @@ class Network:
     out = {"embed": tree["embed"]}
     for run, stacked in zip(self.runs, runs, strict=True):
       for i in run:
-        out[f"layers/{i}"] = jax.tree.map(lambda leaf, j=i - run.start: leaf[j], stacked)
+        out[f"layers/{i}"] = self.shared.layer(stacked, i - run.start)
     return {**out, "head": tree["head"]}
 
   # Values
@@ -236,7 +244,7 @@ class Network:
       state: makes the model state in place of the parameters.
 
     Returns:
-      A layer's tree, leaves [n, ...].
+      A layer's tree, leaves [n, ...]; what layers share has a row for each owner instead.
     """
     specs = [self.specs[f"layers/{i}"] for i in range(self.depth)]
 
@@ -257,7 +265,11 @@ class Network:
 
     # lax.map, not vmap: one compiled body gives every layer, so that values do not depend on how
     # many layers this device creates.
-    return jax.lax.map(one, layers)
+    made = jax.lax.map(one, layers)
+    for path, owners in self.shared.owners.items() if not state else ():
+      each = jax.lax.map(one, jnp.array(sorted(set(owners)), jnp.int32))
+      made = set_path(made, path, get_path(each, path))
+    return made
 
   # Calls
 
@@ -398,15 +410,3 @@ def _shared(specs: Mapping[str, ModuleSpec]) -> dict[str, str]:
     if here:
       ties[theirs] = ours
   return ties
-
-
-def _stacked(trees: Sequence[Tree]) -> Tree:
-  """Trees of arrays or of shapes, their leaves stacked along a new leading dim."""
-
-  def stack(*leaves: Any) -> Any:
-    if isinstance(leaves[0], jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
-    return np.stack(leaves) if on_host else jnp.stack(leaves)
-
-  return jax.tree.map(stack, *trees)

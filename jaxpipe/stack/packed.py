@@ -200,6 +200,11 @@ class Packed:
       for dtype, width in widths.items()
     }
 
+  @property
+  def shared_rows(self) -> Mapping[str, Sequence[int]]:
+    """Nothing: what stages share lies in its owner's row, and is sent to the others."""
+    return {}
+
   def pack(self, tree: Tree) -> Tree:
     """The packed tree of a canonical one.
 

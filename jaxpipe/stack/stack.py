@@ -159,16 +159,23 @@ class LayerStack:
   def uniform(self) -> bool:
     """Whether the layers are of one kind and lie stacked, so that stages can loop over them.
 
-    A stack with a partition lies packed even if its layers are alike, and so does one with ties
-    between layers, or with statistics in its embedding or head. Frozen variables and statistics of
-    layers are stacked as parameters are.
+    A stack with a partition lies packed even if its layers are alike, and so does one with
+    statistics in its embedding or head, or with ties between layers that are no repetition (see
+    `shared_rows`). Frozen variables and statistics of layers are stacked as parameters are.
     """
     specs = self.network.specs
     if any(jax.tree.leaves((specs["embed"].changing, specs["head"].changing))):
       return False
     ties_of_ends_only = len(self._head_ties) == len(self.network.ties)
+    ties_fit = ties_of_ends_only or bool(self.network.shared.owners)
     one_kind = len(self.network.runs) == 1
-    return one_kind and ties_of_ends_only and self.partition is None
+    return one_kind and ties_fit and self.partition is None
+
+  @functools.cached_property
+  def shared_rows(self) -> Mapping[str, Sequence[int]]:
+    """Path of a leaf that layers share, such as `layers/kernel` -> the row that each reads, [L]."""
+    rows = self.network.shared.rows() if self.uniform else {}
+    return {f"layers/{path}": each for path, each in rows.items()}
 
   @property
   def has_state(self) -> bool:
@@ -320,7 +327,8 @@ class LayerStack:
       state: makes the model state in place of the parameters.
 
     Returns:
-      `{"embed": ..., "layers": ..., "head": ...}`, leaves of `layers` [n, ...].
+      `{"embed": ..., "layers": ..., "head": ...}`, leaves of `layers` [n, ...], of those that
+      layers share all rows.
     """
     return {
       "embed": cut("embed", self.network.init_module("embed", key)[state]),

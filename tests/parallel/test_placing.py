@@ -22,6 +22,7 @@ class Stack:
   depth = 12
   rules = NONE
   uniform = True
+  shared_rows: dict = {}  # noqa: RUF012 - nothing writes it
 
   def laid_out(self, schedule):
     return self

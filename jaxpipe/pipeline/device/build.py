@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jax import lax
 
 from jaxpipe.parallel.mesh import ROWS, SEQUENCE
 from jaxpipe.parallel.placing import gather_fsdp
+from jaxpipe.parallel.rules import describe
 from jaxpipe.pipeline.device.carry import Totals, sum_type
 from jaxpipe.pipeline.device.context import DeviceContext
 from jaxpipe.pipeline.device.inner_ends import InnerEnds
@@ -128,7 +129,8 @@ def _looped(
     # On TPU, XLA then computes the attention of I more than once: a third more cycles.
     fetch=context.blocking,
   )
-  weights = Weights.of(pieces, specs, _gathered_by_g(context, stage, layer), layers)
+  later = _gathered_by_g(context, stage, layer, stack.shared_rows)
+  weights = Weights.of(pieces, specs, later, layers, stack.shared_rows)
   vocabulary = context.program.schedule.vocabulary
   ends: Ends
   # Only types and weight of the sums are wanted; the head itself runs in the methods of `Ends`.
@@ -149,15 +151,20 @@ def _looped(
   return Parts(context, stage, ends, weights, _zeros(context, Totals(loss, *aux)))
 
 
-def _gathered_by_g(context: DeviceContext, stage: LoopedStage, layer: Tree) -> list[bool]:
+def _gathered_by_g(
+  context: DeviceContext, stage: LoopedStage, layer: Tree, shared: Container[str]
+) -> list[bool]:
   """For each leaf of a layer's parameters, whether G gathers it, or it is gathered before the loop.
 
-  What W reads stays gathered for the whole step, for W may come after the weights' release.
+  What W reads stays gathered for the whole step, for W may come after the weights' release; so does
+  what layers of several stages share.
   """
   leaves = jax.tree.leaves(layer)
   if not context.program.gathers:
     return [False for _ in leaves]
-  return [not read for read in stage.split.weight_grad.reads_given(leaves)]
+  paths = [f"layers/{describe(path)}" for path, _ in jax.tree.leaves_with_path(layer)]
+  read = stage.split.weight_grad.reads_given(leaves)
+  return [not by_w and path not in shared for path, by_w in zip(paths, read, strict=True)]
 
 
 def _switched(
@@ -171,7 +178,8 @@ def _switched(
 ) -> Parts:
   """The parts for unlike stages, all of whose weights are gathered before the first tick."""
   # A packed row holds a whole stage's leaves, which G cannot take apart: all are gathered now.
-  weights = Weights.of(pieces, specs, [False for _ in jax.tree.leaves(pieces)], layers)
+  later = [False for _ in jax.tree.leaves(pieces)]
+  weights = Weights.of(pieces, specs, later, layers, stack.shared_rows)
   # Once a step and not at every use: it is a collective over all stages, and on a tick the stages
   # take different branches.
   shared = context.vary(stack.shared(weights.layers))

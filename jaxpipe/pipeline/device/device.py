@@ -34,7 +34,7 @@ first. Rules that the shape of this loop follows, each of which was measured:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -404,8 +404,11 @@ class Device:
         given["state"] = rings.get(context.uniform_state["layers"], held + i)
       return given
 
-    read = self.weights.reader(carry.weights, now.weights, held)
-    return ActionArguments(read, held, inputs, self.weights.layers)
+    def rows(i: rings.Index) -> Sequence[rings.Index]:
+      return self.weights.rows(held + i, first + i)
+
+    read = self.weights.reader(carry.weights, now.weights, rows)
+    return ActionArguments(read, held, rows, inputs, self.weights.layers)
 
 
 def _replaced(pools: list[jax.Array], which: list[int], new: list[jax.Array]) -> list[jax.Array]:

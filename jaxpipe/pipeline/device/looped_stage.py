@@ -182,7 +182,7 @@ class LoopedStage:
       (dy, grads), i = carry, self.layers - 1 - j
       out = self.split.backward(*arguments.given(i), *kept.read(self.split.backward.reads, i), *dy)
       dx, dp = out[: self.split.dx_count], out[self.split.dx_count :]
-      return dx, _add(grads, dp, arguments.first_layer + i)
+      return dx, _add(grads, dp, arguments.rows(i))
 
     return lax.fori_loop(0, self.layers, layer, (dy, grads))
 
@@ -217,7 +217,7 @@ class LoopedStage:
 
     def layer(i: Index, grads: Tree) -> Tree:
       dp = slice_(*arguments.given(i), *storage.read(slice_.reads, i))
-      return _add(grads, dp, arguments.first_layer + i)
+      return _add(grads, dp, arguments.rows(i))
 
     # Each turn adds into the carried sum at its own layer, in place: stacking the layers' gradients
     # and adding them afterwards would take a second array of their size.
@@ -343,6 +343,7 @@ def _made_by(kind: Kind, value: Saved) -> Saved:
   return value if value.made is Kind.I else dataclasses.replace(value, made=kind)
 
 
-def _add(grads: Tree, leaves: Sequence[jax.Array], layer: Index) -> Tree:
-  """Adds the leaves of one layer's gradient to the sums, at that layer."""
-  return rings.add(grads, jax.tree.unflatten(jax.tree.structure(grads), leaves), layer)
+def _add(grads: Tree, leaves: Sequence[jax.Array], rows: Sequence[Index]) -> Tree:
+  """Adds the leaves of one layer's gradient to the sums, each at the layer's row of its leaf."""
+  sums, structure = jax.tree.flatten(grads)
+  return jax.tree.unflatten(structure, list(map(rings.add, sums, leaves, rows)))

@@ -43,6 +43,7 @@ class ActionArguments:
   Attributes:
     params: reads the parameters of the stage's i-th layer, leaves without a layer dim.
     first_layer: where the stage's first layer lies among all layers of this device, int32.
+    rows: for the stage's i-th layer, where it lies in each leaf of the parameters of `weights`.
     inputs: makes the further inputs of the stage's i-th layer, a `LayerInputs`: the microbatch's
       own data, the step's key, the number of the layer in the model and of the microbatch.
     weights: the device's parameters of all its chunks, leaves `[V * layers, ...]`, for an action
@@ -51,6 +52,7 @@ class ActionArguments:
 
   params: LayerReader
   first_layer: Index
+  rows: Callable[[Index], Sequence[Index]]
   inputs: LayerReader
   weights: Tree
 

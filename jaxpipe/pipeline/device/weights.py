@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.parallel.placing import gather_fsdp
+from jaxpipe.parallel.rules import describe
 from jaxpipe.pipeline.storage import rings
 from jaxpipe.pipeline.storage.rings import Index, Tree
 
@@ -38,27 +40,40 @@ class Weights:
     specs: partition specs of the leaves, which say along which dim `fsdp` cuts.
     later: for each leaf in order, whether G gathers it; else it is whole before the first tick.
     each: layers of a stage.
+    shared: for each leaf in order, the row of it that each layer of the model reads, [L]; None
+      where every layer has a row of its own, which is most often all of them.
   """
 
   layers: Tree
   specs: Tree
   later: Sequence[bool]
   each: int
+  shared: Sequence[Sequence[int] | None]
 
   @classmethod
-  def of(cls, pieces: Tree, specs: Tree, later: Sequence[bool], each: int) -> Weights:
+  def of(
+    cls,
+    pieces: Tree,
+    specs: Tree,
+    later: Sequence[bool],
+    each: int,
+    shared_rows: Mapping[str, Sequence[int]],
+  ) -> Weights:
     """Gathers at once, over `fsdp`, every leaf that no G will gather.
 
     Args:
       pieces: leaves `[V * each, ...]`, all of them this device's pieces along `fsdp`.
       specs, later, each: as of the attributes.
+      shared_rows: as of the stack.
     """
+    paths = [f"layers/{describe(path)}" for path, _ in jax.tree.leaves_with_path(pieces)]
     leaves, structure = jax.tree.flatten(pieces)
     now = [
       leaf if wait else gather_fsdp(spec, leaf)
       for spec, leaf, wait in zip(jax.tree.leaves(specs), leaves, later, strict=True)
     ]
-    return cls(jax.tree.unflatten(structure, now), specs, later, each)
+    shared = [shared_rows.get(path) for path in paths]
+    return cls(jax.tree.unflatten(structure, now), specs, later, each, shared)
 
   def kept(self) -> Leaves:
     """The leaves that stay whole for the step, for reports of memory."""
@@ -85,13 +100,24 @@ class Weights:
       for _, spec, leaf in self._later()
     ]
 
-  def reader(self, ring: Leaves, slot: Index, first_layer: Index) -> Callable[[Index], Tree]:
+  def rows(self, held: Index, layer: Index) -> list[Index]:
+    """Where a layer lies in each leaf.
+
+    Args:
+      held: its number among the layers of this device.
+      layer: its number in the model.
+    """
+    return [held if of is None else jnp.asarray(of, jnp.int32)[0 * layer] for of in self.shared]
+
+  def reader(
+    self, ring: Leaves, slot: Index, rows: Callable[[Index], Sequence[Index]]
+  ) -> Callable[[Index], Tree]:
     """Returns a function from i to the parameters of the stage's i-th layer.
 
     Args:
       ring: the ring `weights`, from which leaves that G has gathered are read.
       slot: its slot that holds this stage's weights.
-      first_layer: where the stage's layers begin among this device's, for all other leaves.
+      rows: for the stage's i-th layer, where it lies in each leaf, for all other leaves.
     """
     leaves, structure = jax.tree.flatten(self.layers)
     held = dict(zip((i for i, *_ in self._later()), ring, strict=True))
@@ -101,8 +127,8 @@ class Weights:
         structure,
         [
           # One layer at a time: a slice of all of the stage's layers would be copied for the loop.
-          rings.get(held[i], slot, layer) if i in held else rings.get(leaf, first_layer + layer)
-          for i, leaf in enumerate(leaves)
+          rings.get(held[i], slot, layer) if i in held else rings.get(leaf, row)
+          for i, (leaf, row) in enumerate(zip(leaves, rows(layer), strict=True))
         ],
       )
 

@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpipe.parallel.flat import Flat, read_span, widest
+from jaxpipe.parallel.mesh import STAGE
 from jaxpipe.pipeline.update.variables import Variables
 
 Tree = Any
@@ -131,14 +132,15 @@ class StateLayouts:
       slots[n] = Slot(v, shape, name, like, variable.offset)
       base = self.variables.arrays[variable.array]
       rows = () if variable.row is None else base.shape[:1]
+      lies = () if variable.row is None else (None if variable.everywhere else STAGE,)
       arrays[name] = jax.ShapeDtypeStruct(base.shape if like else (*rows, *shape), dtype)
-      own = self.variables.own_spec(shape, bool(rows))
+      own = self.variables.own_spec(shape, lies)
       specs[name] = self.variables.specs[variable.array] if like else own
     flats = {row: Flat.of(tree) for row, tree in loose.items()}
     depth = self.variables.rows * self.variables.devices
     for dtype, width in widest(flats.values()).items():
       arrays[f"rest.{dtype}"] = jax.ShapeDtypeStruct((depth, width), dtype)
-      specs[f"rest.{dtype}"] = self.variables.own_spec((width,), True)
+      specs[f"rest.{dtype}"] = self.variables.own_spec((width,), (STAGE,))
     for row, tree in loose.items():
       for i, n in enumerate(tree):
         shape, dtype = leaves[n]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
-from jaxpipe.parallel.mesh import FSDP, STAGE
+from jaxpipe.parallel.mesh import FSDP
 from jaxpipe.parallel.placing import layer_order, param_specs
 from jaxpipe.parallel.rules import describe
 from jaxpipe.schedules import Schedule
@@ -40,6 +40,8 @@ class Variable:
     array: name of the placed array that holds it, such as `layers/inner/kernel` or
       `layers/float32`.
     row: its row in that array, in placement order; None where the array is the variable.
+    everywhere: whether each device along `stage` holds that row, as of what layers share, and as
+      of an array that is the variable.
     offset: element of the row at which it begins, of packed rows; None where the row is the
       variable.
   """
@@ -50,6 +52,7 @@ class Variable:
   dtype: np.dtype[Any]
   array: str
   row: int | None
+  everywhere: bool
   offset: int | None
 
 
@@ -92,13 +95,18 @@ class Variables:
     specs = param_specs(shapes, laid, schedule, mesh)
     tree = _tree(stack.network.param_shapes(), stack.depth)
     row_of = np.argsort(layer_order(laid.depth, schedule))
-    homes = _packed_homes(laid, row_of) if is_packed(laid) else _stacked_homes(tree, row_of)
+    if is_packed(laid):
+      homes = _packed_homes(laid, row_of)
+    else:
+      homes = _stacked_homes(tree, row_of, laid.shared_rows)
     each = []
     for path, leaf in jax.tree.leaves_with_path(tree):
       name = describe(path)
       array, row, offset = homes[name]
       keys = tuple(key.key for key in path)
-      each.append(Variable(name, keys, tuple(leaf.shape), leaf.dtype, array, row, offset))
+      everywhere = row is None or array in laid.shared_rows
+      of_leaf = (tuple(leaf.shape), leaf.dtype)
+      each.append(Variable(name, keys, *of_leaf, array, row, everywhere, offset))
     arrays, structure = jax.tree.flatten_with_path(shapes)
     names = [describe(path) for path, _ in arrays]
     return cls(
@@ -122,18 +130,18 @@ class Variables:
     spec = self.specs[variable.array]
     return spec if variable.row is None else Spec(*spec[1:])
 
-  def own_spec(self, shape: tuple[int, ...], rows: bool) -> Spec:
-    """Partition spec of an array that is no variable's, with its rows dealt out to the stages.
+  def own_spec(self, shape: tuple[int, ...], rows: Sequence[str | None] = ()) -> Spec:
+    """Partition spec of an array that is no variable's.
 
     Args:
       shape: of the array, or of one row of it.
-      rows: whether it has rows.
+      rows: the spec's entry for the rows, of an array that has some.
     """
     n = dict(self.mesh.shape).get(FSDP, 1)
     fits = [dim for dim in range(len(shape)) if n > 1 and shape[dim] % n == 0]
     best = max(fits, key=lambda dim: shape[dim], default=None)
     entries = [FSDP if dim == best else None for dim in range(len(shape))]
-    return Spec(STAGE, *entries) if rows else Spec(*entries)
+    return Spec(*rows, *entries)
 
   def named(self, placed: Tree) -> dict[str, Any]:
     """Name -> array of a placed tree of the parameters' structure."""
@@ -163,7 +171,9 @@ def _tree(modules: Mapping[str, Tree], depth: int) -> Tree:
   return {"embed": modules["embed"], "head": modules["head"], "layers": layers}
 
 
-def _stacked_homes(tree: Tree, row_of: np.ndarray) -> dict[str, tuple[str, int | None, int | None]]:
+def _stacked_homes(
+  tree: Tree, row_of: np.ndarray, shared: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[str, int | None, int | None]]:
   """Path of each variable of a uniform stack -> name of its array, row and offset."""
   homes: dict[str, tuple[str, int | None, int | None]] = {}
   for path, _ in jax.tree.leaves_with_path(tree):
@@ -171,7 +181,7 @@ def _stacked_homes(tree: Tree, row_of: np.ndarray) -> dict[str, tuple[str, int |
     if name.startswith("layers/"):
       layer, _, rest = name.removeprefix("layers/").partition("/")
       array = f"layers/{rest}" if rest else "layers"
-      homes[name] = (array, int(row_of[int(layer)]), None)
+      homes[name] = (array, int(shared.get(array, row_of)[int(layer)]), None)
     else:
       homes[name] = (name, None, None)
   return homes

@@ -319,7 +319,9 @@ def _noise(
     def one(path: Any, update: jax.Array, number: int) -> jax.Array:
       own = jax.random.fold_in(key, number)
       if path[0].key == "layers":
-        keys = jax.vmap(lambda layer: jax.random.fold_in(own, layer))(order)
+        shared = describe(path) in stack.shared_rows
+        rows = np.arange(len(update)) if shared else order
+        keys = jax.vmap(lambda row: jax.random.fold_in(own, row))(rows)
         shape = update.shape[1:]
         drawn = jax.vmap(lambda key: jax.random.normal(key, shape, update.dtype))(keys)
       else:
