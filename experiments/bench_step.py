@@ -28,6 +28,7 @@ there is a column "MFU". Target: at most 1.03 of the plain step's wall time.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import resource
@@ -52,6 +53,7 @@ from jaxpipe.pipeline.layer.residuals import residual_policy
 from jaxpipe.pipeline.table.tick_times import estimated_time
 from jaxpipe.pipeline.table.unroll import SHAPES
 from jaxpipe.schedules import schedule_names
+from jaxpipe.schedules.build import TICKS
 from jaxpipe.training.chips import peak_flops
 from jaxpipe.training.flags.flags import exit_with_error
 
@@ -73,6 +75,12 @@ _UNROLL = flags.DEFINE_string("unroll", "auto", "Program shape: auto, none, ends
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the arithmetic.")
 _BACKWARD = flags.DEFINE_multi_enum(
   "backward", [], ["fused", "split", "deferred"], "Builds each schedule so; repeat it for several."
+)
+_TICKS = flags.DEFINE_multi_enum(
+  "ticks",
+  ["early"],
+  TICKS,
+  "Of one program; repeat it for several. Where there are none, left out.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps per variant and round, after one to warm up.")
@@ -250,11 +258,11 @@ def registered(
 
 def requests() -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields label and options of every schedule that the flags ask for."""
-  for name in _SCHEDULES.value or schedule_names():
-    if not _BACKWARD.value:
-      yield name, {"name": name}
-    for backward in _BACKWARD.value:
-      yield f"{name} {backward}", {"name": name, "backward": backward}
+  names = _SCHEDULES.value or schedule_names()
+  for name, ticks, backward in itertools.product(names, _TICKS.value, _BACKWARD.value or [None]):
+    by_kind = ["by kind"] * (ticks == "kind")
+    label = " ".join([name, *([backward] if backward else []), *by_kind])
+    yield label, {"name": name, "backward": backward, "ticks": ticks}
 
 
 def compiled(step: Any, *arguments: Any) -> Variant:

@@ -6,16 +6,19 @@ deferring backwards, recompute and vocabulary passes, and at last legality and t
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxpipe.schedules.costs import Costs, Memory
 from jaxpipe.schedules.peaks import peaks
 from jaxpipe.schedules.registry import FAMILIES
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import ROUNDING, Spec, limit_by_device
-from jaxpipe.schedules.transforms.backward import with_backward
+from jaxpipe.schedules.transforms.backward import BACKWARDS, with_backward
 from jaxpipe.schedules.transforms.recompute import with_recompute
 from jaxpipe.schedules.transforms.vocabulary import with_vocabulary
+
+# Where actions stand in one program on all devices; the first is the default.
+TICKS = ("early", "kind")
 
 
 def schedule_names() -> tuple[str, ...]:
@@ -35,6 +38,7 @@ def make_schedule(
   memory_limit: float | Sequence[float] | None = None,
   recompute: bool = False,
   head: str = "last",
+  ticks: str = "early",
   **options: int,
 ) -> Schedule:
   """Builds a schedule by name and checks it.
@@ -52,13 +56,16 @@ def make_schedule(
     recompute: whether recomputing is an action of its own, R, before every backward.
     head: `last`, where the last stage has it whole, or `sharded` with the embedding over all
       devices: each then runs an S and a T for every microbatch.
+    ticks: of one program on all devices: `early`, each action as soon as it can run; or `kind`, so
+      that all devices do the same kind of action on a tick, where the family has such ticks.
     options: arguments that only this family understands, such as `waves` of `hanayo`.
 
   Returns:
     A legal schedule within the limit.
 
   Raises:
-    ValueError: the name is unknown, the sizes do not fit, or the limit is too low.
+    ValueError: the name is unknown, the sizes do not fit, the limit is too low, or there are no
+      ticks by kind.
 
   >>> make_schedule("1f1b", devices=2, microbatches=2).tokens()
   [['0F0', '0F1', '0B0', '0B1'], ['1F0', '1B0', '1F1', '1B1']]
@@ -77,6 +84,11 @@ def make_schedule(
     )
   if head not in ("last", "sharded"):
     raise ValueError(f"{name} cannot run with head={head!r}; use head='last' or head='sharded'")
+  if ticks not in TICKS:
+    raise ValueError(f"{name} cannot run with ticks={ticks!r}; use ticks='early' or ticks='kind'")
+  if backward is not None and backward not in BACKWARDS:
+    raise ValueError(f"unknown backward {backward!r}; known: {', '.join(BACKWARDS)}")
+  build = family.build if ticks == "early" else _by_kind(name, head)
   _check_options(name, options)
   spec = Spec(
     devices=devices,
@@ -85,12 +97,14 @@ def make_schedule(
     costs=costs or Costs(),
     memory=memory,
     memory_limit=memory_limit,
+    backward=backward,
     options=options,
   )
   # Checked although we built it: a family with a bug must not reach an executor, where it hangs.
   with _no_garbage_collection():
-    schedule = family.build(spec)
-  schedule = with_backward(schedule, backward, spec.costs)
+    schedule = build(spec)
+  if ticks == "early":
+    schedule = with_backward(schedule, backward, spec.costs)
   if recompute:
     schedule = with_recompute(schedule, spec.costs)
   if head == "sharded":
@@ -99,6 +113,24 @@ def make_schedule(
   # Searches keep to the limit while they plan; for all others it is a condition on the result.
   check_memory(schedule, memory, memory_limit)
   return schedule
+
+
+def _by_kind(name: str, head: str) -> Callable[[Spec], Schedule]:
+  """Returns the builder of a family's ticks by kind.
+
+  Raises:
+    ValueError: it has none, or none with such a head.
+  """
+  build = FAMILIES[name].by_kind
+  if build is None:
+    have = ", ".join(other for other, family in FAMILIES.items() if family.by_kind)
+    raise ValueError(f"{name} has no ticks by kind; those that have them: {have}")
+  if head == "sharded":
+    raise ValueError(
+      f"{name} has no ticks by kind for the passes of head='sharded'; use head='last', or"
+      " ticks='early'"
+    )
+  return build
 
 
 # Actions refer to nothing that refers to them; looking for cycles among half a million of them took

@@ -12,6 +12,7 @@ from jaxpipe.schedules.actions import ScheduleError
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import Timeline
+from jaxpipe.schedules.ticks import ticks
 
 
 def to_json(timeline: Timeline) -> str:
@@ -22,7 +23,8 @@ def to_json(timeline: Timeline) -> str:
 
   Returns:
     A JSON object with one field per line: the schedule's `name, devices, microbatches, chunks` and
-    `order` (one list of tokens per device), then the timeline's figures.
+    `order` (one list of tokens per device), then `ticks` (one list of the ticks of these tokens in
+    one program), and the timeline's figures.
   """
   schedule = timeline.schedule
   # These names are read by programs outside this package.
@@ -32,6 +34,7 @@ def to_json(timeline: Timeline) -> str:
     "microbatches": schedule.microbatches,
     "chunks": schedule.chunks,
     "order": schedule.tokens(),
+    "ticks": ticks(schedule),
     **figures(timeline),
   }
   if schedule.placement.replicated:
@@ -53,6 +56,7 @@ def _check_fields(fields: dict[str, object]) -> None:
     "paths": ("a list of lists of stages", lambda x: x is None or _is_rows(x, int)),
     "placement": ("a list of lists of stages", lambda x: _is_rows(x, int)),
     "name": ("a text", lambda x: isinstance(x, str) and x.isprintable()),
+    "ticks": ("a list of lists of whole numbers", lambda x: x is None or _is_rows(x, int)),
     "vocabulary": ("0, 1 or 2", lambda x: type(x) is int and 0 <= x <= 2),
   }
   for name, (shape, fits) in shapes.items():
@@ -85,7 +89,7 @@ def from_json(text: str, placement: str | Placement | None = None) -> Schedule:
 
   Args:
     text: what `to_json` wrote, or any object with `order`; its `name`, `placement` (the stages of
-      each device), `paths` and `vocabulary` are read too.
+      each device), `paths`, `vocabulary` and `ticks` are read too.
     placement: as in `Schedule.from_tokens`; by default that of the text, or read off the rows.
 
   Returns:
@@ -105,12 +109,14 @@ def from_json(text: str, placement: str | Placement | None = None) -> Schedule:
     table = fields.get("placement")
     placement = "rows" if table is None else Placement.of_table(table)
   # Sizes and figures are not compared: somebody who edits an order by hand leaves them behind.
+  # Ticks that no longer fit it are refused, for a program would follow them.
   return Schedule.from_tokens(
     fields["order"],
     placement,
     name=fields.get("name", "custom"),
     paths=fields.get("paths"),
     vocabulary=fields.get("vocabulary"),
+    ticks=fields.get("ticks"),
   )
 
 
@@ -118,8 +124,13 @@ def to_csv(schedule: Schedule) -> str:
   """Writes a schedule as PyTorch's CSV: one row of comma-separated tokens per device.
 
   Raises:
-    ScheduleError: microbatches skip or reorder stages, for which the CSV has no words.
+    ScheduleError: microbatches skip or reorder stages, or the schedule has ticks of its own, for
+      which the CSV has no words.
   """
+  if schedule.ticks is not None:
+    raise ScheduleError(
+      f"{schedule.name} has ticks of its own, which a CSV cannot hold; write JSON"
+    )
   if schedule.paths is not None:
     raise ScheduleError(f"{schedule.name} has paths, which a CSV cannot hold; write JSON")
   text = io.StringIO()

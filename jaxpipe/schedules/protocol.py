@@ -15,6 +15,10 @@ from jaxpipe.schedules.placement import Placement
 Paths = tuple[tuple[int, ...], ...]
 
 
+# `[d][i]` is the tick of the i-th step of device d's list.
+Ticks = tuple[tuple[int, ...], ...]
+
+
 class OrderedActions(Protocol):
   """One training step's work in order; `Schedule` is the class that has all of this."""
 
@@ -37,6 +41,10 @@ class OrderedActions(Protocol):
   @property
   def vocabulary(self) -> int:
     """Barriers round an output layer that is sharded over all devices, 1 or 2; else 0."""
+
+  @property
+  def ticks(self) -> Ticks | None:
+    """The tick of every step in one program; None where each is as early as can be."""
 
   @property
   def devices(self) -> int:

@@ -8,13 +8,22 @@ tested beside their families, and are the text of their sections in docs/schedul
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from jaxpipe.schedules.by_kind.alternating import one_f_one_b_by_kind
+from jaxpipe.schedules.by_kind.loop import (
+  eager_by_kind,
+  gpipe_by_kind,
+  interleaved_by_kind,
+  looped_bfs_by_kind,
+  zero_bubble_by_kind,
+)
+from jaxpipe.schedules.by_kind.v_placement import zb_v_by_kind
 from jaxpipe.schedules.families.bitpipe import bitpipe
 from jaxpipe.schedules.families.chimera import chimera
 from jaxpipe.schedules.families.dualpipe import dualpipe
 from jaxpipe.schedules.families.dualpipe_v import dualpipe_v
 from jaxpipe.schedules.families.gpipe import gpipe
 from jaxpipe.schedules.families.hanayo import hanayo
-from jaxpipe.schedules.families.interleaved import interleaved_1f1b
+from jaxpipe.schedules.families.interleaved import eager_1f1b, interleaved_1f1b
 from jaxpipe.schedules.families.looped_bfs import looped_bfs
 from jaxpipe.schedules.families.one_f_one_b import one_f_one_b
 from jaxpipe.schedules.families.skippipe import skippipe
@@ -45,6 +54,7 @@ class Family:
     backward: what its builder makes of backward passes: `fused` (each a B), `split` (each an I and
       a W), or `mixed`.
     options: the arguments that only this family understands: name -> meaning.
+    by_kind: the function that makes a schedule with its ticks by kind; None where there is none.
   """
 
   build: Callable[[Spec], Schedule]
@@ -59,6 +69,7 @@ class Family:
   even_chunks: bool = False
   backward: str = "fused"
   options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  by_kind: Callable[[Spec], Schedule] | None = None
 
   def offers(self, chunks: int) -> bool:
     """Whether V chunks per device can be asked for; an odd V may still be refused, see `fits`."""
@@ -91,6 +102,7 @@ FAMILIES: dict[str, Family] = {
     "M",
     "few microbatches, or activations that are small because everything is recomputed; with M=1"
     " it is naive model parallelism",
+    by_kind=gpipe_by_kind,
   ),
   "1f1b": Family(
     one_f_one_b,
@@ -98,6 +110,16 @@ FAMILIES: dict[str, Family] = {
     "(P-1) / (M+P-1)",
     "min(P-d, M) on device d",
     "the default: GPipe's bubble, and memory that does not grow with M",
+    by_kind=one_f_one_b_by_kind,
+  ),
+  "eager-1f1b": Family(
+    eager_1f1b,
+    "1F1B with twice the warm-up, so that no neighbours do F beside B",
+    "(P-1) / (M+P-1)",
+    "min(2(P-d)-1, M) on device d",
+    "one program on all devices, by ticks of one kind: 1F1B's ideal time in lock-step, for twice"
+    " its activations",
+    by_kind=eager_by_kind,
   ),
   "interleaved-1f1b": Family(
     interleaved_1f1b,
@@ -107,6 +129,7 @@ FAMILIES: dict[str, Family] = {
     "few microbatches per device, links fast enough for V times the traffic",
     chunks=2,
     any_chunks=True,
+    by_kind=interleaved_by_kind,
   ),
   "looped-bfs": Family(
     looped_bfs,
@@ -117,6 +140,7 @@ FAMILIES: dict[str, Family] = {
     " executor here gathers those of any schedule without G once a step",
     chunks=2,
     any_chunks=True,
+    by_kind=looped_bfs_by_kind,
   ),
   "zb-h1": Family(
     zb_h1,
@@ -126,6 +150,7 @@ FAMILIES: dict[str, Family] = {
     "1F1B's chunks with a third of its bubble, wherever layers can be split into I and W",
     any_chunks=True,
     backward="split",
+    by_kind=zero_bubble_by_kind,
   ),
   "zb-h2": Family(
     zb_h2,
@@ -152,6 +177,7 @@ FAMILIES: dict[str, Family] = {
     "F, I and W of similar length; every device holds equally much",
     chunks=2,
     backward="split",
+    by_kind=zb_v_by_kind,
   ),
   "v-min": Family(
     v_min,

@@ -8,14 +8,15 @@ lists of tokens. Checks, simulator, drawings and executor take any of them, what
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Self
 
 from jaxpipe.schedules.actions import Action, Order, ScheduleError, Step, parse_step
 from jaxpipe.schedules.checks.legal import check
 from jaxpipe.schedules.kinds import STAGE_KINDS, Kind
 from jaxpipe.schedules.placement import Placement
-from jaxpipe.schedules.protocol import Paths
+from jaxpipe.schedules.protocol import Paths, Ticks
+from jaxpipe.schedules.ticks import ticks as early_ticks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Schedule:
       order.
     vocabulary: barriers round an output layer that is sharded over all devices (S and T passes): 1
       or 2; 0 where the last stage holds it whole.
+    ticks: `ticks[d][i]` is the tick of the i-th step of device d's list where one program runs on
+      all devices; None where each is as early as it can be (see `ticks`).
   """
 
   name: str
@@ -41,6 +44,7 @@ class Schedule:
   order: Order
   paths: Paths | None = None
   vocabulary: int = 0
+  ticks: Ticks | None = None
 
   @property
   def devices(self) -> int:
@@ -79,10 +83,38 @@ class Schedule:
     Kept are F, and S where the vocabulary is sharded. The result always runs to the end: forwards
     wait for forwards only, so leaving the rest out of a legal schedule cannot block it.
     """
-    order: Order = tuple(
-      tuple(a for step in row for a in step.parts if a.kind in (Kind.F, Kind.S))
-      for row in self.order
-    )
+    return self.of_kinds({Kind.F, Kind.S})
+
+  def of_kinds(self, kinds: Container[Kind]) -> Self:
+    """Returns the schedule of the actions of some kinds alone, with pairs as two actions.
+
+    Ticks that it has stay in their order, and two actions of a pair have one each.
+    """
+    most = max((len(step.parts) for row in self.order for step in row), default=1)
+    order, ticks = [], []
+    for d, row in enumerate(self.order):
+      kept = [
+        (action, most * self.ticks[d][i] + n if self.ticks else 0)
+        for i, step in enumerate(row)
+        for n, action in enumerate(step.parts)
+        if action.kind in kinds
+      ]
+      order.append(tuple(action for action, _ in kept))
+      ticks.append(tuple(tick for _, tick in kept))
+    own = tuple(ticks) if self.ticks else None
+    return dataclasses.replace(self, order=tuple(order), ticks=own)
+
+  def with_order(self, order: Order) -> Self:
+    """Returns the schedule with other lists.
+
+    Raises:
+      ScheduleError: it has ticks, which belong to its own lists.
+    """
+    if self.ticks is not None:
+      raise ScheduleError(
+        f"schedule {self.name} has ticks of its own, which other lists would not fit; leave out"
+        " what changes them, or the ticks"
+      )
     return dataclasses.replace(self, order=order)
 
   @classmethod
@@ -94,6 +126,7 @@ class Schedule:
     name: str = "custom",
     paths: Sequence[Sequence[int]] | None = None,
     vocabulary: int | None = None,
+    ticks: Sequence[Sequence[int]] | None = None,
   ) -> Self:
     """Reads a schedule from text and checks it.
 
@@ -105,9 +138,11 @@ class Schedule:
       name: name of the schedule.
       paths: the stages that each microbatch visits, where not all visit all.
       vocabulary: barriers round the output layer; by default 1 if there are S passes.
+      ticks: the tick of every token where one program runs on all devices, numbers that rise in
+        each list; by default each is as early as it can be.
 
     Returns:
-      The schedule.
+      The schedule; without ticks if those given are as early as they can be.
 
     Raises:
       ScheduleError: a token cannot be read, or the schedule is not legal.
@@ -126,7 +161,7 @@ class Schedule:
     if vocabulary is None:
       vocabulary = int(any(a.kind is Kind.S for row in order for step in row for a in step.parts))
     # A gap in the numbers shows up as missing actions.
-    return cls(
+    schedule = cls(
       name,
       placement,
       1 + max(action.microbatch for action in passes),
@@ -134,6 +169,10 @@ class Schedule:
       None if paths is None else tuple(tuple(path) for path in paths),
       vocabulary,
     ).check()
+    if ticks is None:
+      return schedule
+    own = dataclasses.replace(schedule, ticks=tuple(map(tuple, ticks))).check()
+    return schedule if own.ticks == early_ticks(schedule) else own
 
 
 def _parse(token: str, d: int) -> Step:

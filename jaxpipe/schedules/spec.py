@@ -22,6 +22,8 @@ class Spec:
     memory: changes of the memory that a device holds by F, I and W.
     memory_limit: most memory that a device may hold, in the unit of `memory`: one number for all
       devices, or one per device; None for no limit.
+    backward: what is asked of backward passes; only builders of ticks by kind read it, since all
+      others are followed by `with_backward`.
     options: arguments that only one family understands, by name.
   """
 
@@ -32,6 +34,7 @@ class Spec:
   costs: Costs = dataclasses.field(default_factory=Costs)
   memory: Memory = (1, 0, -1)
   memory_limit: float | Sequence[float] | None = None
+  backward: str | None = None
   options: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def limits(self) -> tuple[float, ...]:

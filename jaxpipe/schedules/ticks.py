@@ -1,25 +1,29 @@
 """Assigns every step of a schedule to a tick of one program that runs on all devices.
 
-On every tick each device does at most one step of its list, then what was sent arrives. A product
-that crosses between devices may be used `1 + slack` ticks after it was made: a slack of one leaves
-a whole tick for the transfer, which then overlaps with work.
+A schedule may say its ticks itself, as those by kind do (`by_kind/`). Otherwise each step is as
+early as it can be. On every tick each device does at most one step of its list, then what was sent
+arrives. A product that crosses between devices may be used `1 + slack` ticks after it was made: a
+slack of one leaves a whole tick for the transfer, which then overlaps with work.
 
   1F1B, P=2, M=2       tick 0  1  2  3  4  5
   slack 0   device 0        F0 F1    B0    B1
             device 1           F0 B0 F1 B1
+
+Where a schedule's own ticks leave less time for transfers than the slack, later ticks move back,
+each as a whole: what stood on one tick stays on one.
 """
 
-from jaxpipe.schedules.schedule import Schedule
-from jaxpipe.schedules.walk import walk
+from collections.abc import Sequence
 
-# `[d][i]` is the tick of the i-th step of device d's list.
-Ticks = tuple[tuple[int, ...], ...]
+from jaxpipe.schedules.protocol import OrderedActions, Ticks
+from jaxpipe.schedules.walk import Visit, walk
+
 # (tick at whose end it is sent, sender, receiver), each once.
 Transfers = set[tuple[int, int, int]]
 
 
-def ticks(schedule: Schedule, slack: int = 0) -> Ticks:
-  """Returns the tick of every step: as early as its device and its inputs allow.
+def ticks(schedule: OrderedActions, slack: int = 0) -> Ticks:
+  """Returns the tick of every step: the schedule's own, or as early as device and inputs allow.
 
   Args:
     schedule: a legal schedule.
@@ -34,7 +38,7 @@ def ticks(schedule: Schedule, slack: int = 0) -> Ticks:
   return ticks_and_transfers(schedule, slack)[0]
 
 
-def ticks_and_transfers(schedule: Schedule, slack: int = 0) -> tuple[Ticks, Transfers]:
+def ticks_and_transfers(schedule: OrderedActions, slack: int = 0) -> tuple[Ticks, Transfers]:
   """Returns the tick of every step, and the transfers between devices.
 
   Args:
@@ -47,6 +51,8 @@ def ticks_and_transfers(schedule: Schedule, slack: int = 0) -> tuple[Ticks, Tran
   Raises:
     ScheduleError: the schedule dead-locks.
   """
+  if schedule.ticks is not None:
+    return _own_ticks(schedule.ticks, list(walk(schedule)), slack)
   rows: list[list[int]] = [[] for _ in schedule.order]
   made: dict[int, tuple[int, int]] = {}  # slot -> tick and device
   transfers: Transfers = set()
@@ -64,3 +70,29 @@ def ticks_and_transfers(schedule: Schedule, slack: int = 0) -> tuple[Ticks, Tran
     for slot in visit.makes:
       made[slot] = (tick, d)
   return tuple(map(tuple, rows)), transfers
+
+
+def _own_ticks(own: Ticks, visits: Sequence[Visit], slack: int) -> tuple[Ticks, Transfers]:
+  """Returns the schedule's own ticks, moved back where a transfer would come too late."""
+  maker: dict[int, tuple[int, int]] = {}  # slot -> tick and device, in the schedule's own ticks
+  steps: dict[int, list[Visit]] = {}  # tick -> what runs on it
+  position = [0] * len(own)
+  for visit in visits:
+    tick = own[visit.device][position[visit.device]]
+    position[visit.device] += 1
+    steps.setdefault(tick, []).append(visit)
+    maker.update((slot, (tick, visit.device)) for slot in visit.makes)
+  moved: dict[int, int] = {}
+  transfers: Transfers = set()
+  for tick in sorted(steps):
+    # Ticks on which nobody works keep their place, for a transfer may need them.
+    earliest = moved[max(moved)] + tick - max(moved) if moved else tick
+    crossing = set()
+    for visit in steps[tick]:
+      for slot in visit.needs:
+        sent, sender = maker[slot]
+        if sender != visit.device:
+          crossing.add((moved[sent], sender, visit.device))
+    moved[tick] = max([earliest, *(sent + 1 + slack for sent, *_ in crossing)])
+    transfers |= crossing
+  return tuple(tuple(moved[tick] for tick in row) for row in own), transfers

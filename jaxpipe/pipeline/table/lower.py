@@ -100,10 +100,7 @@ def _flattened(schedule: Schedule, without: Sequence[Kind]) -> Schedule:
   A device runs one stream of work, so a pair gains nothing but its transfers, and those run beside
   the next tick anyway. Two short ticks couple neighbours less than one long one.
   """
-  order = tuple(
-    tuple(a for step in row for a in step.parts if a.kind not in without) for row in schedule.order
-  )
-  return dataclasses.replace(schedule, order=order)
+  return schedule.of_kinds([kind for kind in Kind if kind not in without])
 
 
 def _refuse_unknown(schedule: Schedule) -> None:

@@ -4,11 +4,13 @@ Every error is one line that names an action and its device, because a schedule 
 writes by hand or reads from a file is usually wrong in one place only.
 """
 
+from collections.abc import Sequence
+
 from jaxpipe.schedules.actions import Action, ScheduleError
 from jaxpipe.schedules.checks.extras import check_extras
 from jaxpipe.schedules.kinds import PRODUCTS, REQUIRED, STAGE_KINDS, Kind
-from jaxpipe.schedules.protocol import OrderedActions
-from jaxpipe.schedules.walk import walk
+from jaxpipe.schedules.protocol import OrderedActions, Ticks
+from jaxpipe.schedules.walk import Visit, walk
 
 # The maker of each product: product -> (stage, microbatch) -> (device, action).
 _Seen = dict[Kind, dict[tuple[int, int], tuple[int, Action]]]
@@ -38,8 +40,38 @@ def check(schedule: OrderedActions) -> None:
   _check_complete(_take_stock(schedule), schedule)
   check_extras(schedule)
   # Walking to the end is the proof; where things happen in time does not matter.
-  for _ in walk(schedule):
-    pass
+  visits = list(walk(schedule))
+  if schedule.ticks is not None:
+    _check_ticks(schedule.ticks, visits, schedule)
+
+
+def _check_ticks(ticks: Ticks, visits: Sequence[Visit], schedule: OrderedActions) -> None:
+  """Raises unless every step has a tick of its own, after those of all that it needs."""
+  lengths = [len(row) for row in schedule.order]
+  if [len(row) for row in ticks] != lengths:
+    raise ScheduleError(
+      f"ticks have {[len(row) for row in ticks]} numbers for lists of {lengths} steps; give one"
+      " for each step, or leave out the ticks"
+    )
+  made: dict[int, tuple[int, Visit]] = {}
+  position = [0] * len(ticks)
+  for visit in visits:
+    row, i = ticks[visit.device], position[visit.device]
+    position[visit.device] += 1
+    if row[i] < 0 or (i and row[i] <= row[i - 1]):
+      raise ScheduleError(
+        f"{visit.step} on device {visit.device} has tick {row[i]}"
+        + (f" after {row[i - 1]}" if i else "")
+        + "; ticks of a device rise from 0 or more"
+      )
+    for slot in visit.needs:
+      before, maker = made[slot]
+      if before >= row[i]:
+        raise ScheduleError(
+          f"{visit.step} on device {visit.device} has tick {row[i]}, and waits for {maker.step} on"
+          f" device {maker.device}, which has {before}; give it a later tick"
+        )
+    made.update((slot, (row[i], visit)) for slot in visit.makes)
 
 
 def _check_paths(schedule: OrderedActions) -> None:

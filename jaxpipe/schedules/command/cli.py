@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxpipe.schedules import interchange
 from jaxpipe.schedules.actions import ScheduleError
-from jaxpipe.schedules.build import check_memory, make_schedule
+from jaxpipe.schedules.build import TICKS, check_memory, make_schedule
 from jaxpipe.schedules.checks.sends import check_sends
 from jaxpipe.schedules.command import arguments
 from jaxpipe.schedules.command.compare import Entry, compare, format_table
@@ -39,6 +39,7 @@ _NOT_FOR_ALL: tuple[tuple[str, object], ...] = (
   ("execution", EXECUTIONS[0]),
   ("slack", 0),
   ("recompute", False),
+  ("ticks", TICKS[0]),
   ("vocabulary", None),
   ("post_validation", False),
   ("fillers", None),
@@ -146,6 +147,7 @@ def _schedule(flags: argparse.Namespace) -> Schedule:
     costs=flags.costs,
     memory=flags.memory,
     memory_limit=flags.memory_limit,
+    ticks=flags.ticks,
     **_options(flags),
   )
 
@@ -182,6 +184,8 @@ def _read(flags: argparse.Namespace) -> Schedule:
   """Reads --order; sizes follow from the file, so flags that give them must agree."""
   if flags.option:
     raise ValueError(f"{flags.order} is a finished schedule; drop --option")
+  if flags.ticks != TICKS[0]:
+    raise ValueError(f"{flags.order} is a finished schedule, with its own ticks; drop --ticks")
   path = pathlib.Path(flags.order)
   # Spreadsheets put a byte-order mark in front.
   text = path.read_text(encoding="utf-8-sig")

@@ -15,8 +15,12 @@ traffic, and the first device holds 1 + (P-1) / (PV) times 1F1B's activations.
 
 The paper asks for a multiple of P microbatches. Here they are dealt to max(1, M // P) rounds, the
 longer rounds first where they cannot be equal; PyTorch has the same rounds, but only equal ones.
-With V=1 the warm-up is still twice 1F1B's, as in PyTorch, and so is nearly the memory.
+With V=1 the warm-up is still twice 1F1B's, as in PyTorch, and so is nearly the memory: that is
+eager 1F1B (Zhuang et al., 2022, arXiv:2211.05322), which leaves a tick between what a device sends
+and what comes back for it.
 """
+
+import dataclasses
 
 from jaxpipe.schedules.actions import Action
 from jaxpipe.schedules.kinds import Kind
@@ -42,6 +46,11 @@ def interleaved_1f1b(spec: Spec) -> Schedule:
   return Schedule("interleaved-1f1b", placement, M, order)
 
 
+def eager_1f1b(spec: Spec) -> Schedule:
+  """Builds eager 1F1B: one chunk, and up to 2 (P - d) - 1 microbatches in flight on device d."""
+  return dataclasses.replace(interleaved_1f1b(spec), name="eager-1f1b")
+
+
 # What a device does, in order: stage and microbatch of its forwards, and of its backwards.
 Passes = tuple[list[tuple[int, int]], list[tuple[int, int]]]
 
@@ -57,7 +66,7 @@ def round_robin(stages: tuple[int, ...], M: int, P: int) -> Passes:
   Returns:
     The forwards, then the backwards.
   """
-  spans = _rounds(M, P)
+  spans = rounds(M, P)
   forwards = [(s, m) for span in spans for s in stages for m in span]
   backwards = [(s, m) for span in spans for s in stages[::-1] for m in span]
   return forwards, backwards
@@ -73,12 +82,12 @@ def warm_up(spec: Spec, d: int, per_hop: int) -> int:
   """
   # The longest round decides: the last chunk's backward of any round waits for all earlier chunks'
   # forwards of that round, and alternating never catches up on them.
-  longest = len(_rounds(spec.microbatches, spec.devices)[0])
+  longest = len(rounds(spec.microbatches, spec.devices)[0])
   ahead = (spec.chunks - 1) * longest + per_hop * (spec.devices - d - 1)
   return min(ahead, spec.microbatches * spec.chunks)
 
 
-def _rounds(M: int, P: int) -> list[range]:
+def rounds(M: int, P: int) -> list[range]:
   """Deals M microbatches to rounds of at least P, as evenly as possible and the longer first."""
   count = max(1, M // P)
   size, longer = divmod(M, count)

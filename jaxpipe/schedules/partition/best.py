@@ -20,7 +20,16 @@ from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import limit_by_device
 
 # Families whose order is the same whatever stages cost; the others plan around them.
-FIXED = ("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-h2", "chimera")
+FIXED = (
+  "gpipe",
+  "1f1b",
+  "eager-1f1b",
+  "interleaved-1f1b",
+  "looped-bfs",
+  "zb-h1",
+  "zb-h2",
+  "chimera",
+)
 _Limit = float | Sequence[float] | None
 # Returns the `Order` of a schedule by the time of a hop.
 _OrderOf = Callable[[float], Order]

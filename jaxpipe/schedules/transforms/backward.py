@@ -71,7 +71,7 @@ def with_backward(schedule: Schedule, backward: str | None, costs: Costs | None 
 
 def _with_order(schedule: Schedule, rows: Iterator[Iterator[Step]]) -> Schedule:
   """Returns a schedule with other lists."""
-  return dataclasses.replace(schedule, order=tuple(map(tuple, rows)))
+  return schedule.with_order(tuple(map(tuple, rows)))
 
 
 def _split(row: tuple[Step, ...]) -> Iterator[Step]:
@@ -121,7 +121,7 @@ def _deferred(fused: Schedule, costs: Costs) -> Schedule:
   """Returns the shortest of several ways to fill gaps, never longer than with Ws in place."""
   split = _with_order(fused, (_split(row) for row in fused.order))
   # The first of equally long ones: that which disturbs the passes least.
-  filled = [dataclasses.replace(fused, order=_fill(split, costs, fits)) for fits in _FITS]
+  filled = [fused.with_order(_fill(split, costs, fits)) for fits in _FITS]
   return min((*filled, split), key=lambda schedule: simulate(schedule, costs).makespan)
 
 

@@ -62,7 +62,7 @@ def with_fillers(schedule: Schedule, layers: int, costs: Costs | None = None) ->
   # Equal ends go to the first.
   best = min(plans, key=lambda plan: max(plan.busy))
   order = tuple(tuple(_insert(*pair)) for pair in zip(schedule.order, best.placed, strict=True))
-  return dataclasses.replace(schedule, order=order)
+  return schedule.with_order(order)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

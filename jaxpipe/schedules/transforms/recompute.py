@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from jaxpipe.schedules.actions import Action, Step
 from jaxpipe.schedules.costs import Costs
 from jaxpipe.schedules.kinds import PRODUCTS, Kind
+from jaxpipe.schedules.protocol import Ticks
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.walk import Visit, walk
 
@@ -70,6 +71,8 @@ def with_recompute(schedule: Schedule, costs: Costs | None = None) -> Schedule:
   >>> with_recompute(make_schedule("gpipe", devices=2, microbatches=1)).tokens()
   [['0F0', '0R0', '0B0'], ['1F0', '1R0', '1B0']]
   """
+  if schedule.ticks is not None:
+    return _by_tick(schedule, schedule.ticks)
   costs = costs or Costs()
   times = costs.all_durations(schedule)
   todo = [list(_recomputes(row, times[Kind.R])) for row in schedule.order]
@@ -81,7 +84,23 @@ def with_recompute(schedule: Schedule, costs: Costs | None = None) -> Schedule:
     tuple(step for i, own in enumerate(row) for step in (*(r.action for r in fills[d][i]), own))
     for d, row in enumerate(schedule.order)
   )
-  return dataclasses.replace(schedule, order=order)
+  return schedule.with_order(order)
+
+
+def _by_tick(schedule: Schedule, ticks: Ticks) -> Schedule:
+  """Adds a tick of R before each tick of backwards, for a schedule with ticks of its own."""
+  order: list[tuple[Step, ...]] = []
+  own: list[tuple[int, ...]] = []
+  for row, at in zip(schedule.order, ticks, strict=True):
+    before = {r.before: r.action for r in _recomputes(row, (0.0,) * schedule.stages)}
+    steps = [(2 * at[i] + 1, step) for i, step in enumerate(row)]
+    steps += [(2 * at[i], action) for i, action in before.items()]
+    steps.sort(key=lambda pair: pair[0])
+    own.append(tuple(tick for tick, _ in steps))
+    order.append(tuple(step for _, step in steps))
+  used = {tick: n for n, tick in enumerate(sorted({tick for row in own for tick in row}))}
+  numbered = tuple(tuple(used[tick] for tick in row) for row in own)
+  return dataclasses.replace(schedule, order=tuple(order), ticks=numbered)
 
 
 def _recomputes(row: tuple[Step, ...], times: tuple[float, ...]) -> Iterator[_Recompute]:

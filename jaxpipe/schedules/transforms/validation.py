@@ -21,7 +21,6 @@ the two, and the next step begins on each device as soon as this one has ended t
 """
 
 import bisect
-import dataclasses
 
 from jaxpipe.schedules.actions import Action, Step
 from jaxpipe.schedules.kinds import PRODUCTS, Kind
@@ -54,7 +53,7 @@ def with_post_validation(schedule: Schedule) -> Schedule:
     schedule.placement.table, schedule.order, _warm_ups(schedule), strict=True
   ):
     rows.append((*row[:before], *_all(held, 1), *row[before:], *_all(held, 0)))
-  return dataclasses.replace(schedule, order=tuple(rows))
+  return schedule.with_order(tuple(rows))
 
 
 def _all(stages: tuple[int, ...], number: int) -> tuple[Step, ...]:

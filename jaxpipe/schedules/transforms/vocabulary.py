@@ -70,7 +70,7 @@ def with_vocabulary(schedule: Schedule, barriers: int = 1, costs: Costs | None =
   state = _State(schedule, barriers, costs or Costs())
   _run(state)
   order = tuple(tuple(device.row) for device in state.devices)
-  return dataclasses.replace(schedule, order=order, vocabulary=barriers)
+  return dataclasses.replace(schedule.with_order(order), vocabulary=barriers)
 
 
 @dataclasses.dataclass(slots=True)

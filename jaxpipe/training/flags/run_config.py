@@ -16,6 +16,7 @@ from jaxpipe.models.transformer.completep import CompleteP
 from jaxpipe.parallel.mesh import SLOW
 from jaxpipe.pipeline.layer.residuals import residual_policy
 from jaxpipe.pipeline.table.unroll import SHAPES
+from jaxpipe.schedules.build import TICKS
 from jaxpipe.training.flags.errors import naming
 from jaxpipe.training.flags.settings import Settings, free, same
 
@@ -120,6 +121,11 @@ class RunConfig(Settings):
   chunks: int = free(0, "stages V that each device holds; 0: the schedule's own number")
   microbatches: int = free(4, "microbatches M of a step")
   backward: str = free("", "fused, split or deferred; default: the schedule's own")
+  ticks: str = free(
+    "early",
+    "early: each action as soon as it can run; kind: all devices do the same kind of action on a"
+    " tick, for schedules that have such ticks",
+  )
   recompute: bool = free(False, "recompute as an action of its own, which the schedule places")
   residuals: str = free(
     "auto",
@@ -146,11 +152,13 @@ class RunConfig(Settings):
     self._check_optimizer()
     self._check("seed", 0 <= self.seed < 2**32, "is no seed; use 0 to 4294967295")
     self._check_choice("unroll", ("auto", *SHAPES))
+    self._check_choice("ticks", TICKS)
     self._check("slack", self.slack in (0, 1), "ticks cannot be executed; use 0 or 1")
     with naming(self.flag("residuals")):
       residual_policy(self.residuals)
     if self.schedule == AUTO:
-      for name, unset in (("chunks", 0), ("backward", ""), ("recompute", False)):
+      by_name = {"chunks": 0, "backward": "", "recompute": False, "ticks": TICKS[0]}
+      for name, unset in by_name.items():
         self._check_by_name_only(name, unset)
     slow = self.slow_axis in ("", *SLOW)
     self._check("slow_axis", slow, f"cannot lie between hosts; use {' or '.join(SLOW)}")

@@ -20,6 +20,7 @@ from jaxpipe.pipeline.costs.memory import MemoryReport, memory_report
 from jaxpipe.pipeline.executor import pipeline_forward, pipeline_value_and_grad
 from jaxpipe.pipeline.layer.residuals import residual_policy
 from jaxpipe.schedules import Schedule, make_schedule
+from jaxpipe.schedules.build import TICKS
 from jaxpipe.stack.stack import LayerStack
 from jaxpipe.training.chips import DeviceSpec
 from jaxpipe.training.flags.errors import ConfigError, naming
@@ -152,13 +153,15 @@ def build_schedule(config: RunConfig, mesh: Mesh, head: str = "last") -> Schedul
       chunks=config.chunks or None,
       backward=config.backward or None,
       recompute=config.recompute,
+      ticks=config.ticks,
       head=head,
     )
 
 
 def schedule_flags(config: RunConfig) -> list[str]:
   """Names the flags that shape a schedule and are set: at their defaults they decide nothing."""
-  return [name for name in ("chunks", "backward", "recompute") if getattr(config, name)]
+  names = [name for name in ("chunks", "backward", "recompute") if getattr(config, name)]
+  return names + ["ticks"] * (config.ticks != TICKS[0])
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:

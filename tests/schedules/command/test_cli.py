@@ -49,6 +49,7 @@ def test_json(capsys):
       ["0F0", "0F1", "0B0", "0F2", "0B1", "0B2"],
       ["1F0", "1B0", "1F1", "1B1", "1F2", "1B2"],
     ],
+    "ticks": [[0, 1, 3, 4, 5, 7], [1, 2, 3, 4, 5, 6]],
     "makespan": 28,
     "span": 28,
     "bubble": pytest.approx(10 / 28),
