@@ -53,7 +53,6 @@ from jaxpipe.pipeline.layer.residuals import residual_policy
 from jaxpipe.pipeline.table.tick_times import estimated_time
 from jaxpipe.pipeline.table.unroll import SHAPES
 from jaxpipe.schedules import schedule_names
-from jaxpipe.schedules.build import TICKS
 from jaxpipe.training.chips import peak_flops
 from jaxpipe.training.flags.flags import exit_with_error
 
@@ -259,7 +258,8 @@ def registered(
 def requests() -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields label and options of every schedule that the flags ask for."""
   names = _SCHEDULES.value or schedule_names()
-  for name, ticks, backward in itertools.product(names, _TICKS.value, _BACKWARD.value or [None]):
+  backwards: list[str | None] = [*_BACKWARD.value] or [None]
+  for name, ticks, backward in itertools.product(names, _TICKS.value, backwards):
     by_kind = ["by kind"] * (ticks == "kind")
     label = " ".join([name, *([backward] if backward else []), *by_kind])
     yield label, {"name": name, "backward": backward, "ticks": ticks}

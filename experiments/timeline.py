@@ -29,7 +29,6 @@ from absl import app, flags
 import jaxpipe
 from jaxpipe.models.transformer.decoder import TransformerConfig, transformer
 from jaxpipe.pipeline.timeline import Measured, measure
-from jaxpipe.schedules.build import TICKS
 from jaxpipe.schedules.drawing.panels import draw_panels, scaled
 from jaxpipe.schedules.drawing.text import draw_traces
 
@@ -37,7 +36,7 @@ _SCHEDULE = flags.DEFINE_string("schedule", "1f1b", "Name of a schedule.")
 _BACKWARD = flags.DEFINE_enum(
   "backward", None, ["fused", "split", "deferred"], "How its backward pass is cut."
 )
-_TICKS = flags.DEFINE_enum("ticks", TICKS[0], TICKS, "Early, or by kind.")
+_TICKS = flags.DEFINE_enum("ticks", "early", ["early", "kind"], "Early, or by kind.")
 _DEVICES = flags.DEFINE_integer("stages", 2, "Pipeline devices, P.")
 _MICROBATCHES = flags.DEFINE_integer("microbatches", 8, "Microbatches, M.")
 _LAYERS = flags.DEFINE_integer("layers", 8, "Layers of the transformer.")

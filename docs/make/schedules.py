@@ -12,7 +12,15 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from jaxpipe.schedules import Timeline, compare, draw_figure, make_schedule, simulate
+from jaxpipe.schedules import (
+  Costs,
+  Schedule,
+  Timeline,
+  compare,
+  draw_figure,
+  make_schedule,
+  simulate,
+)
 from jaxpipe.schedules.registry import FAMILIES, Family
 
 PAGE = pathlib.Path(__file__).parents[1] / "schedules.md"
@@ -57,6 +65,26 @@ is 288. Those that skip stages do less work and stand at the end.
 
 {table}
 
+## Ticks by kind
+
+One program runs on all devices, and devices that exchange on a tick wait for one another: a tick on
+which one does F beside its neighbour's B lasts as long as B. With `ticks="kind"` (`--ticks kind`)
+all devices do F, or B, or I, or W on a tick, and a device without such an action may do a W that
+has waited, as a guest. F and B of different microbatches take turns, so that what travels has the
+other kind's tick to arrive in. Files hold the ticks (JSON), and the executor runs these very ones.
+
+P=8, M=32; F, I and W of a device's whole part taking 1, 1.4 and 0.8, no hop. Times over the work of
+a device alone, by `simulate`: *free* devices wait for inputs alone; *early* and *slack 1* are one
+loop over early ticks (`execution="coupled"`), with slack 0 and 1; *by kind* waits at every tick
+for all devices (`execution="barrier"`). Chunks are the most that a device holds, early and by kind.
+
+{lock_step}
+
+1F1B by kind has ticks X X W in its own memory, an X tick being F or I, so that its backward is
+split. Zero bubble, with (V+1) P - 1 chunks on device 0, is then as long as with free devices from
+M = 2P on, and no order over a loop is shorter where W is no longer than F and I. `zb-v` takes
+`memory_limit`: 2P to 3P - 2 chunks, fewer being longer.
+
 This page is written by `.venv/bin/python docs/make/schedules.py`.
 """
 
@@ -77,14 +105,12 @@ SECTION = """\
 
 def page() -> str:
   """Returns the whole text of the page."""
-  head = HEAD.format(flags=FLAGS, table=table())
+  head = HEAD.format(flags=FLAGS, table=table(), lock_step=lock_step())
   return "\n".join([head, *(section(name, family) for name, family in FAMILIES.items())])
 
 
 def table() -> str:
   """Returns the table that compares all schedules at P=4, M=8."""
-  from jaxpipe.schedules import Costs
-
   lines = [
     "| schedule | V | makespan | bubble | span bubble | peak chunks | peak share |",
     "|---|---|---|---|---|---|---|",
@@ -93,6 +119,43 @@ def table() -> str:
     if entry.timeline is not None:
       lines.append(row(entry.label, entry.timeline))
   return "\n".join(lines)
+
+
+def lock_step() -> str:
+  """Returns the table that compares times of free devices with those of one program."""
+  P, M, whole = 8, 32, (1.0, 1.4, 0.8)
+  lines = [
+    "| schedule | V | free | early | slack 1 | by kind | chunks | chunks by kind |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for name, family in FAMILIES.items():
+    for chunks in (2, 4) if family.any_chunks and family.chunks == 2 else (family.chunks,):
+      # Where every stage has two replicas, a device's part is of V/2 stages.
+      plain = make_schedule(name, devices=P, microbatches=M, chunks=chunks)
+      if plain.paths is not None:
+        continue  # its microbatches skip stages: less work
+      costs = Costs(*(time * P / plain.stages for time in whole))
+      sizes = {"devices": P, "microbatches": M, "chunks": chunks, "costs": costs}
+      early = make_schedule(name, **sizes)
+      kind = make_schedule(name, **sizes, ticks="kind") if family.by_kind else None
+      ways = [(early, "free", 0), (early, "coupled", 0), (early, "coupled", 1)]
+      ways += [(kind, "barrier", 0)] if kind else []
+      lines.append(lock_step_row(name, chunks, ways, costs, M * sum(whole)))
+  return "\n".join(lines)
+
+
+def lock_step_row(
+  name: str, chunks: int, ways: list[tuple[Schedule, str, int]], costs: Costs, work: float
+) -> str:
+  """Returns a schedule's row of that table; without ticks by kind, with dashes."""
+  times, peaks = [], []
+  for schedule, execution, slack in ways:
+    timeline = simulate(schedule, costs, execution=execution, slack=slack)
+    times.append(f"{timeline.makespan / work:.3f}")
+    peaks.append(f"{max(timeline.peak_activations)}")
+  dash = ["-"] * (4 - len(ways))
+  cells = [name, f"{chunks}", *times, *dash, peaks[0], *(peaks[3:] or dash)]
+  return f"| {' | '.join(cells)} |"
 
 
 def row(label: str, timeline: Timeline) -> str:
