@@ -78,7 +78,7 @@ _BACKWARD = flags.DEFINE_multi_enum(
 _TICKS = flags.DEFINE_multi_enum(
   "ticks",
   ["early"],
-  TICKS,
+  ["early", "kind"],
   "Of one program; repeat it for several. Where there are none, left out.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.")
