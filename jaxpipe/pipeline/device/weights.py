@@ -107,7 +107,7 @@ class Weights:
       held: its number among the layers of this device.
       layer: its number in the model.
     """
-    return [held if of is None else jnp.asarray(of, jnp.int32)[0 * layer] for of in self.shared]
+    return [held if of is None else jnp.asarray(of, jnp.int32)[layer] for of in self.shared]
 
   def reader(
     self, ring: Leaves, slot: Index, rows: Callable[[Index], Sequence[Index]]

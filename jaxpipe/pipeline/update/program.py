@@ -131,9 +131,11 @@ class Update:
     """One group, with the table of which device holds which members."""
     held: list[list[int]] = [[] for _ in range(self.variables.devices)]
     for i, one in enumerate(members):
-      row = self.variables.each[one.variable].row
-      if row is not None:
-        held[row // self.variables.rows].append(i)
+      variable = self.variables.each[one.variable]
+      if variable.row is not None:
+        home = variable.row // self.variables.rows
+        for members_here in held if variable.everywhere else held[home : home + 1]:
+          members_here.append(i)
     width = max(1, *map(len, held))
     numbers = np.array([row + [0] * (width - len(row)) for row in held], np.int32)
     return Group(tuple(members), numbers, np.array([len(row) for row in held], np.int32))
@@ -185,7 +187,9 @@ class Update:
         return None
       return jnp.asarray(np.array(numbers, np.int32))[member]
 
-    row = of_member([None if v.row is None else v.row % self.variables.rows for v in variables])
+    row = of_member(
+      [v.row if v.row is None or v.everywhere else v.row % self.variables.rows for v in variables]
+    )
     cut = self._cut(first, row, of_member([v.offset for v in variables]))
     slots = {}
     for role, slot in self.roles[group.locals[0].variable].items():
@@ -263,7 +267,7 @@ class Update:
     for group in self._groups(locals_):
       variable = self._first(group)
       # What lies on every device along `stage` is counted once.
-      mine = axis.index(STAGE) == 0 if variable.row is None else True
+      mine = axis.index(STAGE) == 0 if variable.everywhere else True
 
       def body(member: Any, totals: Any, group: Group = group, mine: Any = mine) -> Any:
         def array_of(role: Role) -> jax.Array:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxpipe.schedules.build import make_schedule
 from jaxpipe.schedules.costs import Costs, Memory, PerStage
 from jaxpipe.schedules.registry import FAMILIES
+from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.simulate import Timeline, simulate
 
 
@@ -18,7 +20,7 @@ class Entry:
 
   Attributes:
     label: name of the schedule, and `split` or `deferred` where its backwards are not as the
-      family has them.
+      family has them, and `by kind` where its ticks are.
     timeline: the simulated schedule; None where it cannot be built as asked.
     reason: the error where it cannot be built, else empty.
   """
@@ -36,6 +38,7 @@ def compare(
   costs: Costs | None = None,
   memory: Memory = (1, 0, -1),
   memory_limit: float | Sequence[float] | None = None,
+  ticks: Sequence[str] = ("early",),
 ) -> list[Entry]:
   """Builds every registered schedule and simulates it.
 
@@ -50,6 +53,7 @@ def compare(
     costs: durations.
     memory: changes of the memory that a device holds by F, I and W.
     memory_limit: most that a device may hold: one number, or one per device.
+    ticks: ways to place ticks, of `TICKS`; by kind only families that have such ticks compete.
 
   Returns:
     Those that can run, shortest makespan first, then shortest span, then lowest memory; after them
@@ -57,38 +61,37 @@ def compare(
   """
   costs = costs or Costs()
   entries = []
-  for name, backward in _candidates(chunks):
-    label = name if backward is None else f"{name}, {backward}"
+  for name, backward, way in _candidates(chunks, ticks):
+    label = ", ".join([name, *([backward] if backward else []), *["by kind"] * (way == "kind")])
+    build = functools.partial(make_schedule, name, devices=devices, chunks=chunks, ticks=way)
     try:
-      timeline = _run(name, backward, devices, microbatches, chunks, costs, memory, memory_limit)
+      timeline = _run(build, backward, devices, microbatches, costs, memory, memory_limit)
       entries.append(Entry(label, timeline))
     except ValueError as error:
       entries.append(Entry(label, None, str(error)))
   return sorted(entries, key=_rank)
 
 
-def _candidates(chunks: int | None) -> Iterator[tuple[str, str | None]]:
+def _candidates(chunks: int | None, ticks: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
   """Yields names that have V chunks, each with the `backward` values that make a difference."""
-  for name, family in FAMILIES.items():
-    if chunks is None or family.offers(chunks):
-      yield name, None
+  for (name, family), way in itertools.product(FAMILIES.items(), ticks):
+    if (chunks is None or family.offers(chunks)) and (way == "early" or family.by_kind):
+      yield name, None, way
       if family.backward == "fused":
-        yield name, "split"
-        yield name, "deferred"
+        yield name, "split", way
+        yield name, "deferred", way
 
 
 def _run(
-  name: str,
+  build: Callable[..., Schedule],
   backward: str | None,
   devices: int,
   microbatches: int,
-  chunks: int | None,
   costs: Costs,
   memory: Memory,
   memory_limit: float | Sequence[float] | None,
 ) -> Timeline:
   """Builds one schedule with costs and memory scaled to its number of stages, and simulates it."""
-  build = functools.partial(make_schedule, name, devices=devices, chunks=chunks)
   # How many stages a family has does not depend on anything else.
   stages = build(microbatches=1).stages
   scaled = scale_costs(costs, devices, stages)

@@ -3,7 +3,8 @@
 The fastest schedule may need the most memory: in zero bubble, what is kept for a delayed W may be
 several times what F keeps. So time and memory are both estimated, before anything is compiled:
 
-    [1] time    of every registered schedule's tick table, at the FLOPs of the stack's F, I and W
+    [1] time    of every registered schedule's tick table, with early ticks and by kind, at the
+                FLOPs of the stack's F, I and W
     [2] memory  of one device, by `memory_report`; what does not fit is left out
     [3] choice  of those within 3 % of the fastest that is left, the one that holds least
 """
@@ -26,6 +27,7 @@ from jaxpipe.pipeline.layer.residuals import Policy
 from jaxpipe.pipeline.mode import mode_of
 from jaxpipe.pipeline.table.tick_times import estimated_time
 from jaxpipe.schedules import Costs, Schedule, make_schedule
+from jaxpipe.schedules.build import TICKS
 from jaxpipe.schedules.command.compare import compare, scale_costs
 from jaxpipe.stack.context import map_entries
 from jaxpipe.stack.errors import StackError
@@ -42,7 +44,8 @@ class Candidate:
   """A schedule that may be chosen.
 
   Attributes:
-    label: its name, and its kind of backward where that is not the family's own.
+    label: its name, its kind of backward and V where they are not the family's own, and `by kind`
+      where its ticks are.
     schedule: the schedule, for the mesh's stages.
     time: estimated time of a step; the unit is a forward of a P-th part of the layers.
     bytes: memory that one device needs; 0 until it is estimated.
@@ -132,11 +135,21 @@ def choose_schedule(
   costs = _costs(stack, mesh, example_batch, microbatches, residuals)
   if memory_limit is not None:
     limit = max(memory_limit - one.total + one.rings, 0) / one.unit
-  entries = compare(**sizes, costs=costs, memory=one.units, memory_limit=limit)
+  within: dict[str, Any] = dict(costs=costs, memory=one.units, memory_limit=limit)
+  entries = [(entry.label, entry) for entry in compare(**sizes, **within, ticks=TICKS)]
+  # By kind, more chunks cost lock-step nothing.
+  more = compare(**sizes, **within, chunks=4, ticks=("kind",))
+  entries += [(f"{entry.label}, V=4", entry) for entry in more]
 
   def timed() -> Iterator[Candidate]:
-    for entry in entries:
+    seen: set[Any] = set()
+    for label, entry in entries:
       schedule = entry.timeline and entry.timeline.schedule
+      # Some are the same under two names, such as deferred interleaved 1F1B and zb-h1 by kind.
+      same = schedule and (schedule.placement.table, schedule.order, schedule.ticks)
+      if same in seen:
+        continue
+      seen.add(same)
       # A schedule whose microbatches skip layers trains another model.
       if schedule and not schedule.paths and stack.depth % schedule.stages == 0:
         try:
@@ -146,7 +159,7 @@ def choose_schedule(
         times = scale_costs(costs, schedule.devices, schedule.stages)
         segments = execution.segments(unroll)
         time = estimated_time(execution.program, segments, times, blocking=blocks(mesh))
-        yield Candidate(entry.label, schedule, time)
+        yield Candidate(label, schedule, time)
 
   candidates = sorted(timed(), key=lambda candidate: candidate.time)
   choice = _choose(candidates, lambda schedule: report(schedule).total, memory_limit)

@@ -68,6 +68,15 @@ def test_the_chosen_schedule_runs_exactly(float64):
   assert report.ok, str(report)
 
 
+def test_ticks_by_kind_are_weighed_once_each():
+  stack, batch = lm.stack(16, **F32), lm.batch(8)
+  choice = choose_schedule(stack, jaxpipe.make_mesh("stage:4"), batch, microbatches=8)
+  assert any("by kind, V=4" in candidate.label for candidate in choice.candidates)
+  alike = [(c.schedule.order, c.schedule.ticks) for c in choice.candidates]
+  assert len(set(alike)) == len(alike)
+  assert choice.best.time <= 1.03 * min(candidate.time for candidate in choice.candidates)
+
+
 def test_counted_costs_are_those_of_matmuls():
   """Two FLOPs a weight and token in F, I and W; a tenth more for the rest of a wide layer."""
   stack = lm.stack(4, width=64, **F32)
