@@ -1,4 +1,4 @@
-"""Breaks the package in twenty-one ways, one at a time, and sees that tests notice each.
+"""Breaks the package in twenty-two ways, one at a time, and sees that tests notice each.
 
     .venv/bin/python tests/mutate.py [NAME ...]          # all faults, or those of these names
 
@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Tests of values first: what they miss, tests of tables may still find.
 SUITES = ("tests/pipeline/test_exactness.py", "tests/pipeline/table/test_program.py")
 ON_MESHES = ("tests/parallel/test_meshes.py",)
+REPEATED = ("tests/pipeline/test_repeated_layers.py",)
 BY_KIND = ("tests/pipeline/test_ticks_by_kind.py", "tests/schedules/by_kind/test_by_kind.py")
 OF_STAGES = (
   "tests/pipeline/device/test_switched_stages.py",
@@ -174,6 +175,13 @@ FAULTS = [
     OF_STAGES,
   ),
   Fault(
+    "row of another layer",
+    "pipeline/device/weights.py",
+    "jnp.asarray(of, jnp.int32)[layer]",
+    "jnp.asarray(of, jnp.int32)[0 * layer]",
+    REPEATED,
+  ),
+  Fault(
     "wrong tick",
     "schedules/ticks.py",
     "*(sent + 1 + slack for sent, *_ in crossing)",
@@ -182,7 +190,7 @@ FAULTS = [
   ),
   Fault(
     "wrong guest",
-    "schedules/by_kind/lanes.py",
+    "schedules/by_kind/cycles.py",
     "row[tick] = waiting.popleft()",
     "row[tick] = waiting.pop() if len(waiting) > 1 else waiting[0]",
     BY_KIND,

@@ -12,5 +12,5 @@ def test_a_fault_changes_one_line_and_stays_python(fault):
   assert ast.dump(ast.parse(mutate.broken(text, fault))) != ast.dump(ast.parse(text))
 
 
-def test_there_are_twenty_one():
-  assert len({fault.name for fault in mutate.FAULTS}) == 21
+def test_there_are_twenty_two():
+  assert len({fault.name for fault in mutate.FAULTS}) == 22

@@ -28,6 +28,7 @@ LARGE = (
   "--preset=gpt3-175b --topology=v5p:4x4x3 --mesh=stage:48 --microbatches=192 --batch_size=192"
   " --residuals=full"
 )
+BY_KIND = "--schedule=interleaved-1f1b --ticks=kind --unroll=none"
 ROWS = {
   "0.2B 1f1b": f"{SMALL} --schedule=1f1b --unroll=none",
   "0.2B 1f1b slack": f"{SMALL} --schedule=1f1b --unroll=none --slack=1",
@@ -38,9 +39,13 @@ ROWS = {
   "6.6B 1f1b slack": f"{MIDDLE} --schedule=1f1b --unroll=none --slack=1",
   "6.6B 1f1b auto": f"{MIDDLE} --schedule=1f1b",
   "6.6B zb-h1": f"{MIDDLE} --schedule=zb-h1 --unroll=none",
+  "6.6B V=4 by kind": f"{MIDDLE} {BY_KIND} --chunks=4",
   "175B 1f1b": f"{LARGE} --schedule=1f1b --unroll=none",
+  "175B V=2 by kind": f"{LARGE} {BY_KIND} --chunks=2",
   "1T tensor": "--preset=megatron-1t --unroll=none",
+  "1T V=2 by kind": f"--preset=megatron-1t {BY_KIND} --chunks=2",
   "733B experts": "--preset=deepseek-v3",
+  "733B V=4 by kind": f"--preset=deepseek-v3 {BY_KIND} --chunks=4",
 }
 
 TEXT = """# Training steps compiled for TPUs

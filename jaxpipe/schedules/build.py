@@ -88,7 +88,7 @@ def make_schedule(
     raise ValueError(f"{name} cannot run with ticks={ticks!r}; use ticks='early' or ticks='kind'")
   if backward is not None and backward not in BACKWARDS:
     raise ValueError(f"unknown backward {backward!r}; known: {', '.join(BACKWARDS)}")
-  build = family.build if ticks == "early" else _by_kind(name, head)
+  build = family.build if ticks == "early" else _by_kind(name, head, backward)
   _check_options(name, options)
   spec = Spec(
     devices=devices,
@@ -109,17 +109,18 @@ def make_schedule(
     schedule = with_recompute(schedule, spec.costs)
   if head == "sharded":
     schedule = with_vocabulary(schedule, 1, spec.costs)
-  schedule.check()
+  # Ticks by kind that are as early as can be are no ticks of its own.
+  schedule = schedule.check() if schedule.ticks is None else schedule.with_ticks(schedule.ticks)
   # Searches keep to the limit while they plan; for all others it is a condition on the result.
   check_memory(schedule, memory, memory_limit)
   return schedule
 
 
-def _by_kind(name: str, head: str) -> Callable[[Spec], Schedule]:
+def _by_kind(name: str, head: str, backward: str | None) -> Callable[[Spec], Schedule]:
   """Returns the builder of a family's ticks by kind.
 
   Raises:
-    ValueError: it has none, or none with such a head.
+    ValueError: it has none, or none with such a head or such backwards.
   """
   build = FAMILIES[name].by_kind
   if build is None:
@@ -129,6 +130,10 @@ def _by_kind(name: str, head: str) -> Callable[[Spec], Schedule]:
     raise ValueError(
       f"{name} has no ticks by kind for the passes of head='sharded'; use head='last', or"
       " ticks='early'"
+    )
+  if FAMILIES[name].backward == "split" and backward not in (None, "split"):
+    raise ValueError(
+      f'{name} places weight gradients on its own; use backward="split" instead of "{backward}"'
     )
   return build
 

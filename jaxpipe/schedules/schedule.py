@@ -16,7 +16,7 @@ from jaxpipe.schedules.checks.legal import check
 from jaxpipe.schedules.kinds import STAGE_KINDS, Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.protocol import Paths, Ticks
-from jaxpipe.schedules.ticks import ticks as early_ticks
+from jaxpipe.schedules.ticks import early_ticks, whole_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,28 +81,33 @@ class Schedule:
     """Returns the schedule of the forward passes alone, in the order that they have here.
 
     Kept are F, and S where the vocabulary is sharded. The result always runs to the end: forwards
-    wait for forwards only, so leaving the rest out of a legal schedule cannot block it.
+    wait for forwards only, so leaving the rest out of a legal schedule cannot block it. Ticks are
+    early, for forwards are of one kind wherever they stand.
     """
-    return self.of_kinds({Kind.F, Kind.S})
+    return dataclasses.replace(self.of_kinds({Kind.F, Kind.S}), ticks=None)
 
   def of_kinds(self, kinds: Container[Kind]) -> Self:
     """Returns the schedule of the actions of some kinds alone, with pairs as two actions.
 
-    Ticks that it has stay in their order, and two actions of a pair have one each.
+    Ticks that it has stay, but that one on which a pair runs becomes two for all devices.
     """
-    most = max((len(step.parts) for row in self.order for step in row), default=1)
-    order, ticks = [], []
-    for d, row in enumerate(self.order):
-      kept = [
-        (action, most * self.ticks[d][i] + n if self.ticks else 0)
-        for i, step in enumerate(row)
-        for n, action in enumerate(step.parts)
-        if action.kind in kinds
-      ]
-      order.append(tuple(action for action, _ in kept))
-      ticks.append(tuple(tick for _, tick in kept))
-    own = tuple(ticks) if self.ticks else None
-    return dataclasses.replace(self, order=tuple(order), ticks=own)
+    rows = [[[a for a in step.parts if a.kind in kinds] for step in row] for row in self.order]
+    order = tuple(tuple(action for step in row for action in step) for row in rows)
+    if self.ticks is None:
+      return dataclasses.replace(self, order=order)
+    longest: dict[int, int] = {}  # tick -> the most actions of a step on it
+    for row, at in zip(rows, self.ticks, strict=True):
+      for step, tick in zip(row, at, strict=True):
+        longest[tick] = max(longest.get(tick, 1), len(step))
+    moved, late = {}, 0
+    for tick in sorted(longest):
+      moved[tick] = tick + late
+      late += longest[tick] - 1
+    ticks = tuple(
+      tuple(moved[tick] + n for step, tick in zip(row, at, strict=True) for n in range(len(step)))
+      for row, at in zip(rows, self.ticks, strict=True)
+    )
+    return dataclasses.replace(self, order=order, ticks=ticks)
 
   def with_order(self, order: Order) -> Self:
     """Returns the schedule with other lists.
@@ -110,12 +115,27 @@ class Schedule:
     Raises:
       ScheduleError: it has ticks, which belong to its own lists.
     """
+    if order == self.order:
+      return self
     if self.ticks is not None:
       raise ScheduleError(
-        f"schedule {self.name} has ticks of its own, which other lists would not fit; leave out"
-        " what changes them, or the ticks"
+        f"schedule {self.name} has ticks of its own, which would not fit other lists; leave out"
+        " what changes its lists (backward, vocabulary passes, fillers, optimizer actions), or its"
+        " ticks"
       )
     return dataclasses.replace(self, order=order)
+
+  def with_ticks(self, ticks: Sequence[Sequence[int]]) -> Self:
+    """Returns the schedule with ticks of its own; with None if they are as early as can be.
+
+    Args:
+      ticks: whole numbers, one for each step of each list.
+
+    Raises:
+      ScheduleError: they are no such numbers, or a step would come before what it needs.
+    """
+    own = dataclasses.replace(self, ticks=whole_numbers(ticks)).check()
+    return dataclasses.replace(self, ticks=None if own.ticks == early_ticks(self) else own.ticks)
 
   @classmethod
   def from_tokens(
@@ -169,10 +189,7 @@ class Schedule:
       None if paths is None else tuple(tuple(path) for path in paths),
       vocabulary,
     ).check()
-    if ticks is None:
-      return schedule
-    own = dataclasses.replace(schedule, ticks=tuple(map(tuple, ticks))).check()
-    return schedule if own.ticks == early_ticks(schedule) else own
+    return schedule if ticks is None else schedule.with_ticks(ticks)
 
 
 def _parse(token: str, d: int) -> Step:

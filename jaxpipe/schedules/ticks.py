@@ -13,8 +13,10 @@ Where a schedule's own ticks leave less time for transfers than the slack, later
 each as a whole: what stood on one tick stays on one.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
+from jaxpipe.schedules.actions import ScheduleError
 from jaxpipe.schedules.protocol import OrderedActions, Ticks
 from jaxpipe.schedules.walk import Visit, walk
 
@@ -51,12 +53,50 @@ def ticks_and_transfers(schedule: OrderedActions, slack: int = 0) -> tuple[Ticks
   Raises:
     ScheduleError: the schedule dead-locks.
   """
-  if schedule.ticks is not None:
-    return _own_ticks(schedule.ticks, list(walk(schedule)), slack)
+  visits = walk(schedule)
+  return (
+    _early(schedule, visits, slack)
+    if schedule.ticks is None
+    else _own(schedule.ticks, list(visits), slack)
+  )
+
+
+def early_ticks(schedule: OrderedActions) -> Ticks:
+  """Returns the earliest tick of every step, whatever ticks the schedule has."""
+  return _early(schedule, walk(schedule), 0)[0]
+
+
+def without_gaps(ticks: Sequence[Sequence[int]]) -> Ticks:
+  """Returns ticks renumbered, those left out on which no device works."""
+  number = {tick: n for n, tick in enumerate(sorted({tick for row in ticks for tick in row}))}
+  return tuple(tuple(number[tick] for tick in row) for row in ticks)
+
+
+def whole_numbers(ticks: Sequence[Sequence[int]]) -> Ticks:
+  """Returns ticks as somebody gives them as tuples of Python's own whole numbers.
+
+  Raises:
+    ScheduleError: they are something else.
+  """
+  try:
+    rows = tuple(tuple(row) for row in ticks)
+    if any(isinstance(tick, bool) for row in rows for tick in row):
+      raise TypeError
+    return tuple(tuple(operator.index(tick) for tick in row) for row in rows)
+  except TypeError:
+    raise ScheduleError(
+      f"ticks are a list of whole numbers for each device, not {ticks!r:.80}"
+    ) from None
+
+
+def _early(
+  schedule: OrderedActions, visits: Iterable[Visit], slack: int
+) -> tuple[Ticks, Transfers]:
+  """Returns ticks that are as early as can be."""
   rows: list[list[int]] = [[] for _ in schedule.order]
   made: dict[int, tuple[int, int]] = {}  # slot -> tick and device
   transfers: Transfers = set()
-  for visit in walk(schedule):
+  for visit in visits:
     d = visit.device
     tick = rows[d][-1] + 1 if rows[d] else 0
     for slot in visit.needs:
@@ -72,7 +112,7 @@ def ticks_and_transfers(schedule: OrderedActions, slack: int = 0) -> tuple[Ticks
   return tuple(map(tuple, rows)), transfers
 
 
-def _own_ticks(own: Ticks, visits: Sequence[Visit], slack: int) -> tuple[Ticks, Transfers]:
+def _own(own: Ticks, visits: Sequence[Visit], slack: int) -> tuple[Ticks, Transfers]:
   """Returns the schedule's own ticks, moved back where a transfer would come too late."""
   maker: dict[int, tuple[int, int]] = {}  # slot -> tick and device, in the schedule's own ticks
   steps: dict[int, list[Visit]] = {}  # tick -> what runs on it
@@ -84,15 +124,16 @@ def _own_ticks(own: Ticks, visits: Sequence[Visit], slack: int) -> tuple[Ticks, 
     maker.update((slot, (tick, visit.device)) for slot in visit.makes)
   moved: dict[int, int] = {}
   transfers: Transfers = set()
+  late = 0
   for tick in sorted(steps):
-    # Ticks on which nobody works keep their place, for a transfer may need them.
-    earliest = moved[max(moved)] + tick - max(moved) if moved else tick
     crossing = set()
     for visit in steps[tick]:
       for slot in visit.needs:
         sent, sender = maker[slot]
         if sender != visit.device:
           crossing.add((moved[sent], sender, visit.device))
-    moved[tick] = max([earliest, *(sent + 1 + slack for sent, *_ in crossing)])
+    # Ticks on which nobody works keep their place, for a transfer may need them.
+    moved[tick] = max([tick + late, *(sent + 1 + slack for sent, *_ in crossing)])
+    late = moved[tick] - tick
     transfers |= crossing
   return tuple(tuple(moved[tick] for tick in row) for row in own), transfers

@@ -108,7 +108,7 @@ class Network:
     same = {} if example is None else same_computation(specs, example)
     rows = SharedRows.of(ties, len(layers))
     runs, reasons = runs_of(specs, ties, same, rows.owners)
-    if len(runs) > 1:
+    if rows.owners and len(runs) > 1:
       rows, (runs, reasons) = NOTHING_SHARED, runs_of(specs, ties, same)
     return cls(specs, ties, frozen, runs, reasons, rows)
 
@@ -266,9 +266,14 @@ class Network:
     # lax.map, not vmap: one compiled body gives every layer, so that values do not depend on how
     # many layers this device creates.
     made = jax.lax.map(one, layers)
-    for path, owners in self.shared.owners.items() if not state else ():
-      each = jax.lax.map(one, jnp.array(sorted(set(owners)), jnp.int32))
-      made = set_path(made, path, get_path(each, path))
+    if state:
+      return made  # nothing of it is shared
+    # A loop for each set of owners, of which there is mostly one.
+    for owners in {tuple(sorted(set(each))) for each in self.shared.owners.values()}:
+      owned = jax.lax.map(one, jnp.array(owners, jnp.int32))
+      for path, each in self.shared.owners.items():
+        if set(each) == set(owners):
+          made = set_path(made, path, get_path(owned, path))
     return made
 
   # Calls

@@ -28,7 +28,7 @@ def one_f_one_b_by_kind(spec: Spec) -> Schedule:
     spec: devices and microbatches; one stage per device.
 
   Returns:
-    The schedule with its ticks, its backward split.
+    The schedule with its ticks, its backward split; deferred is the same, since W is late anyway.
 
   Raises:
     ValueError: a fused backward is asked for, which does not align.

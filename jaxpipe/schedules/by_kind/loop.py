@@ -1,42 +1,42 @@
 """Ticks by kind where stages lie in a loop: one after the other round the devices.
 
-A *slot* is one chunk and microbatch; all devices run the same slots, device d each of them d pairs
-later than device 0, and backwards in the opposite direction. P=2, V=2, M=4, pairs of F and B:
+A *turn* is one chunk and microbatch; all devices take the same turns, device d each of them d
+cycles later than device 0, and backwards in the opposite direction. P=2, V=2, M=4:
 
-    pair       0  1  2  3  4  5  6  7  8 ...       slots, forward    0 1 | 2 3 | 4 5 | 6 7
-    device 0   0  1  2  3  4  5  6  7               chunk             0 0   1 1   0 0   1 1
-      back                 .  0  1  2  3 ...        microbatch        0 1   0 1   2 3   2 3
-    device 1      0  1  2  3  4  5  6  7
-      back              .  0  1  2  3  4 ...       backward: the same with chunks reversed
+    cycle          0  1  2  3  4  5  6  7  8 ...    turns, forward    0 1 | 2 3 | 4 5 | 6 7
+    device 0   F   0  1  2  3  4  5  6  7           chunk             0 0   1 1   0 0   1 1
+               B               0  1  2  3  4 ...    microbatch        0 1   0 1   2 3   2 3
+    device 1   F      0  1  2  3  4  5  6  7
+               B            0  1  2  3  4  5 ...    backward: the same with chunks reversed
 
-    F of slot k of device d on pair          d         + k
-    B of slot k of device d on pair  off + (P - 1 - d) + k
+    F of turn k of device d on cycle          d         + k
+    B of turn k of device d on cycle  off + (P - 1 - d) + k
 
 `off` is the least for which the last stage has run every forward before its backward. With the
-slots of interleaved 1F1B and P a divisor of M, the time is (MV + P - 1)(f + b), f and b being those
+turns of interleaved 1F1B and P a divisor of M, the time is (MV + P - 1)(f + b), f and b being those
 of one chunk: Megatron's ideal, whatever they are. With V=1 the same order is known as eager 1F1B
 (Zhuang et al., 2022, arXiv:2211.05322): 2 (P - d) - 1 microbatches in flight on device d.
 
 Zero bubble (Qi et al., 2023, arXiv:2401.10241) by kind is the same with a split backward. There is
-a W tick on every pair but before device 0 has anything to do on it, and for P - 1 pairs when
+a W tick on every cycle but before device 0 has anything to do on it, and for P - 1 cycles when
 forwards have run out: what is left fills the drain.
 """
 
 from collections.abc import Sequence
 
-from jaxpipe.schedules.by_kind.lanes import Lanes
+from jaxpipe.schedules.by_kind.cycles import Cycles
 from jaxpipe.schedules.families.interleaved import rounds
 from jaxpipe.schedules.kinds import Kind
 from jaxpipe.schedules.placement import Placement
 from jaxpipe.schedules.schedule import Schedule
 from jaxpipe.schedules.spec import Spec
 
-# Chunk and microbatch; None for a slot on which nothing runs.
-Slots = Sequence[tuple[int, int] | None]
+# Chunk and microbatch; None for a turn on which nothing runs.
+Turns = Sequence[tuple[int, int] | None]
 
 
 def interleaved_by_kind(spec: Spec) -> Schedule:
-  """Builds interleaved 1F1B in pairs of one F tick and one B tick.
+  """Builds interleaved 1F1B in cycles of one F tick and one B tick.
 
   Args:
     spec: any numbers of devices, microbatches and chunks.
@@ -48,7 +48,7 @@ def interleaved_by_kind(spec: Spec) -> Schedule:
 
 
 def eager_by_kind(spec: Spec) -> Schedule:
-  """Builds eager 1F1B in pairs of one F tick and one B tick; see `interleaved_by_kind`."""
+  """Builds eager 1F1B in cycles of one F tick and one B tick; see `interleaved_by_kind`."""
   return _in_rounds("eager-1f1b", spec)
 
 
@@ -76,30 +76,30 @@ def looped_bfs_by_kind(spec: Spec) -> Schedule:
 
 
 def _in_rounds(name: str, spec: Spec, backward: str | None = None) -> Schedule:
-  """Slots in rounds of at least P microbatches, forwards and backwards side by side."""
+  """Turns in rounds of at least P microbatches, forwards and backwards side by side."""
   P, M, V = spec.devices, spec.microbatches, spec.chunks
   spans = rounds(M, P)
-  forwards = _slots(spans, range(V), P)
-  backwards = _slots(spans, range(V)[::-1], P)
-  # The last stage's B of a microbatch comes after its F, maybe on the same pair.
-  at = {slot: k for k, slot in enumerate(forwards)}
-  off = max(P - 1 + at[slot] - k for k, slot in enumerate(backwards) if slot and slot[0] == V - 1)
+  forwards = _turns(spans, range(V), P)
+  backwards = _turns(spans, range(V)[::-1], P)
+  # The last stage's B of a microbatch comes after its F, maybe on the same cycle.
+  at = {turn: k for k, turn in enumerate(forwards)}
+  off = max(P - 1 + at[turn] - k for k, turn in enumerate(backwards) if turn and turn[0] == V - 1)
   return _placed(name, spec, forwards, backwards, off, backward or spec.backward)
 
 
 def _in_phases(name: str, spec: Spec, reverse: bool) -> Schedule:
   """All forwards, chunk by chunk, then all backwards."""
   P, M, V = spec.devices, spec.microbatches, spec.chunks
-  forwards = _slots([range(M)], range(V), P)
-  backwards = _slots([range(M)[::-1] if reverse else range(M)], range(V)[::-1], P)
+  forwards = _turns([range(M)], range(V), P)
+  backwards = _turns([range(M)[::-1] if reverse else range(M)], range(V)[::-1], P)
   off = len(forwards) + P - 1  # after the last forward of all
   return _placed(name, spec, forwards, backwards, off, spec.backward)
 
 
-def _slots(spans: Sequence[Sequence[int]], chunks: Sequence[int], P: int) -> Slots:
-  """Round by round, chunk by chunk; a chunk has at least P slots, of which some may be empty.
+def _turns(spans: Sequence[Sequence[int]], chunks: Sequence[int], P: int) -> Turns:
+  """Round by round, chunk by chunk; a chunk has at least P turns, of which some may be empty.
 
-  A chunk's first microbatch returns to device 0 after P pairs.
+  A chunk's first microbatch returns to device 0 after P cycles.
   """
   return [
     (v, span[i]) if i < len(span) else None
@@ -110,22 +110,22 @@ def _slots(spans: Sequence[Sequence[int]], chunks: Sequence[int], P: int) -> Slo
 
 
 def _placed(
-  name: str, spec: Spec, forwards: Slots, backwards: Slots, off: int, backward: str | None
+  name: str, spec: Spec, forwards: Turns, backwards: Turns, off: int, backward: str | None
 ) -> Schedule:
-  """Puts slots on pairs, and weight gradients where `backward` wants them."""
+  """Puts turns on cycles, and weight gradients where `backward` wants them."""
   P, n = spec.devices, len(forwards)
   placement = Placement.loop(P, spec.chunks)
-  lanes = Lanes.empty(placement, spec.microbatches)
+  cycles = Cycles.empty(placement, spec.microbatches)
   kind = Kind.B if backward in (None, "fused") else Kind.I
   for d, stages in enumerate(placement.table):
-    for k, slot in enumerate(forwards):
-      if slot:
-        lanes.forward(d, d + k, stages[slot[0]], slot[1])
-    for k, slot in enumerate(backwards):
-      if slot:
-        lanes.backward(d, off + (P - 1 - d) + k, kind, stages[slot[0]], slot[1])
+    for k, turn in enumerate(forwards):
+      if turn:
+        cycles.forward(d, d + k, stages[turn[0]], turn[1])
+    for k, turn in enumerate(backwards):
+      if turn:
+        cycles.backward(d, off + (P - 1 - d) + k, kind, stages[turn[0]], turn[1])
   if backward == "split":
-    lanes.weight_grads_at_once()
+    cycles.weight_grads_at_once()
   elif kind is Kind.I:
-    lanes.weight_grads_late({*range(off + P - 1), *range(n - 1, n + P - 2)})
-  return lanes.schedule(name)
+    cycles.weight_grads_late({*range(off + P - 1), *range(n - 1, n + P - 2)})
+  return cycles.schedule(name)

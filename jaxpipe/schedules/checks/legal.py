@@ -53,6 +53,13 @@ def _check_ticks(ticks: Ticks, visits: Sequence[Visit], schedule: OrderedActions
       f"ticks have {[len(row) for row in ticks]} numbers for lists of {lengths} steps; give one"
       " for each step, or leave out the ticks"
     )
+  # Tables have a row for every tick up to the last.
+  last, most = max((row[-1] for row in ticks if row), default=0), 100 + 10 * sum(lengths)
+  if last > most:
+    raise ScheduleError(
+      f"tick {last} is beyond {most}, which is plenty for {sum(lengths)} steps; leave out ticks on"
+      " which no device works"
+    )
   made: dict[int, tuple[int, Visit]] = {}
   position = [0] * len(ticks)
   for visit in visits:

@@ -62,7 +62,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
   add("--microbatches", type=int, metavar="M")
   add("--chunks", type=int, metavar="V", help="stages per device")
   add("--backward", choices=BACKWARDS)
-  add("--ticks", choices=TICKS, default=TICKS[0], help="of one program: early, or by kind")
+  add("--ticks", choices=TICKS, help=f"of one program: {TICKS[0]} (default), or by kind")
   add("--recompute", action="store_true", help="add R actions, placed into bubbles")
   add("--vocabulary", type=int, choices=(1, 2), help="add S and T passes with 1 or 2 barriers")
   add("--post_validation", action="store_true", help="add optimizer actions (U)")

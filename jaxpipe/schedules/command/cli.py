@@ -39,7 +39,7 @@ _NOT_FOR_ALL: tuple[tuple[str, object], ...] = (
   ("execution", EXECUTIONS[0]),
   ("slack", 0),
   ("recompute", False),
-  ("ticks", TICKS[0]),
+  ("ticks", None),
   ("vocabulary", None),
   ("post_validation", False),
   ("fillers", None),
@@ -80,7 +80,7 @@ def _run(flags: argparse.Namespace) -> None:
     _emit_text(_comparison(flags), flags.out)
     return
   schedule = _transform(_schedule(flags), flags)
-  # Again, although building has checked it: recomputed activations are held as well.
+  # Again, although building has checked it: a file has not been, and more may be held by now.
   check_memory(schedule, flags.memory, flags.memory_limit)
   if flags.sends is not None:
     check_sends(schedule, flags.sends)
@@ -147,7 +147,8 @@ def _schedule(flags: argparse.Namespace) -> Schedule:
     costs=flags.costs,
     memory=flags.memory,
     memory_limit=flags.memory_limit,
-    ticks=flags.ticks,
+    recompute=flags.recompute,
+    ticks=flags.ticks or TICKS[0],
     **_options(flags),
   )
 
@@ -169,7 +170,10 @@ def _transform(schedule: Schedule, flags: argparse.Namespace) -> Schedule:
   Vocabulary passes come before optimizer and fillers, with which `with_vocabulary` refuses a
   schedule; fillers come last, into the bubbles that are left.
   """
-  if flags.recompute:
+  added = next((n for n in ("vocabulary", "post_validation", "fillers") if getattr(flags, n)), None)
+  if added and flags.ticks == "kind":
+    raise ValueError(f"--ticks kind has no place for what --{added} adds; drop one of the two")
+  if flags.recompute and flags.order is not None:  # else built with it
     schedule = with_recompute(schedule, flags.costs)
   if flags.vocabulary is not None and not schedule.vocabulary:
     schedule = with_vocabulary(schedule, flags.vocabulary, flags.costs)
@@ -184,8 +188,8 @@ def _read(flags: argparse.Namespace) -> Schedule:
   """Reads --order; sizes follow from the file, so flags that give them must agree."""
   if flags.option:
     raise ValueError(f"{flags.order} is a finished schedule; drop --option")
-  if flags.ticks != TICKS[0]:
-    raise ValueError(f"{flags.order} is a finished schedule, with its own ticks; drop --ticks")
+  if flags.ticks is not None:
+    raise ValueError(f"{flags.order} is a finished schedule; drop --ticks")
   path = pathlib.Path(flags.order)
   # Spreadsheets put a byte-order mark in front.
   text = path.read_text(encoding="utf-8-sig")

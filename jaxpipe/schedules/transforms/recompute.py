@@ -20,6 +20,7 @@ ends later than in that order. The second keeps makespan and span, and no more t
 brings back is held from R to W, so it had better be late.
 """
 
+import bisect
 import dataclasses
 import heapq
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from jaxpipe.schedules.costs import Costs
 from jaxpipe.schedules.kinds import PRODUCTS, Kind
 from jaxpipe.schedules.protocol import Ticks
 from jaxpipe.schedules.schedule import Schedule
+from jaxpipe.schedules.ticks import without_gaps
 from jaxpipe.schedules.walk import Visit, walk
 
 
@@ -59,10 +61,11 @@ def with_recompute(schedule: Schedule, costs: Costs | None = None) -> Schedule:
   Args:
     schedule: a legal schedule without R.
     costs: durations that decide where gaps are; only latencies of hops are planned with, not the
-      links that they occupy.
+      links that they occupy. Not read of a schedule with ticks of its own.
 
   Returns:
-    The schedule with an R between each F and its I or B. Everything else keeps its order.
+    The schedule with an R between each F and its I or B. Everything else keeps its order, and its
+    ticks if it has any, between which there are further ones for R.
 
   Raises:
     ValueError: the schedule has Rs already.
@@ -88,19 +91,28 @@ def with_recompute(schedule: Schedule, costs: Costs | None = None) -> Schedule:
 
 
 def _by_tick(schedule: Schedule, ticks: Ticks) -> Schedule:
-  """Adds a tick of R before each tick of backwards, for a schedule with ticks of its own."""
+  """Adds an R for every backward of a schedule with ticks of its own.
+
+  It is a guest on the last tick after its forward on which its device idles and others do F, I or
+  B, which take no less; or else it has a tick right before its backward's, for all devices that
+  want one.
+  """
+  kinds: dict[int, set[Kind]] = {}
+  for row, at in zip(schedule.order, ticks, strict=True):
+    for step, tick in zip(row, at, strict=True):
+      kinds.setdefault(tick, set()).update(action.kind for action in step.parts)
+  hosts = sorted(tick for tick, found in kinds.items() if found - {Kind.W})
   order: list[tuple[Step, ...]] = []
   own: list[tuple[int, ...]] = []
   for row, at in zip(schedule.order, ticks, strict=True):
-    before = {r.before: r.action for r in _recomputes(row, (0.0,) * schedule.stages)}
-    steps = [(2 * at[i] + 1, step) for i, step in enumerate(row)]
-    steps += [(2 * at[i], action) for i, action in before.items()]
-    steps.sort(key=lambda pair: pair[0])
-    own.append(tuple(tick for tick, _ in steps))
-    order.append(tuple(step for _, step in steps))
-  used = {tick: n for n, tick in enumerate(sorted({tick for row in own for tick in row}))}
-  numbered = tuple(tuple(used[tick] for tick in row) for row in own)
-  return dataclasses.replace(schedule, order=tuple(order), ticks=numbered)
+    steps: dict[int, Step] = {2 * tick + 1: step for tick, step in zip(at, row, strict=True)}
+    for r in _recomputes(row, (0.0,) * schedule.stages):
+      first, last = bisect.bisect(hosts, at[r.after]), bisect.bisect_left(hosts, at[r.before])
+      idle = (2 * tick + 1 for tick in reversed(hosts[first:last]) if 2 * tick + 1 not in steps)
+      steps[next(idle, 2 * at[r.before])] = r.action
+    own.append(tuple(sorted(steps)))
+    order.append(tuple(steps[tick] for tick in own[-1]))
+  return dataclasses.replace(schedule, order=tuple(order), ticks=without_gaps(own))
 
 
 def _recomputes(row: tuple[Step, ...], times: tuple[float, ...]) -> Iterator[_Recompute]:

@@ -122,7 +122,8 @@ def forward(stack: LayerStack, params: Tree, window_T: jax.Array) -> jax.Array:
 
   # A scan over all layers: the depth is in the shapes, so one compiled layer serves.
   x = stack.apply_embed(params["embed"], batch, training=False)
-  x, _ = jax.lax.scan(layer, x, (params["layers"], jnp.arange(stack.depth)))
+  layers = stack.network.shared.repeated(params["layers"])
+  x, _ = jax.lax.scan(layer, x, (layers, jnp.arange(stack.depth)))
   head = head_module(stack, params)
   return head.logits(x)[0]
 
