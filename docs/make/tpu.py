@@ -71,9 +71,9 @@ libtpu {libtpu}. Written by `.venv/bin/python docs/make/tpu.py`.
   Branches that belong to no action are not in them. They are known only where all ticks are turns
   of one loop.
 
-*By kind* is interleaved 1F1B with [ticks of one kind](schedules.md#ticks-by-kind), which needs 0.60 to 0.73 of the
-estimated time of 1F1B in one loop. That of 175B holds more than the chip has, by the compiler, and that
-of 733B copies a ring.
+*By kind* is interleaved 1F1B with [ticks of one kind](schedules.md#ticks-by-kind), which needs 0.60
+to 0.73 of the estimated time of 1F1B in one loop. That of 175B holds more than the chip has, by the
+compiler, and that of 733B copies a ring.
 
 The rows of 1T and 733B are compiled for 1,024 chips: a model of Megatron-LM's largest shape over
 stage:64, data:2 and tensor:8, with positions cut over `tensor`; and one of DeepSeek-V3's shape
